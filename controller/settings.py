@@ -1,0 +1,85 @@
+"""Settings of one controller, read once from COLDSPARK_* variables and frozen.
+
+A malformed or unknown variable stops the start with its name.
+"""
+
+import os
+from decimal import Decimal
+from pathlib import Path
+
+from pydantic import Field
+from pydantic_settings import BaseSettings, SettingsConfigDict
+
+LOOPBACK_HOSTS = frozenset({"127.0.0.1", "::1", "localhost"})
+PREFIX = "COLDSPARK_"
+CLIENT_ONLY = frozenset({"COLDSPARK_URL", "COLDSPARK_API_KEY", "COLDSPARK_OUTPUT"})
+
+
+class Settings(BaseSettings):
+    """Everything that can be set about a controller."""
+
+    model_config = SettingsConfigDict(env_prefix=PREFIX, frozen=True, extra="forbid")
+
+    home: Path = Field(
+        default=Path("~/.coldspark"),
+        description="Directory of the snapshots, the database, sockets and logs.",
+    )
+    host: str = Field(default="127.0.0.1", description="Address the gateway listens on.")
+    port: int = Field(default=8000, ge=0, le=65535, description="TCP port; 0 picks a free one.")
+    require_api_keys: bool = Field(
+        default=False, description="Refuse calls without a key; forced on off loopback."
+    )
+    cluster: str = Field(
+        default="local", pattern=r"^[a-z0-9][-a-z0-9]{0,62}$", description="Label on runtimes."
+    )
+    max_body_bytes: int = Field(default=4 << 20, ge=1024, description="Largest request body.")
+    body_timeout_s: float = Field(default=30.0, gt=0, description="Longest wait for a whole body.")
+    max_prompts: int = Field(default=256, ge=1, description="Most prompts in one completion call.")
+    heartbeat_s: float = Field(
+        default=2.0, gt=0, description="Silence before a waiting stream gets an SSE comment."
+    )
+    tick_s: float = Field(default=0.25, gt=0, description="Period of the idle and expiry sweep.")
+    reconcile_s: float = Field(default=5.0, gt=0, description="Period of the orphan sweep.")
+    shutdown_timeout_s: float = Field(
+        default=30.0, ge=0, description="Time given to running streams at shutdown."
+    )
+    stop_runtimes_on_exit: bool = Field(
+        default=False, description="Stop runtimes at shutdown; off, the next start adopts them."
+    )
+    gpu_hour_usd: Decimal = Field(
+        default=Decimal("2.50"), ge=0, description="Price of a device-hour nobody holds."
+    )
+    docker_image: str = Field(
+        default="coldspark-runtime:latest", description="Image of the docker backend."
+    )
+
+    @property
+    def snapshot_store(self) -> Path:
+        """The directory of built snapshots."""
+        return self.home / "snapshots"
+
+    @property
+    def runtimes_dir(self) -> Path:
+        """One directory a runtime: socket, log, record."""
+        return self.home / "runtimes"
+
+    @property
+    def database_url(self) -> str:
+        """SQLAlchemy URL of the embedded database."""
+        return f"sqlite:///{self.home / 'coldspark.db'}"
+
+
+def load_settings(**overrides: object) -> Settings:
+    """Read settings from the environment; keyword arguments win.
+
+    Raises:
+        ValueError: A value is malformed, or a COLDSPARK_* variable is not known.
+    """
+    known = {PREFIX + name.upper() for name in Settings.model_fields} | CLIENT_ONLY
+    unknown = sorted(key for key in os.environ if key.startswith(PREFIX) and key not in known)
+    if unknown:
+        raise ValueError(f"unknown settings {unknown}; known ones: {sorted(known)}")
+    settings = Settings(**overrides)  # type: ignore[arg-type]  # checked by pydantic
+    home = settings.home.expanduser().resolve()
+    keys_needed = settings.require_api_keys or settings.host not in LOOPBACK_HOSTS
+    return settings.model_copy(update={"home": home, "require_api_keys": keys_needed})

@@ -1,0 +1,1 @@
+"""Function specs: the schema, its loader, and the YAML files, one function a file."""
