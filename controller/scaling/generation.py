@@ -1,0 +1,135 @@
+"""What the gateway asks of a function, and what it gets back.
+
+Token ids only: text belongs to the gateway, replicas to the rest of this package.
+"""
+
+from collections.abc import AsyncIterator, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from types import TracebackType
+from typing import Protocol, Self
+
+from functions.spec import FunctionSpec
+from runtime.rpc import inference_pb2 as pb
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class GenerationRequest:
+    """One sequence to generate.
+
+    Attributes:
+        request_id: Correlates logs, headers and the usage record.
+        prompt_token_ids: The prompt; at least one id, all inside the vocabulary.
+        sampling: Complete sampling parameters, max_tokens included.
+        num_bytes: Share of the request body, counted against the queue's byte bound.
+        key_id: The API key that pays, if keys are in use.
+    """
+
+    request_id: str
+    prompt_token_ids: Sequence[int]
+    sampling: pb.SamplingParams
+    num_bytes: int
+    key_id: str | None = None
+
+
+@dataclass(slots=True, kw_only=True)
+class GenerationRecord:
+    """What became of one request; filled in as it happens.
+
+    Durations are seconds since admission except `queue_s`, which ends with the lease. `outcome`
+    is a finish reason, an error code, or "disconnected".
+    """
+
+    request_id: str
+    function: str
+    tier: str
+    key_id: str | None = None
+    replica_id: str | None = None
+    queue_s: float | None = None
+    first_token_s: float | None = None
+    duration_s: float = 0.0
+    num_prompt_tokens: int = 0
+    num_cached_tokens: int = 0
+    num_output_tokens: int = 0
+    outcome: str = "disconnected"
+
+
+@dataclass(frozen=True, slots=True)
+class TokenChunk:
+    """New tokens of a sequence; the last chunk carries the finish reason and may be empty."""
+
+    token_ids: Sequence[int]
+    finish_reason: str | None = field(default=None, kw_only=True)  # "stop" | "length"
+
+
+class Generation(Protocol):
+    """One admitted request: enter to admit, iterate for tokens, exit to release.
+
+    Entering admits at once or raises QueueFull, ActivationFailed or ShuttingDown. Iterating waits
+    for a replica, then yields chunks as steps arrive; it raises ActivationTimeout,
+    ActivationFailed, RuntimeDied or FirstTokenTimeout. Exiting cancels what still runs, gives the
+    lease back and writes the usage record, also when the task is being cancelled.
+    """
+
+    record: GenerationRecord
+
+    def eta_s(self) -> float | None:
+        """Return the expected seconds to the first token while cold; None when not known."""
+
+    async def __aenter__(self) -> Self: ...
+
+    async def __aexit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        traceback: TracebackType | None,
+    ) -> None: ...
+
+    def __aiter__(self) -> AsyncIterator[TokenChunk]: ...
+
+
+class ServedFunction(Protocol):
+    """A deployed function whose snapshot is built."""
+
+    @property
+    def name(self) -> str: ...
+
+    @property
+    def spec(self) -> FunctionSpec: ...
+
+    @property
+    def served_names(self) -> tuple[str, ...]: ...
+
+    @property
+    def max_model_len(self) -> int:
+        """Longest prompt plus output, in tokens."""
+
+    @property
+    def snapshot_path(self) -> Path:
+        """Directory with tokenizer.json, chat_template.jinja and generation_config.json."""
+
+    @property
+    def created(self) -> int:
+        """Unix seconds of the first deployment."""
+
+    @property
+    def tier(self) -> str:
+        """The warmest tier any replica is in: ready, parked, standby or stopped."""
+
+    def generate(self, request: GenerationRequest) -> Generation:
+        """Prepare one generation; nothing happens until it is entered."""
+
+
+class FunctionRegistry(Protocol):
+    """The deployed functions by the names they serve."""
+
+    def resolve(self, model: str) -> ServedFunction:
+        """Return the function that serves this model name.
+
+        Raises:
+            ModelNotFound: None does; the message lists near names.
+            ActivationFailed: Its snapshot is still being built, or could not be.
+        """
+
+    def served(self) -> Sequence[ServedFunction]:
+        """Return every function that can take requests, by name."""
