@@ -92,13 +92,16 @@ class ServedFunction(Protocol):
     """A deployed function whose snapshot is built."""
 
     @property
-    def name(self) -> str: ...
+    def name(self) -> str:
+        """The function's name, also its first served name."""
 
     @property
-    def spec(self) -> FunctionSpec: ...
+    def spec(self) -> FunctionSpec:
+        """The current revision."""
 
     @property
-    def served_names(self) -> tuple[str, ...]: ...
+    def served_names(self) -> tuple[str, ...]:
+        """Every model name that reaches this function."""
 
     @property
     def max_model_len(self) -> int:

@@ -1,0 +1,452 @@
+"""The replicas of one function and the requests that wait for them: every decision, no effect.
+
+One owner calls this from one thread, so acquiring and reaping can never cross: both look at the
+same state and change it in the same call. `plan` is level-triggered. It compares what is with
+what is needed and returns the moves to make; the state has already moved when it returns, so
+calling it again asks for nothing twice.
+"""
+
+from collections import deque
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
+
+from controller.errors import ActivationFailed, ApiError, QueueFull
+from controller.scaling.lifecycle import (
+    COMING,
+    ENDING,
+    Lifecycle,
+    ReplicaState,
+    Tier,
+    Transition,
+)
+from controller.scaling.policy import backoff_s, needed_replicas
+from functions.spec import FunctionSpec
+
+_ROUTABLE = frozenset({ReplicaState.READY})
+
+
+@dataclass(slots=True, eq=False, kw_only=True)
+class Replica:
+    """One replica as the decisions see it.
+
+    Attributes:
+        id: The runtime's id.
+        runtime_hash: Hash of the spec's parts that a running runtime cannot change.
+        lifecycle: Its state and history.
+        in_flight: Leases out.
+        idle_since: Monotonic second of the last byte of the last response.
+        is_cordoned: Takes no new lease and is put away once the last one is back.
+    """
+
+    id: str
+    runtime_hash: str
+    lifecycle: Lifecycle
+    in_flight: int = 0
+    idle_since: float = 0.0
+    is_cordoned: bool = False
+
+    @property
+    def state(self) -> ReplicaState:
+        """The lifecycle's state."""
+        return self.lifecycle.state
+
+
+@dataclass(slots=True, eq=False, kw_only=True)
+class Waiter:
+    """A request that wants a lease. `replica` is set when it has one."""
+
+    num_bytes: int
+    replica: Replica | None = None
+    failure: ApiError | None = None
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class StartReplica:
+    """Create a runtime and load the snapshot."""
+
+    replica: Replica
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class WakeReplica:
+    """Bring a parked runtime back."""
+
+    replica: Replica
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ParkReplica:
+    """Take a runtime's memory away and keep its process."""
+
+    replica: Replica
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class StopReplica:
+    """Remove a runtime, after its leases are back or the drain timeout has passed."""
+
+    replica: Replica
+
+
+Instruction = StartReplica | WakeReplica | ParkReplica | StopReplica
+
+
+@dataclass(slots=True, kw_only=True)
+class Backoff:
+    """When the next start may be tried after failures."""
+
+    num_failures: int = 0
+    retry_at: float = 0.0
+    reason: str = ""
+
+    def holds(self, now: float) -> bool:
+        """Return whether starting is still forbidden."""
+        return self.num_failures > 0 and now < self.retry_at
+
+
+@dataclass(slots=True, kw_only=True)
+class _Queue:
+    waiters: deque[Waiter] = field(default_factory=deque)
+    num_bytes: int = 0
+
+
+class ReplicaSet:
+    """Replicas, queue and decisions of one function.
+
+    Args:
+        spec: The current revision.
+        runtime_hash: Hash of the parts of `spec` a running runtime cannot change.
+        new_id: Makes ids that no runtime has had before.
+    """
+
+    def __init__(self, spec: FunctionSpec, runtime_hash: str, *, new_id: Callable[[], str]) -> None:
+        self._new_id = new_id
+        self.spec = spec
+        self.runtime_hash = runtime_hash
+        self.floor = 0
+        self.is_closing = False
+        self.backoff = Backoff()
+        self.replicas: dict[str, Replica] = {}
+        self.transitions: list[tuple[Replica, Transition]] = []
+        self._queue = _Queue()
+        self._surplus_since: float | None = None
+
+    @property
+    def in_flight(self) -> int:
+        """Leases out, over all replicas."""
+        return sum(replica.in_flight for replica in self.replicas.values())
+
+    @property
+    def num_queued(self) -> int:
+        """Requests that wait for a lease."""
+        return len(self._queue.waiters)
+
+    @property
+    def tier(self) -> Tier:
+        """The warmest tier a new request would find."""
+        states = {replica.state for replica in self._current()}
+        if ReplicaState.READY in states:
+            return Tier.READY
+        if states & {ReplicaState.PARKED, ReplicaState.PARKING}:
+            return Tier.PARKED
+        return Tier.STOPPED
+
+    def update(self, spec: FunctionSpec, runtime_hash: str) -> None:
+        """Take a new revision; replicas it does not fit are put away once they are idle."""
+        self.spec = spec
+        self.runtime_hash = runtime_hash
+        self.backoff = Backoff()
+
+    def admit(self, waiter: Waiter, *, now: float) -> None:
+        """Give a request a lease at once, or a place in the queue.
+
+        Raises:
+            QueueFull: No place is left, by count or bytes.
+            ActivationFailed: Nothing is ready and the last start failed a moment ago.
+        """
+        if self.num_queued == 0 and self._lease(waiter):
+            return
+        if self.backoff.holds(now) and not self._has_hope():
+            raise self._failure(now)
+        limits = self.spec.queue
+        if self.num_queued >= limits.max_requests:
+            raise QueueFull(
+                f"{self.spec.name!r} has {self.num_queued} requests waiting, its "
+                "queue.max_requests; retry later or raise the limit",
+                retry_after_s=1.0,
+            )
+        if self._queue.num_bytes + waiter.num_bytes > limits.max_bytes:
+            raise QueueFull(
+                f"the requests waiting for {self.spec.name!r} hold {self._queue.num_bytes} bytes "
+                "and queue.max_bytes leaves no room for this one; retry later",
+                retry_after_s=1.0,
+            )
+        self._queue.waiters.append(waiter)
+        self._queue.num_bytes += waiter.num_bytes
+
+    def readmit(self, waiter: Waiter) -> None:
+        """Put a request whose replica died before its first token at the head of the queue."""
+        waiter.replica = None
+        self._queue.waiters.appendleft(waiter)
+        self._queue.num_bytes += waiter.num_bytes
+
+    def abandon(self, waiter: Waiter) -> None:
+        """Take a request out of the queue; harmless when it is not in it."""
+        if waiter in self._queue.waiters:
+            self._queue.waiters.remove(waiter)
+            self._queue.num_bytes -= waiter.num_bytes
+
+    def grant(self) -> list[Waiter]:
+        """Give leases to waiting requests, first come first served; returns who got one."""
+        granted = []
+        while self._queue.waiters and self._lease(self._queue.waiters[0]):
+            waiter = self._queue.waiters.popleft()
+            self._queue.num_bytes -= waiter.num_bytes
+            granted.append(waiter)
+        return granted
+
+    def release(self, replica: Replica, *, now: float) -> None:
+        """Take a lease back; the idle clock starts with the last one."""
+        assert replica.in_flight > 0, f"replica {replica.id} has no lease out"
+        replica.in_flight -= 1
+        replica.idle_since = now
+
+    def plan(self, now: float) -> list[Instruction]:
+        """Return the moves to make now; their states are entered before this returns."""
+        return [*self._put_away(now), *self._bring_up(now)]
+
+    def next_deadline(self, now: float) -> float | None:
+        """Return the next monotonic second at which an idle, park or back-off limit is reached."""
+        return min((at for at in self._deadlines() if at > now), default=None)
+
+    def adopt(self, replica: Replica) -> None:
+        """Take over a runtime that was already there."""
+        self.replicas[replica.id] = replica
+        self.transitions.append((replica, replica.lifecycle.history[-1]))
+
+    def loading(self, replica: Replica, *, now: float, reason: str) -> None:
+        """Note that a started runtime answers and loads."""
+        self._move(replica, ReplicaState.LOADING, now, reason)
+
+    def ready(self, replica: Replica, *, now: float) -> None:
+        """Note that a replica can serve."""
+        self._move(replica, ReplicaState.READY, now, "loaded")
+        replica.idle_since = now
+        self.backoff = Backoff()
+
+    def parked(self, replica: Replica, *, now: float) -> None:
+        """Note that a replica has given its memory back."""
+        self._move(replica, ReplicaState.PARKED, now, "memory given back")
+        replica.is_cordoned = False
+
+    def park_refused(self, replica: Replica, *, now: float, reason: str) -> None:
+        """Note that a runtime would not park; it serves on."""
+        self._move(replica, ReplicaState.READY, now, reason)
+        replica.idle_since = now
+
+    def failed(self, replica: Replica, *, now: float, reason: str, is_start: bool) -> list[Waiter]:
+        """Note that a replica is lost; returns the requests that fail with it.
+
+        Args:
+            replica: The lost one.
+            now: Monotonic seconds.
+            reason: What happened, for the history and the waiting clients.
+            is_start: Whether it was lost while starting. Then waiting requests fail at once
+                unless another replica could serve them, and the next start waits for a back-off.
+                Otherwise a new replica takes its place.
+        """
+        self._move(replica, ReplicaState.FAILED, now, reason)
+        if not is_start:
+            return []
+        failures = self.backoff.num_failures + 1
+        self.backoff = Backoff(
+            num_failures=failures, retry_at=now + backoff_s(failures), reason=reason
+        )
+        return [] if self._has_hope() else self.fail_waiters(self._failure(now))
+
+    def stopped(self, replica: Replica, *, now: float) -> None:
+        """Forget a replica whose runtime is gone."""
+        self._move(replica, ReplicaState.STOPPED, now, "runtime removed")
+        del self.replicas[replica.id]
+
+    def unplace(self, replica: Replica, *, parked: bool, now: float) -> None:
+        """Undo a start or wake for which no device was free; `plan` will ask again."""
+        if parked:
+            replica.lifecycle = Lifecycle(
+                at=now, reason="no device free", state=ReplicaState.PARKED
+            )
+        else:
+            del self.replicas[replica.id]
+
+    def drain(self, replica: Replica, *, now: float, reason: str) -> StopReplica | None:
+        """Begin to stop a replica, unless it is on its way out already."""
+        if replica.state in ENDING:
+            return None
+        self._move(replica, ReplicaState.DRAINING, now, reason)
+        return StopReplica(replica=replica)
+
+    def park_now(self, *, now: float, reason: str) -> list[Instruction]:
+        """Park every replica that is ready and idle, whatever its idle timeout."""
+        idle = [
+            replica
+            for replica in self.replicas.values()
+            if replica.state is ReplicaState.READY and replica.in_flight == 0
+        ]
+        return [self._park(replica, now, reason) for replica in idle]
+
+    def _current(self) -> Iterator[Replica]:
+        for replica in self.replicas.values():
+            if replica.runtime_hash == self.runtime_hash and not replica.is_cordoned:
+                yield replica
+
+    def _lease(self, waiter: Waiter) -> bool:
+        limit = self.spec.scaling.max_concurrency
+        free = [
+            replica
+            for replica in self._current()
+            if replica.state in _ROUTABLE and replica.in_flight < limit
+        ]
+        if not free:
+            return False
+        waiter.replica = min(free, key=lambda replica: replica.in_flight)
+        waiter.replica.in_flight += 1
+        return True
+
+    def _has_hope(self) -> bool:
+        return any(replica.state not in ENDING for replica in self._current())
+
+    def _failure(self, now: float) -> ActivationFailed:
+        wait_s = max(self.backoff.retry_at - now, 0.0)
+        return ActivationFailed(
+            f"{self.spec.name!r} could not be started: {self.backoff.reason}; the next attempt is "
+            f"possible in {wait_s:.0f} s",
+            retry_after_s=wait_s,
+        )
+
+    def fail_waiters(self, failure: ApiError) -> list[Waiter]:
+        """Empty the queue for one reason; returns who was in it."""
+        lost = list(self._queue.waiters)
+        for waiter in lost:
+            waiter.failure = failure
+        self._queue = _Queue()
+        return lost
+
+    def _needed(self) -> int:
+        if self.is_closing:
+            return 0
+        load = self.in_flight + self.num_queued
+        return needed_replicas(self.spec.scaling, load=load, floor=self.floor)
+
+    def _bring_up(self, now: float) -> list[Instruction]:
+        if self.is_closing or self.backoff.holds(now):
+            return []
+        current = list(self._current())
+        up = [r for r in current if r.state in COMING | {ReplicaState.READY}]
+        on_the_way = [r for r in current if r.state is ReplicaState.PARKING]
+        missing = self._needed() - len(up) - self._uncordon(self._needed() - len(up))
+        instructions: list[Instruction] = []
+        parked = [r for r in current if r.state is ReplicaState.PARKED]
+        for replica in sorted(parked, key=lambda r: -r.idle_since)[: max(missing, 0)]:
+            self._move(replica, ReplicaState.LOADING, now, "requests wait")
+            instructions.append(WakeReplica(replica=replica))
+        # A replica that is just being parked is woken as soon as it is: cheaper than a start.
+        still_missing = missing - len(instructions) - len(on_the_way)
+        room = self.spec.scaling.max_replicas - sum(r.state not in ENDING for r in current)
+        for _ in range(min(still_missing, room)):
+            instructions.append(StartReplica(replica=self._create(now)))
+        return instructions
+
+    def _uncordon(self, missing: int) -> int:
+        """Take cordoned replicas back into service, the cheapest there are; returns how many."""
+        spare = [
+            replica
+            for replica in self.replicas.values()
+            if replica.is_cordoned
+            and replica.state is ReplicaState.READY
+            and replica.runtime_hash == self.runtime_hash
+        ][: max(missing, 0)]
+        for replica in spare:
+            replica.is_cordoned = False
+        return len(spare)
+
+    def _create(self, now: float) -> Replica:
+        replica = Replica(
+            id=self._new_id(),
+            runtime_hash=self.runtime_hash,
+            lifecycle=Lifecycle(at=now, reason="requests wait"),
+            idle_since=now,
+        )
+        self.replicas[replica.id] = replica
+        self.transitions.append((replica, replica.lifecycle.history[-1]))
+        return replica
+
+    def _put_away(self, now: float) -> list[Instruction]:
+        self._choose_surplus(now)
+        instructions: list[Instruction] = []
+        for replica in list(self.replicas.values()):
+            if replica.in_flight > 0 or replica.state not in (
+                ReplicaState.READY,
+                ReplicaState.PARKED,
+            ):
+                continue
+            if self.is_closing:
+                instructions += self._stop(replica, now, "function deleted")
+            elif replica.runtime_hash != self.runtime_hash:
+                instructions += self._stop(replica, now, "replaced by a newer revision")
+            elif replica.state is ReplicaState.PARKED:
+                if self._is_expired(replica, now):
+                    instructions += self._stop(replica, now, "park timeout")
+            elif replica.is_cordoned:
+                instructions.append(self._park(replica, now, "more replicas than needed"))
+            elif self._is_idle(replica, now):
+                instructions.append(self._park(replica, now, "idle timeout"))
+        return instructions
+
+    def _choose_surplus(self, now: float) -> None:
+        """Cordon the least busy replica once there has been one too many for long enough."""
+        ready = [r for r in self._current() if r.state is ReplicaState.READY]
+        if len(ready) <= max(self._needed(), 1):
+            self._surplus_since = None
+            return
+        if self._surplus_since is None:
+            self._surplus_since = now
+        if now - self._surplus_since >= self.spec.scaling.scale_down_delay:
+            min(ready, key=lambda r: (r.in_flight, r.idle_since)).is_cordoned = True
+            self._surplus_since = None
+
+    def _is_idle(self, replica: Replica, now: float) -> bool:
+        timeout = self.spec.scaling.idle_timeout
+        if timeout is None or self.num_queued > 0:
+            return False
+        ready = sum(r.state is ReplicaState.READY for r in self._current())
+        return ready > self.floor and now - replica.idle_since >= timeout
+
+    def _is_expired(self, replica: Replica, now: float) -> bool:
+        timeout = self.spec.scaling.park_timeout
+        if timeout is None or self.num_queued > 0:
+            return False
+        return now - replica.lifecycle.since >= timeout
+
+    def _deadlines(self) -> Iterator[float]:
+        scaling = self.spec.scaling
+        for replica in self.replicas.values():
+            is_idle = replica.state is ReplicaState.READY and replica.in_flight == 0
+            if is_idle and scaling.idle_timeout is not None:
+                yield replica.idle_since + scaling.idle_timeout
+            if replica.state is ReplicaState.PARKED and scaling.park_timeout is not None:
+                yield replica.lifecycle.since + scaling.park_timeout
+        if self._surplus_since is not None:
+            yield self._surplus_since + scaling.scale_down_delay
+        if self.backoff.num_failures:
+            yield self.backoff.retry_at
+
+    def _park(self, replica: Replica, now: float, reason: str) -> ParkReplica:
+        self._move(replica, ReplicaState.PARKING, now, reason)
+        return ParkReplica(replica=replica)
+
+    def _stop(self, replica: Replica, now: float, reason: str) -> list[Instruction]:
+        instruction = self.drain(replica, now=now, reason=reason)
+        return [] if instruction is None else [instruction]
+
+    def _move(self, replica: Replica, target: ReplicaState, now: float, reason: str) -> None:
+        self.transitions.append((replica, replica.lifecycle.move(target, at=now, reason=reason)))
