@@ -73,6 +73,8 @@ class _FinishReasonEnumTypeWrapper(_enum_type_wrapper._EnumTypeWrapper[_FinishRe
     FINISH_REASON_CANCELLED: _FinishReason.ValueType  # 3
     FINISH_REASON_ERROR: _FinishReason.ValueType  # 4
     """`error` says what; only this sequence is affected"""
+    FINISH_REASON_REFUSED: _FinishReason.ValueType  # 5
+    """never ran: `error` says what is wrong with the request"""
 
 class FinishReason(_FinishReason, metaclass=_FinishReasonEnumTypeWrapper): ...
 
@@ -83,6 +85,8 @@ FINISH_REASON_LENGTH: FinishReason.ValueType  # 2
 FINISH_REASON_CANCELLED: FinishReason.ValueType  # 3
 FINISH_REASON_ERROR: FinishReason.ValueType  # 4
 """`error` says what; only this sequence is affected"""
+FINISH_REASON_REFUSED: FinishReason.ValueType  # 5
+"""never ran: `error` says what is wrong with the request"""
 Global___FinishReason: _TypeAlias = FinishReason  # noqa: Y015
 
 @_typing.final

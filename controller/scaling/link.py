@@ -1,0 +1,73 @@
+"""The wire to one runtime, and the last thing it said about itself."""
+
+from collections.abc import AsyncIterator, Callable, Sequence
+from typing import Protocol
+
+from runtime.rpc import inference_pb2 as pb
+from runtime.rpc.client import Attachment, RuntimeRpcError
+
+
+class RuntimeConnection(Protocol):
+    """What a function needs of a runtime's client; errors are RuntimeRpcError."""
+
+    async def wait_reachable(self, timeout_s: float) -> None:
+        """Return when the runtime answers."""
+
+    async def load(self, request: pb.LoadRequest, *, timeout_s: float) -> pb.LoadResponse:
+        """Load a snapshot."""
+
+    async def park(self, *, timeout_s: float) -> pb.ParkResponse:
+        """Give weights and KV back."""
+
+    async def wake(self, device_uuids: Sequence[str], *, timeout_s: float) -> pb.WakeResponse:
+        """Reverse a park."""
+
+    async def health(self, *, timeout_s: float) -> pb.RuntimeStatus:
+        """Return one status."""
+
+    def watch(self) -> AsyncIterator[pb.RuntimeStatus]:
+        """Yield a status after every change."""
+
+    async def attach(self) -> Attachment:
+        """Open a stream for sequences."""
+
+    async def close(self) -> None:
+        """Close the connection; the runtime goes on."""
+
+
+Connect = Callable[[str], RuntimeConnection]
+
+
+class RuntimeLink:
+    """One replica's connection, its stream of sequences and its devices."""
+
+    def __init__(self, connection: RuntimeConnection, device_ids: tuple[str, ...]) -> None:
+        self.connection = connection
+        self.device_ids = device_ids
+        self.status = pb.RuntimeStatus()
+        self.freed_bytes = 0
+        self._attachment: Attachment | None = None
+
+    @property
+    def attachment(self) -> Attachment:
+        """The open stream.
+
+        Raises:
+            AssertionError: The replica was never ready.
+        """
+        assert self._attachment is not None, "a replica that was never ready has no stream"
+        return self._attachment
+
+    async def attach(self) -> None:
+        """Open the stream of sequences, unless one is open."""
+        if self._attachment is None or self._attachment.is_broken:
+            self._attachment = await self.connection.attach()
+
+    async def close(self) -> None:
+        """Close stream and connection; errors of a runtime that is gone do not matter."""
+        try:
+            if self._attachment is not None:
+                await self._attachment.close()
+            await self.connection.close()
+        except RuntimeRpcError:
+            pass

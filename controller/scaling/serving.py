@@ -1,0 +1,310 @@
+"""One request on its way through a function: wait for a lease, run, stream, give back."""
+
+import asyncio
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from types import TracebackType
+from typing import Protocol, Self
+
+from controller.clock import Clock
+from controller.errors import (
+    ActivationTimeout,
+    ApiError,
+    FirstTokenTimeout,
+    InternalError,
+    InvalidRequest,
+    RuntimeDied,
+)
+from controller.scaling.generation import GenerationRecord, GenerationRequest, TokenChunk
+from controller.scaling.lifecycle import Tier
+from controller.scaling.replica_set import Replica, Waiter
+from functions.spec import FunctionSpec
+from runtime.rpc import inference_pb2 as pb
+from runtime.rpc.client import Attachment, RuntimeRpcError, RuntimeUnavailable
+
+FINISH_REASONS = {pb.FINISH_REASON_STOP: "stop", pb.FINISH_REASON_LENGTH: "length"}
+MAX_ATTEMPTS = 2
+
+
+@dataclass(slots=True, eq=False, kw_only=True)
+class Ticket(Waiter):
+    """A waiter that can be awaited; `decided` is set with the lease or the failure."""
+
+    decided: asyncio.Event = field(default_factory=asyncio.Event)
+
+
+class Host(Protocol):
+    """What a generation needs of the function it runs on."""
+
+    clock: Clock
+
+    @property
+    def name(self) -> str:
+        """The function's name."""
+
+    @property
+    def spec(self) -> FunctionSpec:
+        """The current revision."""
+
+    @property
+    def tier(self) -> Tier:
+        """The warmest tier a new request would find."""
+
+    def admit(self, ticket: Ticket) -> None:
+        """Lease or queue at once, or raise QueueFull or ActivationFailed."""
+
+    def readmit(self, ticket: Ticket) -> None:
+        """Queue again, at the head."""
+
+    def abandon(self, ticket: Ticket) -> None:
+        """Leave the queue."""
+
+    def release(self, replica: Replica) -> None:
+        """Give a lease back."""
+
+    def attachment(self, replica: Replica) -> Attachment:
+        """Return a leased replica's stream."""
+
+    def eta_s(self, tier: str, waited_s: float) -> float | None:
+        """Return the expected rest of a cold start."""
+
+    def entered(self, generation: "FunctionGeneration") -> None:
+        """Note that a request was admitted."""
+
+    def first_token(self, generation: "FunctionGeneration", replica: Replica) -> None:
+        """Note a request's first token."""
+
+    def left(self, generation: "FunctionGeneration") -> None:
+        """Note that a request is over; its record is complete."""
+
+
+class TokenBuffer:
+    """Where a sequence's tokens wait for their reader; the writer never blocks.
+
+    Holds at most the sequence's max_tokens ids, so it needs no bound of its own.
+    """
+
+    __slots__ = ("_on_end", "_wakeup", "error", "finished", "num_tokens", "tokens")
+
+    def __init__(self, on_end: Callable[[], None]) -> None:
+        self.tokens: list[int] = []
+        self.num_tokens = 0
+        self.finished: pb.Finished | None = None
+        self.error: ApiError | RuntimeRpcError | None = None
+        self._on_end = on_end
+        self._wakeup: asyncio.Future[None] | None = None
+
+    def on_token(self, token_id: int) -> None:
+        """Take one token."""
+        self.tokens.append(token_id)
+        self.num_tokens += 1
+        if self._wakeup is not None:
+            self._wake()
+
+    def on_finished(self, finished: pb.Finished) -> None:
+        """Take the end of the sequence."""
+        self.finished = finished
+        self._on_end()
+        self._wake()
+
+    def on_broken(self, error: RuntimeRpcError) -> None:
+        """Take the end of the stream."""
+        if self.error is None:
+            self.error = error
+        self._on_end()
+        self._wake()
+
+    def fail(self, error: ApiError) -> None:
+        """End the reader's wait; the sequence itself may still run."""
+        if self.error is None:
+            self.error = error
+        self._wake()
+
+    def take(self) -> list[int]:
+        """Return the tokens that have arrived and forget them."""
+        tokens, self.tokens = self.tokens, []
+        return tokens
+
+    async def wait(self) -> None:
+        """Return once there is something to read."""
+        while not self.tokens and self.finished is None and self.error is None:
+            self._wakeup = asyncio.get_running_loop().create_future()
+            await self._wakeup
+
+    def _wake(self) -> None:
+        wakeup, self._wakeup = self._wakeup, None
+        if wakeup is not None and not wakeup.done():
+            wakeup.set_result(None)
+
+
+class FunctionGeneration:
+    """One admitted request; see `controller.scaling.generation.Generation`."""
+
+    def __init__(self, host: Host, request: GenerationRequest) -> None:
+        self.record = GenerationRecord(
+            request_id=request.request_id,
+            function=host.name,
+            tier=str(host.tier),
+            key_id=request.key_id,
+            num_prompt_tokens=len(request.prompt_token_ids),
+        )
+        self.admitted_at = 0.0
+        self._host = host
+        self._request = request
+        self._ticket = Ticket(num_bytes=request.num_bytes)
+        self._buffer: TokenBuffer | None = None
+        self._sequence: tuple[Attachment, int] | None = None
+        self._num_attempts = 0
+        self._is_done = False
+        self._progress = (0, 0.0)
+
+    async def __aenter__(self) -> Self:
+        self.admitted_at = self._host.clock.monotonic()
+        self.record.tier = str(self._host.tier)
+        self._host.admit(self._ticket)
+        self._host.entered(self)
+        return self
+
+    async def __aexit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        traceback: TracebackType | None,
+    ) -> None:
+        if isinstance(error, ApiError):
+            self.record.outcome = error.code or error.type
+        self.record.duration_s = self._elapsed_s()
+        self._host.abandon(self._ticket)
+        if self._buffer is None:
+            self._give_back()
+        elif self._sequence is not None and self._buffer.finished is None:
+            attachment, sequence_id = self._sequence
+            attachment.cancel(sequence_id)
+        self._host.left(self)
+
+    def __aiter__(self) -> Self:
+        return self
+
+    async def __anext__(self) -> TokenChunk:
+        if self._is_done:
+            raise StopAsyncIteration
+        while True:
+            buffer = self._buffer or await self._start()
+            await buffer.wait()
+            if buffer.tokens or buffer.finished is not None:
+                return self._chunk(buffer)
+            assert buffer.error is not None
+            if not self._may_retry(buffer.error):
+                raise self._translate(buffer.error)
+            self._buffer = None
+            self._ticket.decided.clear()
+            self._host.readmit(self._ticket)
+
+    def eta_s(self) -> float | None:
+        """Return the expected seconds to the first token while cold; None when not known."""
+        return self._host.eta_s(self.record.tier, self._elapsed_s())
+
+    def check_deadlines(self, now: float) -> None:
+        """End the request if it has waited too long for a lease, a first or a next token."""
+        timeouts, name = self._host.spec.timeouts, self._host.name
+        if self._buffer is None:
+            limit = self._host.spec.queue.timeout
+            if self._ticket.replica is None and now - self.admitted_at > limit:
+                self._host.abandon(self._ticket)
+                self._ticket.failure = ActivationTimeout(
+                    f"no replica of {name!r} became ready within queue.timeout, {limit:g} s; "
+                    "retry, or raise the limit",
+                    retry_after_s=1.0,
+                )
+                self._ticket.decided.set()
+            return
+        num_tokens, since = self._progress
+        if self._buffer.num_tokens != num_tokens:
+            self._progress = (self._buffer.num_tokens, now)
+        elif num_tokens == 0 and now - since > timeouts.first_token:
+            self._buffer.fail(
+                FirstTokenTimeout(
+                    f"{name!r} produced no token within timeouts.first_token, "
+                    f"{timeouts.first_token:g} s; shorten the prompt, retry, or raise the limit"
+                )
+            )
+        elif num_tokens > 0 and now - since > timeouts.stream_idle:
+            self._buffer.fail(
+                RuntimeDied(
+                    f"{name!r} produced nothing for timeouts.stream_idle, "
+                    f"{timeouts.stream_idle:g} s; the answer is incomplete"
+                )
+            )
+
+    async def _start(self) -> TokenBuffer:
+        """Wait for a lease and submit the sequence."""
+        if self._ticket.replica is None:
+            await self._ticket.decided.wait()
+        if self._ticket.failure is not None:
+            raise self._ticket.failure
+        replica = self._ticket.replica
+        assert replica is not None
+        now = self._host.clock.monotonic()
+        if self.record.queue_s is None:
+            self.record.queue_s = now - self.admitted_at
+        self.record.replica_id = replica.id
+        self._num_attempts += 1
+        self._progress = (0, now)
+        buffer = TokenBuffer(on_end=lambda: self._host.release(replica))
+        self._buffer = buffer
+        try:
+            attachment = self._host.attachment(replica)
+            sequence_id = attachment.submit(
+                self._request.prompt_token_ids, self._request.sampling, buffer
+            )
+        except RuntimeUnavailable as error:
+            buffer.on_broken(error)
+        else:
+            self._sequence = (attachment, sequence_id)
+        return buffer
+
+    def _chunk(self, buffer: TokenBuffer) -> TokenChunk:
+        tokens = buffer.take()
+        if tokens and self.record.first_token_s is None:
+            self.record.first_token_s = self._elapsed_s()
+            assert self._ticket.replica is not None
+            self._host.first_token(self, self._ticket.replica)
+        self.record.num_output_tokens += len(tokens)
+        finished = buffer.finished
+        if finished is None:
+            return TokenChunk(tokens)
+        self._is_done = True
+        self.record.num_cached_tokens = finished.num_cached_tokens
+        reason = FINISH_REASONS.get(finished.reason)
+        if reason is None:
+            raise self._abnormal_end(finished)
+        self.record.outcome = reason
+        return TokenChunk(tokens, finish_reason=reason)
+
+    def _abnormal_end(self, finished: pb.Finished) -> ApiError:
+        if finished.reason == pb.FINISH_REASON_REFUSED:
+            return InvalidRequest(finished.error)
+        if finished.reason == pb.FINISH_REASON_CANCELLED:
+            return RuntimeDied(f"{self._host.name!r} was stopped; the answer is incomplete")
+        return InternalError(f"the engine could not finish the sequence: {finished.error}")
+
+    def _may_retry(self, error: ApiError | RuntimeRpcError) -> bool:
+        is_lost = isinstance(error, RuntimeUnavailable)
+        is_untouched = self.record.num_output_tokens == 0
+        return is_lost and is_untouched and self._num_attempts < MAX_ATTEMPTS
+
+    def _translate(self, error: ApiError | RuntimeRpcError) -> ApiError:
+        if isinstance(error, ApiError):
+            return error
+        return RuntimeDied(
+            f"the replica of {self._host.name!r} went away while it answered: {error}; retry"
+        )
+
+    def _give_back(self) -> None:
+        """Return a lease that was granted and never used."""
+        if self._ticket.replica is not None:
+            self._host.release(self._ticket.replica)
+            self._ticket.replica = None
+
+    def _elapsed_s(self) -> float:
+        return self._host.clock.monotonic() - self.admitted_at
