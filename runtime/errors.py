@@ -1,0 +1,82 @@
+"""Everything a runtime can refuse or fail with, and the gRPC status of each.
+
+RuntimeFault
+├── InvalidRequest      INVALID_ARGUMENT     a message that makes no sense, whatever the state
+│   └── InvalidSequence INVALID_ARGUMENT     one sequence; others are not affected
+├── UnknownSnapshot     NOT_FOUND            the store does not hold it
+├── WrongState          FAILED_PRECONDITION  not allowed in the runtime's present state
+├── LoadFailed          FAILED_PRECONDITION  this snapshot cannot be loaded with this configuration
+├── SnapshotDamaged     DATA_LOSS            the files are not what the manifest says
+├── OutOfMemory         RESOURCE_EXHAUSTED   weights or KV blocks do not fit
+├── StreamOverflow      RESOURCE_EXHAUSTED   the reader of a stream is too slow
+├── EngineDied          UNAVAILABLE          the engine ended without being asked
+├── ZygoteDied          UNAVAILABLE          no engine can be forked
+└── ShuttingDown        UNAVAILABLE          the runtime is stopping
+
+Statuses are names, so that processes without gRPC can import this module.
+"""
+
+from collections.abc import Mapping
+
+
+class RuntimeFault(Exception):
+    """A failure with a gRPC status; the message says what failed, the value, and what to do."""
+
+
+class InvalidRequest(RuntimeFault):
+    """A request that can be accepted in no state."""
+
+
+class InvalidSequence(InvalidRequest):
+    """A sequence that the engine cannot run; no other sequence is affected."""
+
+
+class UnknownSnapshot(RuntimeFault):
+    """The mounted store has no snapshot of this name."""
+
+
+class WrongState(RuntimeFault):
+    """The operation is not allowed in the runtime's present state."""
+
+
+class LoadFailed(RuntimeFault):
+    """The snapshot cannot be loaded with this configuration; trying again does not help."""
+
+
+class SnapshotDamaged(RuntimeFault):
+    """The snapshot's files are not what its manifest says."""
+
+
+class OutOfMemory(RuntimeFault):
+    """Weights or KV blocks do not fit the memory that is free or allowed."""
+
+
+class StreamOverflow(RuntimeFault):
+    """A stream's reader fell too far behind; its sequences are cancelled."""
+
+
+class EngineDied(RuntimeFault):
+    """The engine process ended without being asked to."""
+
+
+class ZygoteDied(RuntimeFault):
+    """The fork server ended, so that no engine can be started."""
+
+
+class ShuttingDown(RuntimeFault):
+    """The runtime is stopping."""
+
+
+GRPC_STATUS: Mapping[type[RuntimeFault], str] = {
+    InvalidRequest: "INVALID_ARGUMENT",
+    InvalidSequence: "INVALID_ARGUMENT",
+    UnknownSnapshot: "NOT_FOUND",
+    WrongState: "FAILED_PRECONDITION",
+    LoadFailed: "FAILED_PRECONDITION",
+    SnapshotDamaged: "DATA_LOSS",
+    OutOfMemory: "RESOURCE_EXHAUSTED",
+    StreamOverflow: "RESOURCE_EXHAUSTED",
+    EngineDied: "UNAVAILABLE",
+    ZygoteDied: "UNAVAILABLE",
+    ShuttingDown: "UNAVAILABLE",
+}

@@ -1,0 +1,36 @@
+"""Structured logs of every runtime process: JSON lines on stderr, never prompts or outputs."""
+
+import logging
+import sys
+from collections.abc import MutableMapping
+from typing import Any
+
+import structlog
+
+
+def configure_logs(level: str, **context: str) -> None:
+    """Send log lines to stderr.
+
+    Args:
+        level: Name of the lowest level that is written, as in `logging`.
+        **context: Fields put on every line of this process.
+    """
+
+    def add_context(
+        _logger: object, _method: str, event: MutableMapping[str, Any]
+    ) -> MutableMapping[str, Any]:
+        return {**context, **event}
+
+    structlog.configure(
+        processors=[
+            add_context,
+            structlog.processors.add_log_level,
+            structlog.processors.TimeStamper(fmt="iso", utc=True),
+            structlog.processors.format_exc_info,
+            structlog.processors.JSONRenderer(),
+        ],
+        wrapper_class=structlog.make_filtering_bound_logger(
+            logging.getLevelNamesMapping()[level.upper()]
+        ),
+        logger_factory=structlog.WriteLoggerFactory(file=sys.stderr),
+    )
