@@ -57,7 +57,7 @@ Duration = Annotated[
                 {"type": "number", "minimum": 0},
                 {"type": "string", "pattern": DURATION_PATTERN},
             ],
-            "format": "duration",
+            "x-coldspark-type": "duration",
         }
     ),
 ]
@@ -70,7 +70,7 @@ Size = Annotated[
                 {"type": "integer", "minimum": 0},
                 {"type": "string", "pattern": SIZE_PATTERN},
             ],
-            "format": "size",
+            "x-coldspark-type": "size",
         }
     ),
 ]
