@@ -39,11 +39,10 @@ Connect = Callable[[str], RuntimeConnection]
 
 
 class RuntimeLink:
-    """One replica's connection, its stream of sequences and its devices."""
+    """One replica's connection and its stream of sequences."""
 
-    def __init__(self, connection: RuntimeConnection, device_ids: tuple[str, ...]) -> None:
+    def __init__(self, connection: RuntimeConnection) -> None:
         self.connection = connection
-        self.device_ids = device_ids
         self.status = pb.RuntimeStatus()
         self.freed_bytes = 0
         self._attachment: Attachment | None = None

@@ -4,15 +4,12 @@ import math
 from collections.abc import Sequence
 from datetime import datetime, timedelta
 
-from apscheduler.triggers.base import BaseTrigger
-from apscheduler.triggers.combining import OrTrigger
 from apscheduler.triggers.cron import CronTrigger
 
 from functions.spec import ScalingSpec, ScheduleSpec
 
 FIRST_BACKOFF_S = 1.0
 MAX_BACKOFF_S = 60.0
-WEEKDAYS = ("sun", "mon", "tue", "wed", "thu", "fri", "sat")
 
 
 def needed_replicas(scaling: ScalingSpec, *, load: int, floor: int) -> int:
@@ -29,8 +26,8 @@ def needed_replicas(scaling: ScalingSpec, *, load: int, floor: int) -> int:
 
 def replica_floor(scaling: ScalingSpec, schedules: Sequence[ScheduleSpec], now: datetime) -> int:
     """Return the replicas to keep ready at an aware moment: the spec's, raised by schedules."""
-    held = (schedule.min_replicas for schedule in schedules if is_in_window(schedule, now))
-    return max(scaling.min_replicas, *held, 0)
+    held = [schedule.min_replicas for schedule in schedules if is_in_window(schedule, now)]
+    return max([scaling.min_replicas, *held])
 
 
 def is_in_window(schedule: ScheduleSpec, now: datetime) -> bool:
@@ -44,45 +41,17 @@ def is_in_window(schedule: ScheduleSpec, now: datetime) -> bool:
     return opened is not None and opened <= now
 
 
-def cron_trigger(schedule: ScheduleSpec) -> BaseTrigger:
-    """Return the moments a schedule's window opens, in its own time zone.
-
-    Standard cron, which APScheduler's own parser is not: it counts weekdays from Monday = 0, and
-    wants day of month and weekday both to match where cron is content with either.
-    """
-    minute, hour, day, month, weekday = schedule.cron.split()
-    zone = schedule.timezone
-    weekdays = "*" if weekday == "*" else _weekday_names(weekday)
-    if day == "*" or weekday == "*":
-        return CronTrigger(
-            minute=minute, hour=hour, day=day, month=month, day_of_week=weekdays, timezone=zone
-        )
-    by_day = CronTrigger(minute=minute, hour=hour, day=day, month=month, timezone=zone)
-    by_weekday = CronTrigger(
-        minute=minute, hour=hour, month=month, day_of_week=weekdays, timezone=zone
+def cron_trigger(schedule: ScheduleSpec) -> CronTrigger:
+    """Return the moments a schedule's window opens, in its own time zone."""
+    fields = schedule.fields
+    return CronTrigger(
+        minute=fields.minute,
+        hour=fields.hour,
+        day=fields.day,
+        month=fields.month,
+        day_of_week=fields.day_of_week,
+        timezone=schedule.timezone,
     )
-    return OrTrigger([by_day, by_weekday])
-
-
-def _weekday_names(field: str) -> str:
-    """Translate cron's weekdays, where 0 and 7 are Sunday, to APScheduler's names."""
-    chosen: set[int] = set()
-    for part in field.lower().split(","):
-        span, _, step = part.partition("/")
-        if span == "*":
-            first, last = 0, 6
-        else:
-            start, _, end = span.partition("-")
-            first = _weekday_number(start)
-            last = _weekday_number(end) if end else (6 if step else first)
-        chosen.update(day % 7 for day in range(first, last + 1, int(step or 1)))
-    if not chosen:
-        raise ValueError(f"the weekday field {field!r} matches no day")
-    return ",".join(WEEKDAYS[day] for day in sorted(chosen))
-
-
-def _weekday_number(text: str) -> int:
-    return WEEKDAYS.index(text) if text in WEEKDAYS else int(text)
 
 
 def backoff_s(num_failures: int) -> float:

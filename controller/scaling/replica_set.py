@@ -271,6 +271,7 @@ class ReplicaSet:
 
     def unplace(self, replica: Replica, *, parked: bool, now: float) -> None:
         """Undo a start or wake for which no device was free; `plan` will ask again."""
+        self.transitions = [entry for entry in self.transitions if entry[0] is not replica]
         if parked:
             replica.lifecycle = Lifecycle(
                 at=now, reason="no device free", state=ReplicaState.PARKED

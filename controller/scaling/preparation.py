@@ -1,0 +1,85 @@
+"""Building a function's snapshot: in a process of its own, so that torch never comes in here."""
+
+import asyncio
+import json
+import sys
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+import structlog
+
+from functions.spec import FunctionSpec
+
+log = structlog.get_logger(__name__)
+
+MAX_LINE_BYTES = 1 << 20
+
+
+class PreparationFailed(Exception):
+    """The snapshot could not be built; the message says why and what to do."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class BuildProgress:
+    """How far a build is, within its current phase."""
+
+    phase: str
+    done_bytes: int
+    total_bytes: int
+
+
+async def build_snapshot(
+    spec: FunctionSpec, store: Path, on_progress: Callable[[BuildProgress], None]
+) -> str:
+    """Build the snapshot of a spec's model, or find it built, and return its directory name.
+
+    Cancelling ends the build; a later one resumes it.
+
+    Raises:
+        PreparationFailed: The source is missing, refused or unusable.
+    """
+    process = await asyncio.create_subprocess_exec(
+        *_command(spec, store),
+        stdin=asyncio.subprocess.DEVNULL,
+        stdout=asyncio.subprocess.PIPE,
+        stderr=asyncio.subprocess.PIPE,
+        limit=MAX_LINE_BYTES,
+    )
+    assert process.stdout is not None
+    assert process.stderr is not None
+    errors = asyncio.create_task(process.stderr.read(), name=f"build errors of {spec.name}")
+    failure = ""
+    try:
+        async for line in process.stdout:
+            event = json.loads(line)
+            if event["event"] == "progress":
+                on_progress(
+                    BuildProgress(
+                        phase=event["phase"],
+                        done_bytes=event["done_bytes"],
+                        total_bytes=event["total_bytes"],
+                    )
+                )
+            elif event["event"] == "built":
+                await process.wait()
+                return str(event["snapshot"])
+            elif event["event"] == "error":
+                failure = " ".join(part for part in (event["message"], event.get("hint")) if part)
+        await process.wait()
+        tail = (await errors).decode(errors="replace").strip().splitlines()[-5:]
+        log.warning("snapshot build failed", function=spec.name, status=process.returncode)
+        raise PreparationFailed(failure or " | ".join(tail) or "the build ended without a word")
+    finally:
+        errors.cancel()
+        if process.returncode is None:
+            process.terminate()
+            await process.wait()
+
+
+def _command(spec: FunctionSpec, store: Path) -> list[str]:
+    model = spec.model
+    command = [sys.executable, "-m", "snapshots", "build", model.location]
+    command += ["--store", str(store), "--dtype", model.dtype, "--progress", "json"]
+    command += ["--tp", str(spec.engine.tensor_parallel_size)]
+    return command if model.revision is None else [*command, "--revision", model.revision]
