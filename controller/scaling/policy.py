@@ -56,4 +56,5 @@ def cron_trigger(schedule: ScheduleSpec) -> CronTrigger:
 
 def backoff_s(num_failures: int) -> float:
     """Return how long to wait before another start after consecutive failures."""
-    return min(FIRST_BACKOFF_S * 2.0 ** max(num_failures - 1, 0), MAX_BACKOFF_S)
+    doublings = min(max(num_failures - 1, 0), 16)
+    return min(FIRST_BACKOFF_S * 2.0**doublings, MAX_BACKOFF_S)

@@ -237,7 +237,6 @@ class ReplicaSet:
     def parked(self, replica: Replica, *, now: float) -> None:
         """Note that a replica has given its memory back."""
         self._move(replica, ReplicaState.PARKED, now, "memory given back")
-        replica.is_cordoned = False
 
     def park_refused(self, replica: Replica, *, now: float, reason: str) -> None:
         """Note that a runtime would not park; it serves on."""
@@ -442,6 +441,7 @@ class ReplicaSet:
             yield self.backoff.retry_at
 
     def _park(self, replica: Replica, now: float, reason: str) -> ParkReplica:
+        replica.is_cordoned = False
         self._move(replica, ReplicaState.PARKING, now, reason)
         return ParkReplica(replica=replica)
 

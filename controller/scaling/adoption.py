@@ -1,0 +1,116 @@
+"""Runtimes that were there before this controller, and runtimes nobody owns any more."""
+
+import asyncio
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+import structlog
+
+from controller.backends.base import BackendError, RuntimeBackend, RuntimeInfo, RuntimePhase
+from controller.scaling.function import Function
+from controller.scaling.lifecycle import ReplicaState
+from controller.scaling.link import Connect, RuntimeLink
+from controller.scaling.placement import CPU_DEVICE_ID
+from runtime.rpc import inference_pb2 as pb
+from runtime.rpc.client import RuntimeRpcError
+
+log = structlog.get_logger(__name__)
+
+HEALTH_TIMEOUT_S = 5.0
+ADOPTABLE = {
+    pb.RUNTIME_STATE_READY: ReplicaState.READY,
+    pb.RUNTIME_STATE_PARKED: ReplicaState.PARKED,
+}
+"""What can be taken over; a half-started runtime is removed, which costs no request."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Found:
+    """A running runtime that still fits its function."""
+
+    function: Function
+    info: RuntimeInfo
+    link: RuntimeLink
+    state: ReplicaState
+
+    @property
+    def device_ids(self) -> tuple[str, ...]:
+        """The devices it is on."""
+        return self.info.device_uuids or (CPU_DEVICE_ID,)
+
+
+async def find_adoptable(
+    backends: Mapping[str, RuntimeBackend], functions: Mapping[str, Function], connect: Connect
+) -> list[Found]:
+    """Return the running runtimes to take over; remove all others of this cluster.
+
+    Runtimes of a backend that cannot be reached are left alone.
+    """
+    found: list[Found] = []
+    for backend in backends.values():
+        try:
+            infos = await backend.list()
+        except BackendError as error:
+            log.warning("cannot look for runtimes", backend=backend.name, error=str(error))
+            continue
+        checked = await asyncio.gather(
+            *(_check(info, backend, functions, connect) for info in infos)
+        )
+        found += [candidate for candidate in checked if candidate is not None]
+    return found
+
+
+async def remove_orphans(
+    backends: Mapping[str, RuntimeBackend], functions: Mapping[str, Function]
+) -> int:
+    """Remove every runtime that is no function's replica; returns how many."""
+    owned = {replica_id for function in functions.values() for replica_id in function.set.replicas}
+    num_removed = 0
+    for backend in backends.values():
+        try:
+            for info in await backend.list():
+                if info.runtime_id not in owned and not _is_owned(info, functions):
+                    log.warning("removing an orphan", runtime_id=info.runtime_id)
+                    await backend.delete(info.runtime_id)
+                    num_removed += 1
+        except BackendError as error:
+            log.warning("cannot look for orphans", backend=backend.name, error=str(error))
+    return num_removed
+
+
+def _is_owned(info: RuntimeInfo, functions: Mapping[str, Function]) -> bool:
+    """Look again: the listing took time, and a replica may have been created meanwhile."""
+    function = functions.get(info.function)
+    return function is not None and info.runtime_id in function.set.replicas
+
+
+async def _check(
+    info: RuntimeInfo,
+    backend: RuntimeBackend,
+    functions: Mapping[str, Function],
+    connect: Connect,
+) -> Found | None:
+    function = functions.get(info.function)
+    fits = (
+        function is not None
+        and function.backend is backend
+        and function.deployment.runtime_hash == info.revision
+        and info.phase is RuntimePhase.RUNNING
+    )
+    if fits and function is not None:
+        link = RuntimeLink(connect(info.endpoint))
+        try:
+            link.status = await link.connection.health(timeout_s=HEALTH_TIMEOUT_S)
+            state = ADOPTABLE.get(link.status.state)
+            if state is not None:
+                await link.attach()
+                return Found(function=function, info=info, link=link, state=state)
+        except RuntimeRpcError as error:
+            log.warning("cannot adopt", runtime_id=info.runtime_id, error=str(error))
+        await link.close()
+    log.info("removing a runtime that cannot be adopted", runtime_id=info.runtime_id)
+    try:
+        await backend.delete(info.runtime_id)
+    except BackendError as error:
+        log.warning("delete failed", runtime_id=info.runtime_id, error=str(error))
+    return None

@@ -1,0 +1,46 @@
+"""Functions as the admin API and the dashboard show them: plain JSON values."""
+
+from typing import Any
+
+from controller.scaling.function import Function
+from controller.scaling.lifecycle import ReplicaState
+from controller.scaling.replica_set import Replica
+
+
+def function_view(function: Function) -> dict[str, Any]:
+    """Return what can be said about a function that has its snapshot."""
+    return {
+        "tier": str(function.tier),
+        "in_flight": function.set.in_flight,
+        "queued": function.set.num_queued,
+        "replicas": [replica_view(function, replica) for replica in function.set.replicas.values()],
+        "last_error": function.last_error or None,
+    }
+
+
+def replica_view(function: Function, replica: Replica) -> dict[str, Any]:
+    """Return what can be said about one replica."""
+    link = function.links.get(replica.id)
+    idle_s = None
+    if replica.state is ReplicaState.READY and replica.in_flight == 0:
+        idle_s = round(function.clock.monotonic() - replica.idle_since, 3)
+    memory = None if link is None else link.status.memory
+    return {
+        "id": replica.id,
+        "state": str(replica.state),
+        "in_flight": replica.in_flight,
+        "devices": list(function.device_ids.get(replica.id, ())),
+        "idle_s": idle_s,
+        "freed_bytes": 0 if link is None else link.freed_bytes,
+        "memory": memory
+        and {
+            "weights_bytes": memory.weights_bytes,
+            "kv_cache_bytes": memory.kv_cache_bytes,
+            "host_rss_bytes": memory.host_rss_bytes,
+            "kept_reason": memory.kept_reason,
+        },
+        "last_error": None if link is None else link.status.error or None,
+        "history": [
+            {"state": str(move.target), "reason": move.reason} for move in replica.lifecycle.history
+        ],
+    }
