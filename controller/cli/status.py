@@ -1,0 +1,57 @@
+"""`coldspark status` and `coldspark version`."""
+
+import platform
+from importlib.metadata import version as installed_version
+
+import typer
+
+from controller.cli.connection import connect
+from controller.cli.output import (
+    OutputFormat,
+    OutputOption,
+    human_bytes,
+    human_seconds,
+    print_fields,
+    print_json,
+    print_table,
+)
+
+
+def status(context: typer.Context, output: OutputOption = OutputFormat.TABLE) -> None:
+    """Show the controller and its devices."""
+    with connect(context) as controller:
+        view = controller.call("GET", "/api/v1/status")
+    if output is OutputFormat.JSON:
+        print_json(view)
+        return
+    fields = {
+        "version": view["version"],
+        "up for": human_seconds(view["uptime_s"]),
+        "functions": view["functions"],
+        "replicas": view["replicas"],
+    }
+    print_fields(fields)
+    typer.echo("\nDevices")
+    rows = [
+        (
+            device["id"],
+            device["kind"],
+            human_bytes(device["used_bytes"]),
+            human_bytes(device["memory_bytes"]),
+        )
+        for device in view["devices"]
+    ]
+    print_table(("ID", "KIND", ">USED", ">MEMORY"), rows)
+
+
+def version(output: OutputOption = OutputFormat.TABLE) -> None:
+    """Show the installed version; needs no controller."""
+    versions = {
+        "coldspark": installed_version("coldspark"),
+        "python": platform.python_version(),
+        "platform": platform.platform(),
+    }
+    if output is OutputFormat.JSON:
+        print_json(versions)
+    else:
+        print_fields(versions)

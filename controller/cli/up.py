@@ -1,0 +1,49 @@
+"""`coldspark up`: the controller in the foreground."""
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from controller.cli.errors import UsageProblem
+
+if TYPE_CHECKING:
+    from controller.settings import Settings
+
+
+def up(
+    host: Annotated[
+        str | None, typer.Option(envvar="COLDSPARK_HOST", help="Address to listen on.")
+    ] = None,
+    port: Annotated[
+        int | None, typer.Option(envvar="COLDSPARK_PORT", help="TCP port; 0 picks a free one.")
+    ] = None,
+    home: Annotated[
+        Path | None,
+        typer.Option(envvar="COLDSPARK_HOME", help="Snapshots, database, sockets and logs."),
+    ] = None,
+) -> None:
+    """Run the controller until Ctrl-C. COLDSPARK_* variables set the rest."""
+    from controller.main import serve  # the whole control plane, 1 s that no other command needs
+
+    serve(read_settings(host=host, port=port, home=home))
+
+
+def read_settings(**options: Any) -> "Settings":
+    """Return the settings in force; options that were given win over the environment."""
+    from pydantic import ValidationError  # 0.2 s that most commands do not need
+
+    from controller.settings import PREFIX, load_settings
+
+    given = {name: value for name, value in options.items() if value is not None}
+    hint = "docs/reference/settings.md lists every setting"
+    try:
+        return load_settings(**given)
+    except ValidationError as error:
+        problems = (
+            f"{PREFIX}{'_'.join(map(str, e['loc'])).upper()}: {e['msg']}, got {e['input']!r}"
+            for e in error.errors()
+        )
+        raise UsageProblem("; ".join(problems), hint=hint) from error
+    except ValueError as error:
+        raise UsageProblem(str(error), hint=hint) from error
