@@ -1,0 +1,162 @@
+"""The answer to one API call: one generation per prompt, as text, with its usage.
+
+Admits all generations together, runs them at once and releases each as soon as its text is
+complete. Does not know how the text is sent.
+"""
+
+import asyncio
+from collections.abc import Awaitable, Callable, Sequence
+from contextlib import AsyncExitStack
+from types import TracebackType
+from typing import Self
+
+from controller.clock import Clock
+from controller.errors import InternalError
+from controller.gateway.detokenizer import Detokenizer, StopFilter
+from controller.gateway.schemas.common import PromptTokensDetails, Usage
+from controller.metrics import Metrics
+from controller.scaling.generation import Generation, TokenChunk
+
+Emit = Callable[[int, str, str | None], Awaitable[None]]
+"""Takes a choice's index, new text (empty only at the end) and at the end the finish reason."""
+
+
+class Choice:
+    """One generation as text.
+
+    Args:
+        generation: Not entered yet.
+        detokenizer: Fresh, of the generation's model.
+        stop_filter: Fresh, with the call's stop strings.
+    """
+
+    def __init__(
+        self, generation: Generation, detokenizer: Detokenizer, stop_filter: StopFilter
+    ) -> None:
+        self.generation = generation
+        self.num_output_tokens = 0
+        self._detokenizer = detokenizer
+        self._stop_filter = stop_filter
+        self._admission = AsyncExitStack()
+
+    async def admit(self) -> AsyncExitStack:
+        """Enter the generation; closing the returned stack leaves it, at the latest."""
+        await self._admission.enter_async_context(self.generation)
+        return self._admission
+
+    async def run(self, index: int, emit: Emit, metrics: Metrics, clock: Clock) -> None:
+        """Generate to the end; the generation is left before the last text is emitted."""
+        gaps = metrics.inter_token(self.generation.record.function)
+        last_at: float | None = None
+        async for chunk in self.generation:
+            self.num_output_tokens += len(chunk.token_ids)
+            if chunk.token_ids:
+                now = clock.monotonic()
+                if last_at is not None:
+                    gaps.observe((now - last_at) / len(chunk.token_ids))
+                last_at = now
+            text = self._text_of(chunk)
+            reason = chunk.finish_reason
+            if self._stop_filter.is_hit:
+                self.generation.record.outcome = reason = "stop"
+            if reason is not None:
+                await self._admission.aclose()
+                await emit(index, text, reason)
+                return
+            if text:
+                await emit(index, text, None)
+        raise InternalError("the generation ended without a finish reason")
+
+    def _text_of(self, chunk: TokenChunk) -> str:
+        stop_filter, detokenizer = self._stop_filter, self._detokenizer
+        parts = []
+        for token_id in chunk.token_ids:
+            parts.append(stop_filter.feed(detokenizer.feed(token_id)))
+            if stop_filter.is_hit:
+                return "".join(parts)
+        if chunk.finish_reason is not None:
+            parts.append(stop_filter.feed(detokenizer.finish()))
+            if not stop_filter.is_hit:
+                parts.append(stop_filter.finish())
+        return "".join(parts)
+
+
+class Answer:
+    """All choices of one call; enter to admit them, run to generate, exit to leave them."""
+
+    def __init__(self, choices: Sequence[Choice], *, metrics: Metrics, clock: Clock) -> None:
+        self._choices = choices
+        self._metrics = metrics
+        self._clock = clock
+        self._admissions = AsyncExitStack()
+
+    async def __aenter__(self) -> Self:
+        try:
+            for choice in self._choices:
+                self._admissions.push_async_exit(await choice.admit())
+        except BaseException as error:
+            await self._admissions.__aexit__(type(error), error, error.__traceback__)
+            raise
+        return self
+
+    async def __aexit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        traceback: TracebackType | None,
+    ) -> None:
+        try:
+            await self._admissions.__aexit__(kind, error, traceback)
+        finally:
+            for choice in self._choices:
+                self._metrics.generation_finished(choice.generation.record)
+
+    async def run(self, emit: Emit) -> None:
+        """Generate all choices at once; the first failure ends the others and is raised."""
+        if len(self._choices) == 1:
+            await self._choices[0].run(0, emit, self._metrics, self._clock)
+            return
+        try:
+            async with asyncio.TaskGroup() as group:
+                for index, choice in enumerate(self._choices):
+                    group.create_task(
+                        choice.run(index, emit, self._metrics, self._clock),
+                        name=f"choice-{index}-{choice.generation.record.request_id}",
+                    )
+        except ExceptionGroup as failures:
+            raise failures.exceptions[0] from None
+
+    @property
+    def size(self) -> int:
+        """The number of choices."""
+        return len(self._choices)
+
+    @property
+    def tier(self) -> str:
+        """The tier that the call met."""
+        return self._choices[0].generation.record.tier
+
+    @property
+    def queue_s(self) -> float | None:
+        """How long the call waited for a replica; None while any choice still waits."""
+        waits = [choice.generation.record.queue_s for choice in self._choices]
+        known = [wait for wait in waits if wait is not None]
+        return max(known) if len(known) == len(waits) else None
+
+    def eta_s(self) -> float | None:
+        """Return the expected seconds to the first token, if that is known."""
+        return self._choices[0].generation.eta_s()
+
+    @property
+    def usage(self) -> Usage:
+        """Tokens over all choices, as far as they were generated."""
+        records = [choice.generation.record for choice in self._choices]
+        num_prompt = sum(record.num_prompt_tokens for record in records)
+        num_output = sum(choice.num_output_tokens for choice in self._choices)
+        num_cached = sum(record.num_cached_tokens for record in records)
+        return Usage(
+            prompt_tokens=num_prompt,
+            completion_tokens=num_output,
+            total_tokens=num_prompt + num_output,
+            prompt_tokens_details=PromptTokensDetails(cached_tokens=num_cached),
+        )

@@ -1,0 +1,65 @@
+"""POST /v1/completions."""
+
+import uuid
+from typing import cast
+
+from fastapi import APIRouter, Request, Response
+
+from controller.errors import InvalidRequest
+from controller.gateway.bodies import JsonRoute
+from controller.gateway.calls import Call, GatewayDependency, collect
+from controller.gateway.responses import ANSWER_RESPONSES
+from controller.gateway.schemas.common import FinishReason
+from controller.gateway.schemas.completions import (
+    Completion,
+    CompletionChoice,
+    CompletionRequest,
+    Prompt,
+)
+from controller.gateway.streaming import TEXT_CHUNK, ChunkWriter, EventStream, answer_headers
+
+DEFAULT_MAX_TOKENS = 16
+
+router = APIRouter(route_class=JsonRoute, tags=["openai"])
+
+
+@router.post("/v1/completions", response_model=Completion, responses=ANSWER_RESPONSES)
+async def create_completion(
+    body: CompletionRequest, request: Request, gateway: GatewayDependency
+) -> Response:
+    """Continue prompts as they are; several are answered by as many choices."""
+    max_prompts = gateway.settings.max_prompts
+    if len(body.prompt) > max_prompts:
+        raise InvalidRequest(
+            f"prompt: has {len(body.prompt)} prompts; at most {max_prompts} are allowed in a call",
+            param="prompt",
+        )
+    call = await Call.open(gateway, request, body.model)
+    prompts = [await _token_ids(call, prompt) for prompt in body.prompt]
+    answer = call.answer(prompts, body, default_max_tokens=DEFAULT_MAX_TOKENS)
+    completion_id = f"cmpl-{uuid.uuid4().hex}"
+    created = int(gateway.clock.now().timestamp())
+    if body.stream:
+        identity = {"id": completion_id, "created": created, "model": body.model}
+        writer = ChunkWriter(TEXT_CHUNK, identity, includes_usage=body.includes_usage)
+        return EventStream(answer, writer, heartbeat_s=gateway.settings.heartbeat_s)
+    choices = [
+        CompletionChoice(index=index, text=text, finish_reason=cast("FinishReason", reason))
+        for index, (text, reason) in enumerate(await collect(answer))
+    ]
+    completion = Completion(
+        id=completion_id, created=created, model=body.model, choices=choices, usage=answer.usage
+    )
+    return Response(
+        completion.model_dump_json(),
+        media_type="application/json",
+        headers=answer_headers(answer),
+    )
+
+
+async def _token_ids(call: Call, prompt: Prompt) -> list[int]:
+    token_ids = await call.text.encode(prompt) if isinstance(prompt, str) else prompt
+    if not token_ids:
+        raise InvalidRequest("prompt: is empty; send at least one token", param="prompt")
+    call.check_token_ids(token_ids, param="prompt")
+    return token_ids

@@ -1,0 +1,35 @@
+"""GET /v1/models and /v1/models/{id}."""
+
+from fastapi import APIRouter
+
+from controller.gateway.calls import GatewayDependency
+from controller.gateway.responses import ERROR_RESPONSES
+from controller.gateway.schemas.models import Model, ModelList
+from controller.scaling.generation import ServedFunction
+
+router = APIRouter(tags=["openai"], responses=ERROR_RESPONSES)
+
+
+@router.get("/v1/models")
+async def list_models(gateway: GatewayDependency) -> ModelList:
+    """List every served name."""
+    functions = gateway.registry.served()
+    return ModelList(
+        data=[_model(function, name) for function in functions for name in function.served_names]
+    )
+
+
+@router.get("/v1/models/{name:path}")
+async def get_model(name: str, gateway: GatewayDependency) -> Model:
+    """Describe one served name."""
+    return _model(gateway.registry.resolve(name), name)
+
+
+def _model(function: ServedFunction, name: str) -> Model:
+    return Model(
+        id=name,
+        created=function.created,
+        max_model_len=function.max_model_len,
+        function=function.name,
+        tier=function.tier,
+    )

@@ -1,0 +1,217 @@
+"""Answers as server-sent events: chunks of text, comments while nothing comes, errors in line.
+
+A token's event is a concatenation of strings prepared once per call and the escaped text.
+"""
+
+import asyncio
+import json
+from collections.abc import AsyncIterator, Mapping
+from contextlib import asynccontextmanager
+from dataclasses import dataclass
+
+import structlog
+from starlette.responses import Response
+from starlette.types import Receive, Scope, Send
+
+from controller.errors import ApiError, InternalError
+from controller.gateway.answers import Answer
+from controller.gateway.schemas.common import Usage
+
+DONE = b"data: [DONE]\n\n"
+WRITE_TIMEOUT_S = 60.0
+
+log = structlog.get_logger()
+_escape = json.JSONEncoder(ensure_ascii=False).encode
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ChunkShape:
+    """How an endpoint wraps text: JSON before it and after it, and what opens each choice."""
+
+    object: str
+    before_text: str
+    after_text: str
+    no_text: str
+    opening: str | None
+
+
+CHAT_CHUNK = ChunkShape(
+    object="chat.completion.chunk",
+    before_text='"delta":{"content":',
+    after_text="}",
+    no_text='"delta":{}',
+    opening='"delta":{"role":"assistant","content":"","refusal":null}',
+)
+TEXT_CHUNK = ChunkShape(
+    object="text_completion",
+    before_text='"text":',
+    after_text="",
+    no_text='"text":""',
+    opening=None,
+)
+
+
+class ChunkWriter:
+    """Events of one streamed answer.
+
+    Args:
+        shape: The endpoint's.
+        identity: The fields every chunk repeats: id, created and model.
+        includes_usage: Whether the stream ends with a usage chunk; then the others say null.
+    """
+
+    def __init__(
+        self, shape: ChunkShape, identity: Mapping[str, object], *, includes_usage: bool
+    ) -> None:
+        self.includes_usage = includes_usage
+        self._shape = shape
+        head = _escape({**identity, "object": shape.object})
+        self._head = f"data: {head[:-1]},"
+        self._choice_head = f'{self._head}"choices":[{{"index":'
+        self._tail = ',"usage":null}\n\n' if includes_usage else "}\n\n"
+        self._unfinished = f'{shape.after_text},"logprobs":null,"finish_reason":null}}]{self._tail}'
+
+    def opening(self, index: int) -> bytes:
+        """Return what comes before a choice's first text; may be nothing."""
+        if self._shape.opening is None:
+            return b""
+        return self._event(index, self._shape.opening, "null")
+
+    def text(self, index: int, text: str) -> bytes:
+        """Return a chunk of text that is not the last."""
+        body = f"{self._choice_head}{index},{self._shape.before_text}{_escape(text)}"
+        return f"{body}{self._unfinished}".encode()
+
+    def last(self, index: int, text: str, finish_reason: str) -> bytes:
+        """Return a choice's last chunk."""
+        shape = self._shape
+        body = f"{shape.before_text}{_escape(text)}{shape.after_text}" if text else shape.no_text
+        return self._event(index, body, f'"{finish_reason}"')
+
+    def usage(self, usage: Usage) -> bytes:
+        """Return the chunk that carries the usage."""
+        return f'{self._head}"choices":[],"usage":{usage.model_dump_json()}}}\n\n'.encode()
+
+    def error(self, error: ApiError) -> bytes:
+        """Return the event that ends a stream that failed."""
+        return f"data: {_escape(error.envelope())}\n\n".encode()
+
+    def _event(self, index: int, body: str, reason: str) -> bytes:
+        end = f'"logprobs":null,"finish_reason":{reason}}}]{self._tail}'
+        return f"{self._choice_head}{index},{body},{end}".encode()
+
+
+class EventStream(Response):
+    """Runs an answer and streams it.
+
+    Admission, and whatever fails before the first event or heartbeat, is raised and becomes a
+    proper status. After that a failure is an event, and the stream ends without `[DONE]`. A client
+    that stops reading holds the engine back, and for WRITE_TIMEOUT_S at most.
+
+    Args:
+        answer: Not entered yet.
+        writer: Makes the events.
+        heartbeat_s: Silence, in seconds, after which a comment shows that the call is alive.
+    """
+
+    media_type = "text/event-stream"
+
+    def __init__(self, answer: Answer, writer: ChunkWriter, *, heartbeat_s: float) -> None:
+        super().__init__(headers={"cache-control": "no-store", "x-accel-buffering": "no"})
+        del self.headers["content-length"]
+        self._answer = answer
+        self._writer = writer
+        self._heartbeat_s = heartbeat_s
+        self._opened: set[int] = set()
+        self._is_started = False
+        self._is_quiet = True
+        self._sending = asyncio.Lock()
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        """Stream the whole answer; cancelling this leaves every generation at once."""
+        self._send = send
+        try:
+            async with self._answer, self._heartbeat():
+                await self._answer.run(self._emit)
+            if self._writer.includes_usage:
+                await self._write(self._writer.usage(self._answer.usage))
+            await self._write(DONE, is_last=True)
+        except ApiError as error:
+            await self._fail(error, scope)
+        except _ClientStalledError:
+            log.info("client_stalled", request_id=scope["state"]["request_id"])
+        except Exception as error:  # a defect of ours must still end the stream in good order
+            if self._is_started:
+                log.exception("stream_failed", request_id=scope["state"]["request_id"])
+            failure = InternalError("the controller failed while it streamed this answer")
+            failure.__cause__ = error
+            await self._fail(failure, scope)
+
+    async def _emit(self, index: int, text: str, finish_reason: str | None) -> None:
+        writer = self._writer
+        if finish_reason is None:
+            event = writer.text(index, text)
+        else:
+            event = writer.last(index, text, finish_reason)
+        if index not in self._opened:
+            self._opened.add(index)
+            event = writer.opening(index) + event
+        await self._write(event)
+
+    async def _fail(self, error: ApiError, scope: Scope) -> None:
+        if not self._is_started:
+            raise error
+        scope["state"]["code"] = error.status
+        await self._write(self._writer.error(error), is_last=True)
+
+    @asynccontextmanager
+    async def _heartbeat(self) -> AsyncIterator[None]:
+        task = asyncio.create_task(self._beat(), name="stream-heartbeat")
+        try:
+            yield
+        finally:
+            task.cancel()
+            await asyncio.wait({task})
+
+    async def _beat(self) -> None:
+        while True:
+            self._is_quiet = True
+            await asyncio.sleep(self._heartbeat_s)
+            if self._is_quiet:
+                await self._write(self._comment().encode())
+
+    def _comment(self) -> str:
+        if self._opened or self._answer.tier == "ready":
+            return ": waiting\n\n"
+        eta_s = self._answer.eta_s()
+        return ": waking\n\n" if eta_s is None else f": waking, {max(eta_s, 0):.1f} s left\n\n"
+
+    async def _write(self, event: bytes, *, is_last: bool = False) -> None:
+        self._is_quiet = False
+        message = {"type": "http.response.body", "body": event, "more_body": not is_last}
+        try:
+            async with self._sending, asyncio.timeout(WRITE_TIMEOUT_S):
+                if not self._is_started:
+                    self._is_started = True
+                    await self._start()
+                await self._send(message)
+        except TimeoutError as error:
+            raise _ClientStalledError from error
+
+    async def _start(self) -> None:
+        self.headers.update(answer_headers(self._answer))
+        await self._send(
+            {"type": "http.response.start", "status": 200, "headers": self.raw_headers}
+        )
+
+
+class _ClientStalledError(Exception):
+    """The client has not read for so long that it is as good as gone."""
+
+
+def answer_headers(answer: Answer) -> dict[str, str]:
+    """Return how cold the call was and, as soon as that is over, how long it queued."""
+    headers = {"x-coldspark-tier": answer.tier}
+    if answer.queue_s is not None:
+        headers["x-coldspark-queue-ms"] = str(round(answer.queue_s * 1000))
+    return headers

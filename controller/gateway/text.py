@@ -1,0 +1,219 @@
+"""Between text and token ids for one model: tokenizer, chat template, sampling defaults.
+
+Reads the small files of a snapshot; knows neither weights nor replicas.
+"""
+
+import asyncio
+import json
+from collections import OrderedDict
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Self
+
+from tokenizers import Tokenizer
+
+from controller.clock import Clock
+from controller.errors import InternalError, InvalidRequest
+from controller.gateway.chat_template import ChatTemplate
+from controller.gateway.detokenizer import Detokenizer
+
+LONG_TEXT_CHARS = 8192
+MAX_OPEN_TEXTS = 32
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class SamplingDefaults:
+    """What the model's author recommends for fields a request leaves out."""
+
+    temperature: float = 1.0
+    top_p: float = 1.0
+    top_k: int = 0
+    min_p: float = 0.0
+
+    @classmethod
+    def from_generation_config(cls, config: Mapping[str, Any]) -> Self:
+        """Take the usable values of a generation_config.json; a greedy one recommends none."""
+        if config.get("do_sample") is False:
+            return cls()
+        limits = {"temperature": (0, 2), "top_p": (1e-6, 1), "top_k": (0, 2**31 - 1)}
+        usable = {
+            name: config[name]
+            for name, (low, high) in {**limits, "min_p": (0, 1)}.items()
+            if _is_number(config.get(name)) and low <= config[name] <= high
+        }
+        return cls(**{**usable, "top_k": int(usable.get("top_k", 0))})
+
+
+class ModelText:
+    """Tokenizer and chat template of one snapshot."""
+
+    def __init__(
+        self,
+        tokenizer: Tokenizer,
+        *,
+        chat_template: ChatTemplate | None,
+        vocab_size: int,
+        hidden_token_ids: frozenset[int],
+        defaults: SamplingDefaults,
+    ) -> None:
+        self.vocab_size = vocab_size
+        self.defaults = defaults
+        self._tokenizer = tokenizer
+        self._chat_template = chat_template
+        self._hidden_token_ids = hidden_token_ids
+
+    @classmethod
+    def open(cls, snapshot_path: Path, clock: Clock) -> Self:
+        """Read a snapshot's text files; takes up to half a second, so not on the event loop.
+
+        Raises:
+            InternalError: The tokenizer or the template is missing or broken.
+        """
+        try:
+            return cls._open(snapshot_path, clock)
+        except Exception as error:  # tokenizers raises bare Exception
+            raise InternalError(
+                f"the snapshot {snapshot_path.name!r} has no usable tokenizer or chat template: "
+                f"{error}; build it again"
+            ) from error
+
+    @classmethod
+    def _open(cls, snapshot_path: Path, clock: Clock) -> Self:
+        tokenizer = Tokenizer.from_file(str(snapshot_path / "tokenizer.json"))
+        tokenizer.no_truncation()
+        tokenizer.no_padding()
+        config = _read_json(snapshot_path / "config.json")
+        generation_config = _read_json(snapshot_path / "generation_config.json")
+        tokenizer_config = _read_json(snapshot_path / "tokenizer_config.json")
+        added = tokenizer.get_added_tokens_decoder()
+        special_ids = {token_id for token_id, token in added.items() if token.special}
+        source = _template_source(snapshot_path, tokenizer_config)
+        template = source and ChatTemplate(
+            source,
+            special_tokens=_special_tokens(tokenizer, config, tokenizer_config),
+            strftime_now=lambda pattern: clock.now().strftime(pattern),
+        )
+        text_config = config.get("text_config") or config
+        return cls(
+            tokenizer,
+            chat_template=template or None,
+            vocab_size=text_config.get("vocab_size") or tokenizer.get_vocab_size(),
+            hidden_token_ids=frozenset(
+                special_ids | _ids(text_config, "eos") | _ids(generation_config, "eos")
+            ),
+            defaults=SamplingDefaults.from_generation_config(generation_config),
+        )
+
+    async def encode(self, text: str) -> list[int]:
+        """Return the token ids of a plain prompt, with the special tokens the model wants."""
+        return await self._encode(text, add_special_tokens=True)
+
+    async def encode_chat(self, messages: Sequence[Mapping[str, str]]) -> list[int]:
+        """Return the token ids of a conversation; the template writes the special tokens.
+
+        Raises:
+            InvalidRequest: The template refuses the messages, or the model has none.
+        """
+        template = self._chat_template
+        if template is None:
+            raise InvalidRequest(
+                "this model has no chat template; use /v1/completions", param="messages"
+            )
+        if sum(len(message["content"]) for message in messages) > LONG_TEXT_CHARS:
+            text = await asyncio.to_thread(template.render, messages)
+        else:
+            text = template.render(messages)
+        return await self._encode(text, add_special_tokens=False)
+
+    def detokenizer(self) -> Detokenizer:
+        """Return a fresh incremental detokenizer for one sequence."""
+        return Detokenizer(self._tokenizer, self._hidden_token_ids)
+
+    async def _encode(self, text: str, *, add_special_tokens: bool) -> list[int]:
+        if len(text) <= LONG_TEXT_CHARS:
+            return self._tokenizer.encode(text, add_special_tokens=add_special_tokens).ids
+        # NOTE: `encode` holds the interpreter lock for seconds on megabytes, the batch form lets
+        # it go, so only the latter is of use in a thread.
+        encodings = await asyncio.to_thread(
+            self._tokenizer.encode_batch_fast, [text], add_special_tokens=add_special_tokens
+        )
+        return encodings[0].ids
+
+
+class ModelTexts:
+    """The texts in use, each opened once, off the event loop, however many wait for it."""
+
+    def __init__(self, clock: Clock) -> None:
+        self._clock = clock
+        self._opening: OrderedDict[Path, asyncio.Task[ModelText]] = OrderedDict()
+
+    async def get(self, snapshot_path: Path) -> ModelText:
+        """Return a snapshot's text, from memory if it was used lately.
+
+        Raises:
+            InternalError: The snapshot's text files cannot be used.
+        """
+        task = self._opening.get(snapshot_path)
+        if task is None:
+            task = asyncio.create_task(
+                asyncio.to_thread(ModelText.open, snapshot_path, self._clock),
+                name=f"open-text-{snapshot_path.name}",
+            )
+            task.add_done_callback(lambda done: self._forget_failure(snapshot_path, done))
+            self._opening[snapshot_path] = task
+            if len(self._opening) > MAX_OPEN_TEXTS:
+                self._opening.popitem(last=False)
+        self._opening.move_to_end(snapshot_path)
+        return await asyncio.shield(task)
+
+    def _forget_failure(self, snapshot_path: Path, task: asyncio.Task[ModelText]) -> None:
+        if task.cancelled() or task.exception() is not None:
+            self._opening.pop(snapshot_path, None)
+
+
+def _read_json(path: Path) -> dict[str, Any]:
+    if not path.exists():
+        return {}
+    content = json.loads(path.read_text(encoding="utf-8"))
+    if not isinstance(content, dict):
+        raise ValueError(f"{path.name} is not a JSON object")
+    return content
+
+
+def _template_source(snapshot_path: Path, tokenizer_config: Mapping[str, Any]) -> str | None:
+    path = snapshot_path / "chat_template.jinja"
+    if path.exists():
+        return path.read_text(encoding="utf-8")
+    source = tokenizer_config.get("chat_template")
+    if isinstance(source, list):
+        named = {entry["name"]: entry["template"] for entry in source}
+        return named.get("default")
+    return source
+
+
+def _special_tokens(
+    tokenizer: Tokenizer, config: Mapping[str, Any], tokenizer_config: Mapping[str, Any]
+) -> dict[str, str]:
+    """Return token text by name: what tokenizer_config.json says, else what the ids say."""
+    tokens = {}
+    for name in ("bos_token", "eos_token"):
+        token_id = next(iter(sorted(_ids(config, name.removesuffix("_token")))), None)
+        if token_id is not None and (token := tokenizer.id_to_token(token_id)) is not None:
+            tokens[name] = token
+    for name, value in tokenizer_config.items():
+        content = value.get("content") if isinstance(value, dict) else value
+        if name.endswith("_token") and isinstance(content, str):
+            tokens[name] = content
+    return tokens
+
+
+def _ids(config: Mapping[str, Any], kind: str) -> set[int]:
+    """Return a config's `<kind>_token_id`, which may be absent, one id or several."""
+    value = config.get(f"{kind}_token_id")
+    ids = value if isinstance(value, list) else [value]
+    return {token_id for token_id in ids if isinstance(token_id, int)}
+
+
+def _is_number(value: object) -> bool:
+    return isinstance(value, int | float) and not isinstance(value, bool)
