@@ -23,8 +23,8 @@ class ColdStart:
         replica_id: The replica that was brought up.
         started_us: Wall time of the beginning, microseconds since the Unix epoch.
         from_tier: The tier it was brought up from: parked or stopped.
-        reason: Why: "request", or what asked for it without one.
-        outcome: "served", "ready" when nobody waited, or "failed".
+        reason: "request", or "kept ready" when no request waited.
+        outcome: "ready" or "failed".
         total_s: Seconds from beginning to end.
         phases: In order; they add up to `total_s`.
     """
@@ -81,7 +81,7 @@ class Activation:
         Args:
             function: The function's name.
             replica_id: The replica that came up.
-            outcome: "served", "ready" or "failed".
+            outcome: "ready" or "failed".
             waiting_since: Monotonic second the first waiting request was admitted; None when
                 nobody waited.
         """

@@ -5,9 +5,9 @@ be cancelled at any await; whatever it had started is then removed by the effect
 """
 
 import asyncio
-from collections.abc import AsyncIterator, Sequence
+from collections.abc import AsyncIterator, Coroutine, Iterable, Sequence
 from contextlib import asynccontextmanager
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import structlog
 
@@ -61,6 +61,7 @@ class Effects:
 
     def __init__(self, function: "Function") -> None:
         self._function = function
+        self._tasks: dict[str, asyncio.Task[None]] = {}
         self._watches: dict[str, asyncio.Task[None]] = {}
         self._waking: set[str] = set()
 
@@ -72,18 +73,17 @@ class Effects:
         """Create a runtime, load the snapshot, open the stream."""
         function = self._function
         spec, deployment = function.spec, function.deployment
-        device_ids = function.device_ids[replica.id]
-        gpus = device_ids if spec.resources.gpus else ()
-        activation = function.started(replica, Tier.STOPPED)
+        home = function.homes[replica.id]
+        activation = function.books.began(replica, Tier.STOPPED)
         async with self._translated(replica, limit_s=spec.timeouts.startup):
-            info = await function.backend.create(
+            info = await home.backend.create(
                 RuntimeSpec(
                     runtime_id=replica.id,
                     function=function.name,
                     revision=replica.runtime_hash,
                     epoch=function.node.epoch,
                     snapshot_store=function.node.snapshot_store,
-                    device_uuids=gpus,
+                    device_uuids=home.gpus,
                     cpu=spec.resources.cpu,
                     memory_bytes=spec.resources.memory,
                 )
@@ -98,7 +98,7 @@ class Effects:
             function.set.loading(replica, now=now, reason="runtime answers")
             function.changed()
             response = await link.connection.load(
-                load_request(spec, deployment.snapshot, deployment.max_model_len, gpus),
+                load_request(spec, deployment.snapshot, deployment.max_model_len, home.gpus),
                 timeout_s=spec.timeouts.startup,
             )
             activation.lap_call(response.phases, rest="load_other")
@@ -110,10 +110,9 @@ class Effects:
         """Bring a parked runtime back; one that does not come back is replaced by a start."""
         function = self._function
         link = function.links[replica.id]
-        activation = function.started(replica, Tier.PARKED)
+        activation = function.books.began(replica, Tier.PARKED)
         self._waking.add(replica.id)
-        device_ids = function.device_ids[replica.id]
-        gpus = device_ids if function.spec.resources.gpus else ()
+        gpus = function.homes[replica.id].gpus
         try:
             async with self._translated(replica, limit_s=function.spec.timeouts.startup):
                 response = await link.connection.wake(
@@ -156,10 +155,10 @@ class Effects:
         link = function.links.get(replica.id)
         if link is not None:
             await link.close()
-        delay_s = 0.1
+        backend, delay_s = function.homes[replica.id].backend, 0.1
         while True:
             try:
-                await function.backend.delete(replica.id)
+                await backend.delete(replica.id)
                 break
             except BackendError as error:
                 log.warning("delete failed", replica_id=replica.id, error=str(error))
@@ -168,6 +167,7 @@ class Effects:
         function.set.stopped(replica, now=function.clock.monotonic())
         function.changed()
         function.links.pop(replica.id, None)
+        del function.homes[replica.id]
         function.node.pool.release(replica.id)
 
     def watch(self, replica: Replica, link: RuntimeLink) -> None:
@@ -175,14 +175,52 @@ class Effects:
         task = asyncio.create_task(self._follow(replica, link), name=f"watch {replica.id}")
         self._watches[replica.id] = task
 
+    def run(self, replica: Replica, effect: Coroutine[Any, Any, None]) -> None:
+        """Run an effect as the replica's only one: a newer effect ends the older."""
+        previous = self._tasks.get(replica.id)
+        task = asyncio.create_task(
+            self._guard(replica, effect, previous), name=f"{effect.__name__} {replica.id}"
+        )
+        self._tasks[replica.id] = task
+
+    async def settled(self, replicas: Iterable[Replica]) -> None:
+        """Return when the effects now running on these replicas are over."""
+        tasks = [task for r in replicas if (task := self._tasks.get(r.id)) is not None]
+        if tasks:
+            await asyncio.wait(tasks)
+
     async def close(self) -> None:
-        """Stop following; runtimes keep running."""
-        for task in self._watches.values():
+        """End all effects and stop following; runtimes keep running."""
+        tasks = [*self._tasks.values(), *self._watches.values()]
+        for task in tasks:
             task.cancel()
-        if self._watches:
-            await asyncio.wait(self._watches.values())
+        if tasks:
+            await asyncio.wait(tasks)
         for link in self._function.links.values():
             await link.close()
+
+    async def _guard(
+        self,
+        replica: Replica,
+        effect: Coroutine[Any, Any, None],
+        previous: asyncio.Task[None] | None,
+    ) -> None:
+        try:
+            if previous is not None and not previous.done():
+                previous.cancel()
+                await asyncio.wait([previous])
+            await effect
+        except ReplicaLost as error:
+            self._function.lost(replica, str(error))
+        except Exception as error:
+            # A defect in one effect must not end the owner.
+            log.exception("effect failed", function=self._function.name, replica_id=replica.id)
+            self._function.lost(replica, f"internal error: {error!r}")
+        finally:
+            effect.close()
+            if self._tasks.get(replica.id) is asyncio.current_task():
+                del self._tasks[replica.id]
+            self._function.poke()
 
     async def _follow(self, replica: Replica, link: RuntimeLink) -> None:
         try:
@@ -220,9 +258,10 @@ class Effects:
     async def with_log_tail(self, replica: Replica, reason: str) -> str:
         """Return a reason with the end of the runtime's log, as far as it is to be had."""
         lines: list[str] = []
+        backend = self._function.homes[replica.id].backend
         try:
             async with asyncio.timeout(LOG_TIMEOUT_S):
-                async for line in self._function.backend.logs(replica.id, tail=LOG_TAIL_LINES):
+                async for line in backend.logs(replica.id, tail=LOG_TAIL_LINES):
                     lines.append(line)
         except (BackendError, TimeoutError):
             pass

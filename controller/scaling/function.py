@@ -7,26 +7,20 @@ replica that is being reaped. Starting, waking, parking and stopping run as task
 
 import asyncio
 import secrets
-from collections.abc import Coroutine, Iterable
-from dataclasses import dataclass
-from decimal import Decimal
+from collections.abc import Iterable
 from pathlib import Path
 
 import structlog
 
 from controller.backends.base import RuntimeBackend, RuntimeInfo
-from controller.clock import Clock, unix_us
 from controller.errors import ActivationFailed, Conflict, ShuttingDown
-from controller.ledger.intervals import LedgerState
-from controller.ledger.ledger import Ledger
-from controller.metrics import Metrics
-from controller.scaling.activation import Activation, ColdStart
-from controller.scaling.effects import Effects, ReplicaLost
+from controller.scaling.books import Books
+from controller.scaling.deployment import Deployment
+from controller.scaling.effects import Effects
 from controller.scaling.generation import GenerationRequest
-from controller.scaling.journal import Journal, TransitionEntry, UsageEntry
 from controller.scaling.lifecycle import COMING, ENDING, Lifecycle, ReplicaState, Tier
-from controller.scaling.link import Connect, RuntimeLink
-from controller.scaling.placement import DevicePool
+from controller.scaling.link import RuntimeLink
+from controller.scaling.node import Home, Node
 from controller.scaling.policy import replica_floor
 from controller.scaling.replica_set import (
     Instruction,
@@ -42,53 +36,6 @@ from functions.spec import ColdPolicy, FunctionSpec
 from runtime.rpc.client import Attachment
 
 log = structlog.get_logger(__name__)
-
-LEDGER_STATES = {
-    ReplicaState.STARTING: LedgerState.STARTING,
-    ReplicaState.LOADING: LedgerState.LOADING,
-    ReplicaState.PARKING: LedgerState.IDLE,
-    ReplicaState.PARKED: LedgerState.PARKED,
-    ReplicaState.DRAINING: LedgerState.DRAINING,
-    ReplicaState.FAILED: LedgerState.FAILED,
-}
-"""What a replica's state is to the ledger; ready is active or idle by its leases."""
-
-DEFAULT_ETA_S = {"parked": 1.0, "stopped": 6.0}
-"""Expected cold starts before any has been measured."""
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Node:
-    """What all functions of this controller share."""
-
-    clock: Clock
-    connect: Connect
-    pool: DevicePool
-    ledger: Ledger
-    journal: Journal
-    metrics: Metrics
-    snapshot_store: Path
-    gpu_hour_usd: Decimal
-    epoch: int
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Deployment:
-    """One accepted revision of a function, with what it needs to run.
-
-    Attributes:
-        spec: The revision's spec.
-        revision: Its content hash.
-        snapshot: Directory name of the built snapshot, name@digest12.
-        runtime_hash: Hash of what a running runtime cannot change.
-        max_model_len: Longest prompt plus output, in tokens.
-    """
-
-    spec: FunctionSpec
-    revision: str
-    snapshot: str
-    runtime_hash: str
-    max_model_len: int
 
 
 class Function:
@@ -110,16 +57,15 @@ class Function:
         self.node = node
         self.clock = node.clock
         self.links: dict[str, RuntimeLink] = {}
-        self.device_ids: dict[str, tuple[str, ...]] = {}
+        self.homes: dict[str, Home] = {}
         self.set = ReplicaSet(deployment.spec, deployment.runtime_hash, new_id=self._new_replica_id)
         self.last_error = ""
+        self.books = Books(self)
         self._effects = Effects(self)
-        self._tasks: dict[str, asyncio.Task[None]] = {}
+        self._warming: asyncio.Task[None] | None = None
         self._live: set[FunctionGeneration] = set()
-        self._activations: dict[str, Activation] = {}
         self._changed = asyncio.Event()
         self._is_shut = False
-        self._cold_s: dict[str, float] = {}
         self._drained: dict[str, asyncio.Event] = {}
 
     @property
@@ -188,7 +134,7 @@ class Function:
         self.set.release(replica, now=self.clock.monotonic())
         if replica.in_flight == 0 and (drained := self._drained.get(replica.id)):
             drained.set()
-        self._account(replica)
+        self.books.account(replica)
         self.poke()
 
     def attachment(self, replica: Replica) -> Attachment:
@@ -197,8 +143,7 @@ class Function:
 
     def eta_s(self, tier: str, waited_s: float) -> float | None:
         """Return the expected rest of a cold start, from the measured ones."""
-        expected = self._cold_s.get(tier, DEFAULT_ETA_S.get(tier))
-        return None if expected is None else max(expected - waited_s, 0.1)
+        return self.books.eta_s(tier, waited_s)
 
     def entered(self, generation: FunctionGeneration) -> None:
         """Note that a request was admitted."""
@@ -206,26 +151,15 @@ class Function:
 
     def first_token(self, generation: FunctionGeneration, replica: Replica) -> None:
         """Note a request's first token; the first after a cold start closes its books."""
-        activation = self._activations.pop(replica.id, None)
-        if activation is not None:
-            activation.lap("first_token")
-            self._record_cold_start(
-                activation.finish(
-                    function=self.name,
-                    replica_id=replica.id,
-                    outcome="served",
-                    waiting_since=generation.admitted_at,
-                )
-            )
+        self.books.served(replica, waiting_since=generation.admitted_at)
 
     def left(self, generation: FunctionGeneration) -> None:
         """Note that a request is over; its record is complete."""
         self._live.discard(generation)
-        record = generation.record
-        age_us = int(record.duration_s * 1e6)
-        started_us = unix_us(self.clock.now()) - age_us
-        self.node.journal.add(UsageEntry(started_us=started_us, record=record))
-        self.node.metrics.request_finished(record)
+        replica = self.set.replicas.get(generation.record.replica_id or "")
+        if replica is not None and generation.record.first_token_s is None:
+            self.books.ready(replica)
+        self.books.used(generation.record)
         self.poke()
 
     # Operations: called by the control plane.
@@ -237,7 +171,7 @@ class Function:
                 self._turn()
                 await self._wait_for_change()
         finally:
-            await self._cancel_effects()
+            await self._effects.close()
 
     def poke(self) -> None:
         """Have the owner look again."""
@@ -262,7 +196,7 @@ class Function:
         self._after_grant(ticket)
         try:
             async with asyncio.timeout(self.spec.timeouts.startup):
-                await self._lease_of(ticket)
+                self.books.ready(await self._lease_of(ticket))
         except TimeoutError as error:
             limit = self.spec.timeouts.startup
             raise ActivationFailed(
@@ -289,7 +223,7 @@ class Function:
             )
         instructions = self.set.park_now(now=self.clock.monotonic(), reason="asked to")
         self._execute(instructions)
-        await self._settled([instruction.replica for instruction in instructions])
+        await self._effects.settled([instruction.replica for instruction in instructions])
 
     async def stop(self) -> None:
         """Drain and remove every replica and return when they are gone; the function stays."""
@@ -297,7 +231,7 @@ class Function:
         replicas = list(self.set.replicas.values())
         instructions = (self.set.drain(replica, now=now, reason="asked to") for replica in replicas)
         self._execute([instruction for instruction in instructions if instruction is not None])
-        await self._settled(replicas)
+        await self._effects.settled(replicas)
 
     def close(self) -> None:
         """Take no more requests and remove every replica; `run` returns when they are gone."""
@@ -349,12 +283,12 @@ class Function:
             idle_since=now,
         )
         self.links[replica.id] = link
-        self.device_ids[replica.id] = device_ids
+        self.homes[replica.id] = Home(device_ids=device_ids, backend=self.backend)
         if state is ReplicaState.READY:
             self.node.pool.claim(replica.id, device_ids)
         self.set.adopt(replica)
         self._effects.watch(replica, link)
-        self._publish()
+        self.books.publish()
         self.poke()
 
     async def exited(self, info: RuntimeInfo) -> None:
@@ -374,46 +308,25 @@ class Function:
         is_start = replica.state in COMING and not self._effects.is_waking(replica)
         log.warning("replica lost", function=self.name, replica_id=replica.id, reason=reason)
         self.last_error = reason
-        activation = self._activations.pop(replica.id, None)
-        if activation is not None:
-            activation.lap("failed")
-            cold_start = activation.finish(
-                function=self.name, replica_id=replica.id, outcome="failed", waiting_since=None
-            )
-            self._record_cold_start(cold_start)
+        self.books.failed(replica)
         now = self.clock.monotonic()
         waiters = self.set.failed(replica, now=now, reason=reason, is_start=is_start)
         self._notify(waiters)
-        self._publish()
-        self._run_effect(replica, self._effects.remove(replica))
-
-    def started(self, replica: Replica, tier: Tier) -> Activation:
-        """Note that bringing a replica up begins; returns the stopwatch."""
-        activation = Activation(
-            from_tier=tier,
-            monotonic=self.clock.monotonic,
-            started_us=unix_us(self.clock.now()),
-        )
-        self._activations[replica.id] = activation
-        return activation
+        self.books.publish()
+        self._effects.run(replica, self._effects.remove(replica))
 
     def ready(self, replica: Replica) -> None:
         """Note that a replica can serve."""
         self.set.ready(replica, now=self.clock.monotonic())
         self.last_error = ""
         self._grant()
-        activation = self._activations.get(replica.id)
-        if activation is not None and replica.in_flight == 0:
-            del self._activations[replica.id]
-            cold_start = activation.finish(
-                function=self.name, replica_id=replica.id, outcome="ready", waiting_since=None
-            )
-            self._record_cold_start(cold_start)
+        if replica.in_flight == 0:
+            self.books.ready(replica)
         self.changed()
 
     def changed(self) -> None:
         """Publish moves the effects made, and have the owner look again."""
-        self._publish()
+        self.books.publish()
         self.poke()
 
     async def drained(self, replica: Replica) -> None:
@@ -436,7 +349,7 @@ class Function:
         self._grant()
         if not self._is_shut or self.set.is_closing:
             self._execute(self.set.plan(self.clock.monotonic()))
-        self._publish()
+        self.books.publish()
 
     async def _wait_for_change(self) -> None:
         now = self.clock.monotonic()
@@ -457,7 +370,7 @@ class Function:
 
     def _after_grant(self, waiter: Waiter) -> None:
         if waiter.replica is not None:
-            self._account(waiter.replica)
+            self.books.account(waiter.replica)
             self._notify([waiter])
         self.poke()
 
@@ -475,10 +388,8 @@ class Function:
 
     def _wake_without_waiting(self) -> None:
         """Bring a replica up for the sake of later requests."""
-        if "warm" not in self._tasks:
-            task = asyncio.create_task(self._warm_quietly(), name=f"warm {self.name}")
-            self._tasks["warm"] = task
-            task.add_done_callback(lambda _: self._tasks.pop("warm", None))
+        if self._warming is None or self._warming.done():
+            self._warming = asyncio.create_task(self._warm_quietly(), name=f"warm {self.name}")
 
     async def _warm_quietly(self) -> None:
         try:
@@ -494,10 +405,10 @@ class Function:
                 if devices is None:
                     self.set.unplace(replica, parked=False, now=self.clock.monotonic())
                     continue
-                self.device_ids[replica.id] = devices
+                self.homes[replica.id] = Home(device_ids=devices, backend=self.backend)
                 effect = self._effects.start(replica)
             elif isinstance(instruction, WakeReplica):
-                if not self.node.pool.claim(replica.id, self.device_ids[replica.id]):
+                if not self.node.pool.claim(replica.id, self.homes[replica.id].device_ids):
                     self.set.unplace(replica, parked=True, now=self.clock.monotonic())
                     continue
                 effect = self._effects.wake(replica)
@@ -505,107 +416,8 @@ class Function:
                 effect = self._effects.park(replica)
             else:
                 effect = self._effects.stop(replica)
-            self._run_effect(replica, effect)
-        self._publish()
-
-    def _run_effect(self, replica: Replica, effect: Coroutine[object, object, None]) -> None:
-        """Run an effect as the replica's only one: a newer effect ends the older."""
-        previous = self._tasks.get(replica.id)
-        task = asyncio.create_task(
-            self._guard(replica, effect, previous), name=f"{effect.__name__} {replica.id}"
-        )
-        self._tasks[replica.id] = task
-
-    async def _guard(
-        self,
-        replica: Replica,
-        effect: Coroutine[object, object, None],
-        previous: asyncio.Task[None] | None,
-    ) -> None:
-        if previous is not None and not previous.done():
-            previous.cancel()
-            await asyncio.wait([previous])
-        try:
-            await effect
-        except ReplicaLost as error:
-            self.lost(replica, str(error))
-        except Exception as error:
-            # A defect in one effect must not end the owner.
-            log.exception("effect failed", function=self.name, replica_id=replica.id)
-            self.lost(replica, f"internal error: {error!r}")
-        finally:
-            if self._tasks.get(replica.id) is asyncio.current_task():
-                del self._tasks[replica.id]
-            self.poke()
-
-    async def _cancel_effects(self) -> None:
-        tasks = list(self._tasks.values())
-        for task in tasks:
-            task.cancel()
-        if tasks:
-            await asyncio.wait(tasks)
-        await self._effects.close()
-
-    async def _settled(self, replicas: Iterable[Replica]) -> None:
-        """Wait until the effects now running on these replicas are over."""
-        tasks = [task for r in replicas if (task := self._tasks.get(r.id)) is not None]
-        if tasks:
-            await asyncio.wait(tasks)
-
-    def _publish(self) -> None:
-        """Tell journal, ledger and metrics the moves made since the last time."""
-        moves, self.set.transitions = self.set.transitions, []
-        for replica, move in moves:
-            log.info(
-                "replica moved",
-                state=str(move.target),
-                function=self.name,
-                replica_id=replica.id,
-                reason=move.reason,
-            )
-            self.node.journal.add(
-                TransitionEntry(
-                    function=self.name,
-                    replica_id=replica.id,
-                    at_us=unix_us(self.clock.now()),
-                    from_state=move.source,
-                    to_state=move.target,
-                    reason=move.reason,
-                    epoch=self.node.epoch,
-                )
-            )
-            self._account(replica)
-        self.node.metrics.set_function(
-            self.name,
-            in_flight=self.set.in_flight,
-            queued=self.set.num_queued,
-            states=[str(replica.state) for replica in self.set.replicas.values()],
-        )
-
-    def _account(self, replica: Replica) -> None:
-        """Tell the ledger what the replica's devices are doing."""
-        if replica.state is ReplicaState.STOPPED:
-            self.node.ledger.drop_claim(replica.id)
-            del self.device_ids[replica.id]
-            return
-        state = LEDGER_STATES.get(
-            replica.state, LedgerState.ACTIVE if replica.in_flight else LedgerState.IDLE
-        )
-        price = self.spec.cost.gpu_hour_usd
-        self.node.ledger.set_claim(
-            replica.id,
-            function=self.name,
-            devices=self.device_ids[replica.id],
-            state=state,
-            rate_usd_per_hour=self.node.gpu_hour_usd if price is None else price,
-        )
-
-    def _record_cold_start(self, cold_start: ColdStart) -> None:
-        if cold_start.outcome != "failed":
-            tier, seconds = cold_start.from_tier, cold_start.total_s
-            self._cold_s[tier] = 0.5 * (self._cold_s.get(tier, seconds) + seconds)
-        self.node.journal.add(cold_start)
-        self.node.metrics.cold_start(cold_start)
+            self._effects.run(replica, effect)
+        self.books.publish()
 
     def _new_replica_id(self) -> str:
         return f"{self.name[:40].rstrip('-')}-{secrets.token_hex(4)}"

@@ -2,9 +2,38 @@
 
 from typing import Any
 
+from controller.scaling.entry import Entry
 from controller.scaling.function import Function
-from controller.scaling.lifecycle import ReplicaState
+from controller.scaling.lifecycle import ReplicaState, Tier
 from controller.scaling.replica_set import Replica
+from functions.spec import revision
+
+
+def entry_view(entry: Entry) -> dict[str, Any]:
+    """Return everything that can be said about a deployed function."""
+    build = entry.build
+    view: dict[str, Any] = {
+        "name": entry.spec.name,
+        "revision": revision(entry.spec),
+        "backend": entry.backend,
+        "served_names": list(entry.spec.served_names),
+        "source": entry.spec.model.source,
+        "snapshot": entry.snapshot,
+        "snapshot_state": str(entry.snapshot_state),
+        "build": build
+        and {
+            "phase": build.phase,
+            "done_bytes": build.done_bytes,
+            "total_bytes": build.total_bytes,
+        },
+        "tier": str(Tier.STOPPED),
+        "in_flight": 0,
+        "queued": 0,
+        "replicas": [],
+        "last_error": entry.error or None,
+        "spec": entry.spec.to_json(),
+    }
+    return view if entry.function is None else view | function_view(entry.function)
 
 
 def function_view(function: Function) -> dict[str, Any]:
@@ -14,7 +43,7 @@ def function_view(function: Function) -> dict[str, Any]:
         "in_flight": function.set.in_flight,
         "queued": function.set.num_queued,
         "replicas": [replica_view(function, replica) for replica in function.set.replicas.values()],
-        "last_error": function.last_error or None,
+        **({"last_error": function.last_error} if function.last_error else {}),
     }
 
 
@@ -29,7 +58,9 @@ def replica_view(function: Function, replica: Replica) -> dict[str, Any]:
         "id": replica.id,
         "state": str(replica.state),
         "in_flight": replica.in_flight,
-        "devices": list(function.device_ids.get(replica.id, ())),
+        "devices": list(function.homes[replica.id].device_ids)
+        if replica.id in function.homes
+        else [],
         "idle_s": idle_s,
         "freed_bytes": 0 if link is None else link.freed_bytes,
         "memory": memory

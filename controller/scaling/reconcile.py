@@ -1,4 +1,4 @@
-"""Runtimes that were there before this controller, and runtimes nobody owns any more."""
+"""Runtimes as they are against replicas as they should be: adopt, remove, replace."""
 
 import asyncio
 from collections.abc import Mapping
@@ -17,6 +17,7 @@ from runtime.rpc.client import RuntimeRpcError
 log = structlog.get_logger(__name__)
 
 HEALTH_TIMEOUT_S = 5.0
+LIVENESS_LIMIT_S = 30.0
 ADOPTABLE = {
     pb.RUNTIME_STATE_READY: ReplicaState.READY,
     pb.RUNTIME_STATE_PARKED: ReplicaState.PARKED,
@@ -58,6 +59,22 @@ async def find_adoptable(
         )
         found += [candidate for candidate in checked if candidate is not None]
     return found
+
+
+async def replace_silent(function: Function) -> None:
+    """Replace ready replicas whose runtime does not answer or whose engine no longer reports."""
+    for replica in list(function.set.replicas.values()):
+        link = function.links.get(replica.id)
+        if link is None or replica.state is not ReplicaState.READY:
+            continue
+        try:
+            status = await link.connection.health(timeout_s=LIVENESS_LIMIT_S)
+        except RuntimeRpcError as error:
+            function.lost(replica, f"the runtime does not answer: {error}")
+            continue
+        link.status = status
+        if status.heartbeat_age_s > LIVENESS_LIMIT_S:
+            function.lost(replica, f"the engine was silent for {status.heartbeat_age_s:.0f} s")
 
 
 async def remove_orphans(

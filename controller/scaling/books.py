@@ -1,0 +1,155 @@
+"""What one function tells the ledger, the journal and the metrics."""
+
+from collections import Counter
+from typing import TYPE_CHECKING
+
+import structlog
+
+from controller.clock import unix_us
+from controller.ledger.intervals import LedgerState
+from controller.scaling.activation import Activation
+from controller.scaling.generation import GenerationRecord
+from controller.scaling.journal import TransitionEntry, UsageEntry
+from controller.scaling.lifecycle import ReplicaState, Tier, Transition
+from controller.scaling.replica_set import Replica
+
+if TYPE_CHECKING:
+    from controller.scaling.function import Function
+
+log = structlog.get_logger(__name__)
+
+LEDGER_STATES = {
+    ReplicaState.STARTING: LedgerState.STARTING,
+    ReplicaState.LOADING: LedgerState.LOADING,
+    ReplicaState.PARKING: LedgerState.IDLE,
+    ReplicaState.PARKED: LedgerState.PARKED,
+    ReplicaState.DRAINING: LedgerState.DRAINING,
+    ReplicaState.FAILED: LedgerState.FAILED,
+}
+"""What a replica's state is to the ledger; ready is active or idle by its leases."""
+
+DEFAULT_ETA_S = {"parked": 1.0, "stopped": 6.0}
+"""Expected cold starts before any has been measured."""
+
+
+class Books:
+    """Keeps one function's books; every method is quick and does no I/O."""
+
+    def __init__(self, function: "Function") -> None:
+        self._function = function
+        self._node = function.node
+        self._activations: dict[str, Activation] = {}
+        self._cold_s: dict[str, float] = {}
+
+    def began(self, replica: Replica, tier: Tier) -> Activation:
+        """Note that bringing a replica up begins; returns the stopwatch."""
+        clock = self._node.clock
+        activation = Activation(
+            from_tier=tier, monotonic=clock.monotonic, started_us=unix_us(clock.now())
+        )
+        self._activations[replica.id] = activation
+        return activation
+
+    def served(self, replica: Replica, *, waiting_since: float) -> None:
+        """Note a first token since the monotonic second its request was admitted."""
+        self._finish(replica, lap="first_token", outcome="ready", waiting_since=waiting_since)
+
+    def ready(self, replica: Replica) -> None:
+        """Note that a replica came up and nobody waits for its first token."""
+        self._finish(replica, lap="", outcome="ready", waiting_since=None)
+
+    def failed(self, replica: Replica) -> None:
+        """Note that a replica was lost, possibly while it came up."""
+        self._node.metrics.runtime_crashed(self._function.name)
+        self._finish(replica, lap="failed", outcome="failed", waiting_since=None)
+
+    def used(self, record: GenerationRecord) -> None:
+        """Note a request that is over."""
+        started_us = unix_us(self._node.clock.now()) - int(record.duration_s * 1e6)
+        self._node.journal.add(UsageEntry(started_us=started_us, record=record))
+        self._node.metrics.generation_finished(record)
+
+    def eta_s(self, tier: str, waited_s: float) -> float | None:
+        """Return the expected rest of a cold start after some seconds of waiting."""
+        expected = self._cold_s.get(tier, DEFAULT_ETA_S.get(tier))
+        return None if expected is None else max(expected - waited_s, 0.1)
+
+    def publish(self) -> None:
+        """Tell everybody the moves made since the last time."""
+        replica_set = self._function.set
+        moves, replica_set.transitions = replica_set.transitions, []
+        for replica, move in moves:
+            self._record(replica, move)
+            self.account(replica)
+        name, metrics = self._function.name, self._node.metrics
+        metrics.set_load(name, in_flight=replica_set.in_flight, queued=replica_set.num_queued)
+        if moves:
+            states = (str(replica.state) for replica in replica_set.replicas.values())
+            metrics.set_replicas(name, Counter(states))
+
+    def account(self, replica: Replica) -> None:
+        """Tell the ledger what a replica's devices are doing now."""
+        if replica.state is ReplicaState.STOPPED:
+            self._node.ledger.drop_claim(replica.id)
+        if replica.id not in self._function.set.replicas:
+            return
+        state = LEDGER_STATES.get(
+            replica.state, LedgerState.ACTIVE if replica.in_flight else LedgerState.IDLE
+        )
+        price = self._function.spec.cost.gpu_hour_usd
+        self._node.ledger.set_claim(
+            replica.id,
+            function=self._function.name,
+            devices=self._function.homes[replica.id].device_ids,
+            state=state,
+            rate_usd_per_hour=self._node.gpu_hour_usd if price is None else price,
+        )
+
+    def _record(self, replica: Replica, move: Transition) -> None:
+        name = self._function.name
+        if move.target in (ReplicaState.PARKED, ReplicaState.STOPPED):
+            self._node.metrics.replica_reaped(function=name, to_tier=str(move.target))
+        log.info(
+            "replica moved",
+            function=name,
+            replica_id=replica.id,
+            state=str(move.target),
+            reason=move.reason,
+        )
+        self._node.journal.add(
+            TransitionEntry(
+                function=name,
+                replica_id=replica.id,
+                at_us=unix_us(self._node.clock.now()),
+                from_state=move.source,
+                to_state=move.target,
+                reason=move.reason,
+                epoch=self._node.epoch,
+            )
+        )
+
+    def _finish(
+        self, replica: Replica, *, lap: str, outcome: str, waiting_since: float | None
+    ) -> None:
+        activation = self._activations.pop(replica.id, None)
+        if activation is None:
+            return
+        if lap:
+            activation.lap(lap)
+        cold_start = activation.finish(
+            function=self._function.name,
+            replica_id=replica.id,
+            outcome=outcome,
+            waiting_since=waiting_since,
+        )
+        if outcome != "failed":
+            tier, seconds = cold_start.from_tier, cold_start.total_s
+            self._cold_s[tier] = 0.5 * (self._cold_s.get(tier, seconds) + seconds)
+        self._node.journal.add(cold_start)
+        self._node.metrics.cold_start_finished(
+            function=cold_start.function,
+            from_tier=cold_start.from_tier,
+            outcome=outcome,
+            seconds=cold_start.total_s,
+            phases={phase.name: phase.seconds for phase in cold_start.phases},
+        )

@@ -1,0 +1,71 @@
+"""From an accepted spec and a built snapshot to what a runtime is told."""
+
+import hashlib
+import json
+from dataclasses import dataclass
+from pathlib import Path
+
+from controller.errors import InvalidSpec
+from functions.spec import FunctionSpec, revision
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Deployment:
+    """One accepted revision of a function, with what it needs to run.
+
+    Attributes:
+        spec: The revision's spec.
+        revision: Its content hash.
+        backend: Name of the backend that starts its runtimes.
+        snapshot: Directory name of the built snapshot, name@digest12.
+        runtime_hash: Hash of what a running runtime cannot change.
+        max_model_len: Longest prompt plus output, in tokens.
+    """
+
+    spec: FunctionSpec
+    revision: str
+    backend: str
+    snapshot: str
+    runtime_hash: str
+    max_model_len: int
+
+
+def deployment_of(spec: FunctionSpec, backend: str, snapshot: Path) -> Deployment:
+    """Join a spec with its snapshot directory.
+
+    Raises:
+        InvalidSpec: The spec asks for more context than the model has.
+    """
+    limit = _context_length(snapshot)
+    max_model_len = spec.model.max_model_len or limit
+    if max_model_len > limit:
+        raise InvalidSpec(
+            f"model.max_model_len is {max_model_len} and the model's own limit is {limit}; lower "
+            "it, or leave it out to take the limit"
+        )
+    return Deployment(
+        spec=spec,
+        revision=revision(spec),
+        backend=backend,
+        snapshot=snapshot.name,
+        runtime_hash=_runtime_hash(spec, backend, snapshot.name),
+        max_model_len=max_model_len,
+    )
+
+
+def _context_length(snapshot: Path) -> int:
+    config = json.loads((snapshot / "config.json").read_text())
+    return int(config["max_position_embeddings"])
+
+
+def _runtime_hash(spec: FunctionSpec, backend: str, snapshot: str) -> str:
+    meaning = {
+        "backend": backend,
+        "snapshot": snapshot,
+        "max_model_len": spec.model.max_model_len,
+        "dtype": spec.model.dtype,
+        "engine": spec.engine.model_dump(mode="json"),
+        "resources": spec.resources.model_dump(mode="json"),
+    }
+    canonical = json.dumps(meaning, sort_keys=True, separators=(",", ":"))
+    return hashlib.sha256(canonical.encode()).hexdigest()[:12]

@@ -1,0 +1,51 @@
+"""The devices of this machine: GPUs from NVML, and the processor."""
+
+from pathlib import Path
+
+import pynvml
+
+from controller.scaling.placement import CPU_DEVICE_ID, Device, DeviceKind
+
+
+def find_devices() -> list[Device]:
+    """Return every GPU by UUID, then the processor."""
+    cpu = Device(id=CPU_DEVICE_ID, kind=DeviceKind.CPU, memory_bytes=_host_memory_bytes("MemTotal"))
+    return [*_gpus(), cpu]
+
+
+def used_bytes(device: Device) -> int | None:
+    """Return the memory in use on a device now; None when it cannot be read."""
+    if device.kind is DeviceKind.CPU:
+        return device.memory_bytes - _host_memory_bytes("MemAvailable")
+    try:
+        pynvml.nvmlInit()
+        handle = pynvml.nvmlDeviceGetHandleByUUID(device.id)
+        return int(pynvml.nvmlDeviceGetMemoryInfo(handle).used)
+    except pynvml.NVMLError:
+        return None
+
+
+def _gpus() -> list[Device]:
+    try:
+        pynvml.nvmlInit()
+        handles = [
+            pynvml.nvmlDeviceGetHandleByIndex(index) for index in range(pynvml.nvmlDeviceGetCount())
+        ]
+        return [
+            Device(
+                id=str(pynvml.nvmlDeviceGetUUID(handle)),
+                kind=DeviceKind.GPU,
+                memory_bytes=int(pynvml.nvmlDeviceGetMemoryInfo(handle).total),
+            )
+            for handle in handles
+        ]
+    except pynvml.NVMLError:
+        return []
+
+
+def _host_memory_bytes(field: str) -> int:
+    for line in Path("/proc/meminfo").read_text().splitlines():
+        name, _, amount = line.partition(":")
+        if name == field:
+            return int(amount.split()[0]) * 1024
+    raise LookupError(f"/proc/meminfo has no {field}")

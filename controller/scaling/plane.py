@@ -1,0 +1,415 @@
+"""The control plane: which functions are deployed, and every operation on them.
+
+It keeps the desired state in the store, has snapshots built, and gives each function its owner.
+"""
+
+import asyncio
+import difflib
+from collections.abc import AsyncIterator, Callable, Coroutine, Mapping, Sequence
+from dataclasses import dataclass, field
+from importlib.metadata import version
+from typing import Any, Protocol
+
+import structlog
+
+from controller.backends.base import BackendError, RuntimeBackend
+from controller.clock import unix_us
+from controller.errors import (
+    ActivationFailed,
+    ApiError,
+    Conflict,
+    InvalidSpec,
+    ModelNotFound,
+    NotFound,
+)
+from controller.scaling.deployment import Deployment, deployment_of
+from controller.scaling.devices import used_bytes
+from controller.scaling.entry import Entry, SnapshotState
+from controller.scaling.function import Function
+from controller.scaling.node import Node
+from controller.scaling.placement import Unschedulable
+from controller.scaling.preparation import BuildProgress, PreparationFailed, build_snapshot
+from controller.scaling.reaper import Reaper
+from controller.scaling.reconcile import (
+    adopted_claims,
+    find_adoptable,
+    remove_orphans,
+    replace_silent,
+)
+from controller.scaling.views import entry_view
+from functions.spec import FunctionSpec, revision
+from snapshots.store import SnapshotStore
+
+log = structlog.get_logger(__name__)
+
+WATCH_RETRY_S = 1.0
+BUILD_RETRY_AFTER_S = 5.0
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class StoredFunction:
+    """A function as the store keeps it."""
+
+    spec: FunctionSpec
+    backend: str
+    created_us: int
+
+
+class FunctionStore(Protocol):
+    """The desired state on disk."""
+
+    async def load(self) -> list[StoredFunction]:
+        """Return every function that is not deleted, with its current revision."""
+
+    async def put(self, function: StoredFunction) -> None:
+        """Make a revision the current one."""
+
+    async def delete(self, name: str) -> None:
+        """Mark a function deleted; its history stays."""
+
+
+@dataclass(slots=True)
+class _Background:
+    """Tasks of the plane that end with it."""
+
+    tasks: set[asyncio.Task[None]] = field(default_factory=set)
+
+    def run(self, work: Coroutine[Any, Any, None], name: str) -> asyncio.Task[None]:
+        task = asyncio.create_task(work, name=name)
+        self.tasks.add(task)
+        task.add_done_callback(self.tasks.discard)
+        return task
+
+    async def cancel(self) -> None:
+        tasks = list(self.tasks)
+        for task in tasks:
+            task.cancel()
+        if tasks:
+            await asyncio.wait(tasks)
+
+
+class ControlPlane:
+    """All functions of one controller.
+
+    Args:
+        node: What the functions share.
+        backends: By name.
+        store: The desired state.
+        reaper: Runs the schedules; started and stopped by the caller.
+    """
+
+    def __init__(
+        self,
+        node: Node,
+        backends: Mapping[str, RuntimeBackend],
+        store: FunctionStore,
+        reaper: Reaper,
+    ) -> None:
+        self.node = node
+        self._backends = backends
+        self._store = store
+        self._reaper = reaper
+        self._snapshots = SnapshotStore(node.snapshot_store)
+        self._entries: dict[str, Entry] = {}
+        self._background = _Background()
+        self._deploying = asyncio.Lock()
+        self._started_at = node.clock.monotonic()
+
+    # The registry, as the gateway sees it.
+
+    def resolve(self, model: str) -> Function:
+        """Return the function that serves this model name.
+
+        Raises:
+            ModelNotFound: None does; the message lists near names.
+            ActivationFailed: Its snapshot is being built, or could not be.
+        """
+        for entry in self._entries.values():
+            if model in entry.spec.served_names:
+                return self._servable(entry)
+        names = [name for entry in self._entries.values() for name in entry.spec.served_names]
+        near = difflib.get_close_matches(model, names, n=3)
+        hint = f"did you mean {', '.join(map(repr, near))}?" if near else "GET /v1/models lists all"
+        raise ModelNotFound(f"no function serves the model {model!r}; {hint}", param="model")
+
+    def served(self) -> Sequence[Function]:
+        """Return every function that can take requests, by name."""
+        functions = (entry.function for _, entry in sorted(self._entries.items()))
+        return [function for function in functions if function is not None]
+
+    def _servable(self, entry: Entry) -> Function:
+        if entry.function is not None:
+            return entry.function
+        name = entry.spec.name
+        if entry.snapshot_state is SnapshotState.FAILED:
+            raise ActivationFailed(f"the snapshot of {name!r} could not be built: {entry.error}")
+        raise ActivationFailed(
+            f"the snapshot of {name!r} is being built{_percent(entry.build)}; retry shortly",
+            retry_after_s=BUILD_RETRY_AFTER_S,
+        )
+
+    # Life of the controller.
+
+    async def start(self) -> None:
+        """Load the desired state, take over what runs, and begin to own it."""
+        for stored in await self._store.load():
+            self._entries[stored.spec.name] = self._restore(stored)
+        found = await find_adoptable(self._backends, self._functions(), self.node.connect)
+        await self.node.ledger.recover(adopted_claims(found))
+        for candidate in found:
+            candidate.function.adopt(
+                candidate.info, candidate.link, candidate.state, candidate.device_ids
+            )
+        for entry in self._entries.values():
+            self._reaper.follow_schedules(entry.spec, _poker(entry))
+            if entry.function is not None:
+                entry.owner = self._own(entry.function)
+            else:
+                entry.builder = self._prepare_in_background(entry)
+        for backend in self._backends.values():
+            self._background.run(self._watch(backend), f"watch {backend.name}")
+
+    async def stop(self, timeout_s: float, *, stop_runtimes: bool) -> None:
+        """Finish the running requests, then let go of everything.
+
+        Args:
+            timeout_s: Seconds the running requests get.
+            stop_runtimes: Whether to remove the runtimes too; else the next start adopts them.
+        """
+        functions = list(self._functions().values())
+        await asyncio.gather(*(function.finish_requests(timeout_s) for function in functions))
+        if stop_runtimes:
+            await asyncio.gather(*(function.stop() for function in functions))
+        await self._background.cancel()
+
+    async def sweep(self) -> None:
+        """Have every function look at its deadlines."""
+        for function in self._functions().values():
+            function.sweep()
+
+    async def reconcile(self) -> None:
+        """Remove orphans, and replace replicas whose engine hangs."""
+        await remove_orphans(self._backends, self._functions())
+        await asyncio.gather(*(replace_silent(function) for function in self._functions().values()))
+
+    def poke_all(self) -> None:
+        """Have every function look again: a device has become free."""
+        for function in self._functions().values():
+            function.poke()
+
+    # Operations.
+
+    async def deploy(self, spec: FunctionSpec, backend: str) -> bool:
+        """Accept a spec; the same one again changes nothing.
+
+        Returns:
+            Whether the function is new.
+
+        Raises:
+            InvalidSpec: The machine can never run it, or the backend is not known.
+            Conflict: Another function serves one of its names.
+        """
+        if backend not in self._backends:
+            known = ", ".join(sorted(self._backends))
+            raise InvalidSpec(f"unknown backend {backend!r}; known ones: {known}", param="backend")
+        try:
+            self.node.pool.check(spec.resources.gpus)
+        except Unschedulable as error:
+            raise InvalidSpec(str(error), param="resources.gpus") from error
+        async with self._deploying:
+            self._check_names(spec)
+            previous = self._entries.get(spec.name)
+            created_us = previous.created_us if previous else unix_us(self.node.clock.now())
+            if previous is not None and _is_same(previous, spec, backend):
+                return False
+            await self._store.put(StoredFunction(spec=spec, backend=backend, created_us=created_us))
+            self._accept(spec, backend, created_us, previous)
+        return previous is None
+
+    async def delete(self, name: str) -> None:
+        """Forget a function: new requests get 404, running ones finish within the drain timeout."""
+        async with self._deploying:
+            entry = self._entry(name)
+            await self._store.delete(name)
+            del self._entries[name]
+        self._reaper.forget(name)
+        if entry.builder is not None:
+            entry.builder.cancel()
+        if entry.function is not None and entry.owner is not None:
+            entry.function.close()
+            await asyncio.wait([entry.owner])
+
+    async def warm(self, name: str) -> None:
+        """Return once a replica is ready."""
+        await self._servable(self._entry(name)).warm()
+
+    async def park(self, name: str) -> None:
+        """Park every idle replica now."""
+        await self._servable(self._entry(name)).park()
+
+    async def stop_function(self, name: str) -> None:
+        """Drain and remove every replica; the function stays deployed."""
+        await self._servable(self._entry(name)).stop()
+
+    async def logs(self, name: str, *, tail: int, follow: bool) -> AsyncIterator[str]:
+        """Yield log lines of a function's replicas, one replica after the other.
+
+        With `follow` it is the newest replica, and new lines come until it is gone.
+        """
+        function = self._servable(self._entry(name))
+        replica_ids = list(function.homes)
+        for replica_id in replica_ids[-1:] if follow else replica_ids:
+            backend = function.homes[replica_id].backend
+            try:
+                async for line in backend.logs(replica_id, tail=tail, follow=follow):
+                    yield line
+            except BackendError as error:
+                yield f"the log of {replica_id} cannot be read: {error}"
+
+    def status(self) -> dict[str, Any]:
+        """Return the node: its devices and how much is deployed and running."""
+        functions = self._functions().values()
+        return {
+            "version": version("coldspark"),
+            "uptime_s": round(self.node.clock.monotonic() - self._started_at, 3),
+            "devices": [
+                {
+                    "id": device.id,
+                    "kind": str(device.kind),
+                    "memory_bytes": device.memory_bytes,
+                    "used_bytes": used_bytes(device),
+                }
+                for device in self.node.pool.devices
+            ],
+            "functions": len(self._entries),
+            "replicas": sum(len(function.set.replicas) for function in functions),
+        }
+
+    def view(self, name: str) -> dict[str, Any]:
+        """Return everything that can be said about a function, as JSON values."""
+        return entry_view(self._entry(name))
+
+    def views(self) -> list[dict[str, Any]]:
+        """Return every function's view, by name."""
+        return [entry_view(entry) for _, entry in sorted(self._entries.items())]
+
+    def function(self, name: str) -> Function:
+        """Return a function by name.
+
+        Raises:
+            NotFound: No such function is deployed.
+            ActivationFailed: It has no snapshot yet.
+        """
+        return self._servable(self._entry(name))
+
+    # Inside.
+
+    def _functions(self) -> dict[str, Function]:
+        entries = self._entries.items()
+        return {name: entry.function for name, entry in entries if entry.function is not None}
+
+    def _entry(self, name: str) -> Entry:
+        if name not in self._entries:
+            near = difflib.get_close_matches(name, list(self._entries), n=3)
+            hint = f"; did you mean {', '.join(near)}?" if near else ""
+            raise NotFound(f"no function is called {name!r}{hint}")
+        return self._entries[name]
+
+    def _check_names(self, spec: FunctionSpec) -> None:
+        for other in self._entries.values():
+            shared = set(other.spec.served_names) & set(spec.served_names)
+            if other.spec.name != spec.name and shared:
+                raise Conflict(
+                    f"{other.spec.name!r} already serves {sorted(shared)}; choose other "
+                    "model.served_names"
+                )
+
+    def _restore(self, stored: StoredFunction) -> Entry:
+        spec = stored.spec
+        entry = Entry(spec=spec, backend=stored.backend, created_us=stored.created_us)
+        snapshot = self._snapshots.find(
+            location=spec.model.location,
+            revision=spec.model.revision,
+            dtype=spec.model.dtype,
+            tensor_parallel_size=spec.engine.tensor_parallel_size,
+        )
+        if snapshot is not None:
+            self._install(entry, deployment_of(spec, stored.backend, snapshot.path))
+        return entry
+
+    def _accept(
+        self, spec: FunctionSpec, backend: str, created_us: int, previous: Entry | None
+    ) -> None:
+        entry = Entry(spec=spec, backend=backend, created_us=created_us)
+        if previous is not None:
+            # The old revision serves until the new one has its snapshot.
+            entry.function, entry.owner = previous.function, previous.owner
+            if previous.builder is not None:
+                previous.builder.cancel()
+        self._entries[spec.name] = entry
+        self._reaper.follow_schedules(spec, _poker(entry))
+        entry.builder = self._prepare_in_background(entry)
+
+    def _prepare_in_background(self, entry: Entry) -> asyncio.Task[None]:
+        return self._background.run(self._prepare(entry), f"prepare {entry.spec.name}")
+
+    async def _prepare(self, entry: Entry) -> None:
+        def report(progress: BuildProgress) -> None:
+            entry.build = progress
+
+        try:
+            ref = await build_snapshot(entry.spec, self.node.snapshot_store, report)
+            path = self.node.snapshot_store / ref
+            deployment = await asyncio.to_thread(deployment_of, entry.spec, entry.backend, path)
+            self._install(entry, deployment)
+        except (PreparationFailed, ApiError) as error:
+            entry.snapshot_state, entry.error = SnapshotState.FAILED, str(error)
+            log.error("no snapshot", function=entry.spec.name, error=str(error))
+            return
+        finally:
+            entry.build = None
+        if entry.function is not None and entry.owner is None:
+            entry.owner = self._own(entry.function)
+
+    def _install(self, entry: Entry, deployment: Deployment) -> None:
+        entry.snapshot, entry.snapshot_state = deployment.snapshot, SnapshotState.READY
+        backend = self._backends[entry.backend]
+        if entry.function is None:
+            created = entry.created_us // 1_000_000
+            entry.function = Function(deployment, backend, self.node, created=created)
+        else:
+            entry.function.update(deployment, backend)
+
+    def _own(self, function: Function) -> asyncio.Task[None]:
+        return self._background.run(function.run(), f"own {function.name}")
+
+    async def _watch(self, backend: RuntimeBackend) -> None:
+        """Tell functions of exits the backend sees, whatever happens to the backend."""
+        while True:
+            try:
+                async for info in backend.watch():
+                    function = self._functions().get(info.function)
+                    if function is not None:
+                        await function.exited(info)
+            except BackendError as error:
+                log.warning("cannot watch", backend=backend.name, error=str(error))
+            await asyncio.sleep(WATCH_RETRY_S)
+
+
+def _poker(entry: Entry) -> Callable[[], None]:
+    def poke() -> None:
+        if entry.function is not None:
+            entry.function.poke()
+
+    return poke
+
+
+def _is_same(entry: Entry, spec: FunctionSpec, backend: str) -> bool:
+    is_usable = entry.snapshot_state is not SnapshotState.FAILED
+    return is_usable and entry.backend == backend and revision(entry.spec) == revision(spec)
+
+
+def _percent(build: BuildProgress | None) -> str:
+    if build is None or build.total_bytes == 0:
+        return ""
+    return f" ({build.phase}, {100 * build.done_bytes // build.total_bytes} %)"
