@@ -1,6 +1,7 @@
 """What one function tells the ledger, the journal and the metrics."""
 
 from collections import Counter
+from decimal import Decimal
 from typing import TYPE_CHECKING
 
 import structlog
@@ -40,6 +41,12 @@ class Books:
         self._node = function.node
         self._activations: dict[str, Activation] = {}
         self._cold_s: dict[str, float] = {}
+
+    @property
+    def rate_usd_per_hour(self) -> Decimal:
+        """What one of the function's devices costs."""
+        price = self._function.spec.cost.gpu_hour_usd
+        return self._node.gpu_hour_usd if price is None else price
 
     def began(self, replica: Replica, tier: Tier) -> Activation:
         """Note that bringing a replica up begins; returns the stopwatch."""
@@ -96,13 +103,12 @@ class Books:
         state = LEDGER_STATES.get(
             replica.state, LedgerState.ACTIVE if replica.in_flight else LedgerState.IDLE
         )
-        price = self._function.spec.cost.gpu_hour_usd
         self._node.ledger.set_claim(
             replica.id,
             function=self._function.name,
             devices=self._function.homes[replica.id].device_ids,
             state=state,
-            rate_usd_per_hour=self._node.gpu_hour_usd if price is None else price,
+            rate_usd_per_hour=self.rate_usd_per_hour,
         )
 
     def _record(self, replica: Replica, move: Transition) -> None:

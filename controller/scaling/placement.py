@@ -36,13 +36,16 @@ class DevicePool:
 
     Args:
         devices: All devices of the machine.
-        on_release: Called after every release; somebody may be waiting for the device.
     """
 
-    def __init__(self, devices: Iterable[Device], on_release: Callable[[], None]) -> None:
+    def __init__(self, devices: Iterable[Device]) -> None:
         self.devices = tuple(devices)
         self._holders: dict[str, str] = {}
-        self._on_release = on_release
+        self._on_release: Callable[[], None] = lambda: None
+
+    def on_release(self, call: Callable[[], None]) -> None:
+        """Have something called after every release; somebody may be waiting for the device."""
+        self._on_release = call
 
     def check(self, num_gpus: int) -> None:
         """Check that the machine could ever place a replica.

@@ -113,6 +113,7 @@ class ControlPlane:
         self._entries: dict[str, Entry] = {}
         self._background = _Background()
         self._deploying = asyncio.Lock()
+        node.pool.on_release(self.poke_all)
         self._started_at = node.clock.monotonic()
 
     # The registry, as the gateway sees it.
@@ -169,17 +170,19 @@ class ControlPlane:
         for backend in self._backends.values():
             self._background.run(self._watch(backend), f"watch {backend.name}")
 
-    async def stop(self, timeout_s: float, *, stop_runtimes: bool) -> None:
-        """Finish the running requests, then let go of everything.
+    async def finish_requests(self, timeout_s: float) -> None:
+        """Take no more requests; return when the running ones are over or out of time."""
+        functions = self._functions().values()
+        await asyncio.gather(*(function.finish_requests(timeout_s) for function in functions))
+
+    async def stop(self, *, stop_runtimes: bool) -> None:
+        """Let go of everything.
 
         Args:
-            timeout_s: Seconds the running requests get.
             stop_runtimes: Whether to remove the runtimes too; else the next start adopts them.
         """
-        functions = list(self._functions().values())
-        await asyncio.gather(*(function.finish_requests(timeout_s) for function in functions))
         if stop_runtimes:
-            await asyncio.gather(*(function.stop() for function in functions))
+            await asyncio.gather(*(function.stop() for function in self._functions().values()))
         await self._background.cancel()
 
     async def sweep(self) -> None:

@@ -1,12 +1,13 @@
 """Runtimes as they are against replicas as they should be: adopt, remove, replace."""
 
 import asyncio
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 
 import structlog
 
 from controller.backends.base import BackendError, RuntimeBackend, RuntimeInfo, RuntimePhase
+from controller.ledger.intervals import AdoptedClaim, LedgerState
 from controller.scaling.function import Function
 from controller.scaling.lifecycle import ReplicaState
 from controller.scaling.link import Connect, RuntimeLink
@@ -59,6 +60,22 @@ async def find_adoptable(
         )
         found += [candidate for candidate in checked if candidate is not None]
     return found
+
+
+def adopted_claims(found: Iterable[Found]) -> dict[str, AdoptedClaim]:
+    """Return what the ledger must know of the replicas that were taken over, by id."""
+    return {
+        candidate.info.runtime_id: AdoptedClaim(
+            function=candidate.function.name,
+            devices=candidate.device_ids,
+            state=LedgerState.PARKED
+            if candidate.state is ReplicaState.PARKED
+            else LedgerState.IDLE,
+            rate_usd_per_hour=candidate.function.books.rate_usd_per_hour,
+            last_active_us=int(candidate.link.status.last_active_unix_us) or None,
+        )
+        for candidate in found
+    }
 
 
 async def replace_silent(function: Function) -> None:

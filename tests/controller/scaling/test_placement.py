@@ -25,7 +25,10 @@ def pool_of(num_gpus: int, releases: Releases | None = None) -> DevicePool:
         for index in range(num_gpus)
     ]
     cpu = Device(id=CPU_DEVICE_ID, kind=DeviceKind.CPU, memory_bytes=1 << 30)
-    return DevicePool([*gpus, cpu], on_release=releases or Releases())
+    pool = DevicePool([*gpus, cpu])
+    if releases is not None:
+        pool.on_release(releases)
+    return pool
 
 
 def test_a_gpu_serves_one_replica_until_it_is_released() -> None:

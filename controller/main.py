@@ -1,0 +1,219 @@
+"""The controller's entry point: wire the parts, serve, shut down in order.
+
+Shutdown: refuse new requests, let running streams end, close the gateway, let go of the runtimes
+(the next start adopts them), write the books, close the store.
+"""
+
+import asyncio
+import fcntl
+import logging
+import signal
+import sys
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from decimal import Decimal
+from pathlib import Path
+
+import structlog
+import uvicorn
+import uvloop
+
+from controller.backends.base import RuntimeBackend
+from controller.backends.docker import DockerBackend
+from controller.backends.process import ProcessBackend
+from controller.clock import SystemClock, unix_us
+from controller.dashboard.views import dashboard_router
+from controller.gateway.app import create_app
+from controller.gateway.routes.admin import admin_router
+from controller.ledger.ledger import Ledger
+from controller.metrics import Metrics
+from controller.records import Records
+from controller.scaling.devices import find_devices
+from controller.scaling.journal import Journal
+from controller.scaling.node import Node
+from controller.scaling.placement import Device, DeviceKind, DevicePool
+from controller.scaling.plane import ControlPlane
+from controller.scaling.reaper import Reaper
+from controller.settings import Settings
+from controller.store.database import Database
+from runtime.rpc.client import RuntimeClient
+
+log = structlog.get_logger(__name__)
+
+FLUSH_S = 1.0
+COMPACT_S = 3600.0
+
+
+class AlreadyRunning(Exception):
+    """Another controller owns this home directory."""
+
+
+def serve(settings: Settings) -> None:
+    """Run the controller until SIGINT or SIGTERM.
+
+    Raises:
+        AlreadyRunning: Another controller owns the home directory.
+        OSError: The address cannot be listened on.
+    """
+    configure_logging()
+    settings.home.mkdir(parents=True, exist_ok=True, mode=0o700)
+    with home_lock(settings.home):
+        uvloop.run(run(settings))
+
+
+async def run(settings: Settings) -> None:
+    """Wire the parts, serve until a signal, and take them down in reverse."""
+    clock, metrics, reaper = SystemClock(), Metrics(), Reaper()
+    database = Database.open(settings.database_url)
+    devices = find_devices()
+    ledger = Ledger(
+        devices=device_rates(devices, settings.gpu_hour_usd), clock=clock, database=database
+    )
+    records = Records(database, ledger, clock)
+    journal = Journal(records.write)
+    node = Node(
+        clock=clock,
+        connect=RuntimeClient,
+        pool=DevicePool(devices),
+        ledger=ledger,
+        journal=journal,
+        metrics=metrics,
+        snapshot_store=settings.snapshot_store,
+        gpu_hour_usd=settings.gpu_hour_usd,
+        epoch=unix_us(clock.now()) // 1_000_000,
+    )
+    backends = open_backends(settings)
+    plane = ControlPlane(node, backends, records, reaper)
+    server = GatewayServer(settings, plane, records, node)
+    try:
+        await plane.start()
+        reaper.every(settings.tick_s, "sweep", plane.sweep)
+        reaper.every(settings.reconcile_s, "reconcile", plane.reconcile)
+        reaper.every(FLUSH_S, "flush ledger", ledger.flush)
+        reaper.every(FLUSH_S, "flush journal", journal.flush)
+        reaper.every(COMPACT_S, "compact ledger", ledger.compact)
+        reaper.start()
+        await server.serve_until_signal()
+    finally:
+        await plane.stop(stop_runtimes=settings.stop_runtimes_on_exit)
+        reaper.stop()
+        for backend in backends.values():
+            await backend.close()
+        await journal.flush()
+        await ledger.flush()
+        database.close()
+
+
+class GatewayServer:
+    """The HTTP server, with a shutdown in our order rather than uvicorn's."""
+
+    def __init__(
+        self, settings: Settings, plane: ControlPlane, records: Records, node: Node
+    ) -> None:
+        self._settings = settings
+        self._plane = plane
+        self._stopping = asyncio.Event()
+        app = create_app(
+            plane,
+            records,
+            settings,
+            node.clock,
+            metrics=node.metrics,
+            is_ready=lambda: not self._stopping.is_set(),
+            extra_routers=[
+                admin_router(plane, records, records, node.clock),
+                dashboard_router(plane, records, node.clock),
+            ],
+        )
+        self._server = _Server(
+            uvicorn.Config(
+                app,
+                host=settings.host,
+                port=settings.port,
+                http="httptools",
+                lifespan="off",
+                access_log=False,
+                log_config=None,
+                timeout_keep_alive=75,
+                timeout_graceful_shutdown=5,
+            )
+        )
+
+    async def serve_until_signal(self) -> None:
+        """Serve, and return when a signal has come and the last stream is over."""
+        loop = asyncio.get_running_loop()
+        for name in (signal.SIGINT, signal.SIGTERM):
+            loop.add_signal_handler(name, self._stopping.set)
+        serving = asyncio.create_task(self._server.serve(), name="gateway")
+        stopping = asyncio.create_task(self._stopping.wait(), name="signal")
+        await asyncio.wait([serving, stopping], return_when=asyncio.FIRST_COMPLETED)
+        log.info("stopping")
+        await self._plane.finish_requests(self._settings.shutdown_timeout_s)
+        self._server.should_exit = True
+        stopping.cancel()
+        await serving
+
+
+class _Server(uvicorn.Server):
+    @contextmanager
+    def capture_signals(self) -> Iterator[None]:
+        """Leave signals to the controller."""
+        yield
+
+
+def open_backends(settings: Settings) -> Mapping[str, RuntimeBackend]:
+    """Return every backend by name; none is contacted yet."""
+    backends: Sequence[RuntimeBackend] = (
+        ProcessBackend(settings.runtimes_dir, cluster=settings.cluster),
+        DockerBackend(settings.runtimes_dir, cluster=settings.cluster, image=settings.docker_image),
+    )
+    return {backend.name: backend for backend in backends}
+
+
+def device_rates(devices: Sequence[Device], gpu_hour_usd: Decimal) -> dict[str, Decimal]:
+    """Return what each device costs an hour while nobody holds it.
+
+    The processor is what a machine without GPUs sells; beside GPUs it comes with them.
+    """
+    has_gpu = any(device.kind is DeviceKind.GPU for device in devices)
+    return {
+        device.id: Decimal(0) if has_gpu and device.kind is DeviceKind.CPU else gpu_hour_usd
+        for device in devices
+    }
+
+
+@contextmanager
+def home_lock(home: Path) -> Iterator[None]:
+    """Own a home directory.
+
+    Raises:
+        AlreadyRunning: Another controller does.
+    """
+    with (home / "controller.lock").open("w") as lock:
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError as error:
+            raise AlreadyRunning(
+                f"another controller runs on {home}; stop it, or set COLDSPARK_HOME to another "
+                "directory"
+            ) from error
+        yield
+
+
+def configure_logging() -> None:
+    """Log one JSON object a line on stderr, the standard library's records included."""
+    shared = [
+        structlog.contextvars.merge_contextvars,
+        structlog.processors.add_log_level,
+        structlog.processors.TimeStamper(fmt="iso", utc=True),
+        structlog.processors.format_exc_info,
+    ]
+    structlog.configure(
+        processors=[*shared, structlog.processors.JSONRenderer()],
+        logger_factory=structlog.PrintLoggerFactory(sys.stderr),
+    )
+    logging.basicConfig(
+        level=logging.WARNING,
+        stream=sys.stderr,
+        format='{"logger": "%(name)s", "event": "%(message)s"}',
+    )

@@ -1,0 +1,178 @@
+"""Runtimes that only pretend, on loop time, and can be told to fail."""
+
+import asyncio
+from collections.abc import AsyncIterator, Sequence
+from dataclasses import dataclass, field
+
+from runtime.rpc import inference_pb2 as pb
+from runtime.rpc.client import RuntimeRefused, RuntimeUnavailable, SequenceSink
+
+WEIGHTS_BYTES = 1 << 20
+
+
+@dataclass
+class FakeRuntime:
+    """One runtime: how long it takes, what it has been told, and its sequences."""
+
+    load_s: float = 1.0
+    park_s: float = 0.1
+    wake_s: float = 0.2
+    step_s: float = 0.01
+    fails: set[str] = field(default_factory=set)  # of "load", "park", "wake"
+    state: int = pb.RUNTIME_STATE_STANDBY
+    calls: list[str] = field(default_factory=list)
+    sequences: dict[int, asyncio.Task[None]] = field(default_factory=dict)
+    sinks: dict[int, SequenceSink] = field(default_factory=dict)
+    watchers: list[asyncio.Queue[pb.RuntimeStatus | None]] = field(default_factory=list)
+    is_alive: bool = True
+    is_stuck: bool = False
+    num_submitted: int = 0
+    heartbeat_age_s: float = 0.0
+
+    def status(self) -> pb.RuntimeStatus:
+        """What it says about itself."""
+        held = WEIGHTS_BYTES if self.state == pb.RUNTIME_STATE_READY else 0
+        return pb.RuntimeStatus(
+            state=self.state,  # type: ignore[arg-type]  # the stubs want the enum type
+            memory=pb.Memory(weights_bytes=held),
+            heartbeat_age_s=self.heartbeat_age_s,
+        )
+
+    def enter(self, state: int) -> None:
+        """Change state and tell the watchers."""
+        self.state = state
+        for watcher in self.watchers:
+            watcher.put_nowait(self.status())
+
+    def crash(self) -> None:
+        """Die: streams break, watchers end, calls fail."""
+        self.is_alive = False
+        for task in self.sequences.values():
+            task.cancel()
+        sinks, self.sinks = self.sinks, {}
+        for sink in sinks.values():
+            sink.on_broken(RuntimeUnavailable("the runtime is gone"))
+        for watcher in self.watchers:
+            watcher.put_nowait(None)
+
+    async def work(self, name: str, seconds: float) -> None:
+        """Take time over a call, and fail it if told to."""
+        self.calls.append(name)
+        await asyncio.sleep(seconds)
+        if not self.is_alive:
+            raise RuntimeUnavailable("the runtime is gone")
+        if name in self.fails:
+            raise RuntimeRefused(f"told to refuse {name}")
+
+
+class FakeAttachment:
+    """The stream of sequences of a fake runtime."""
+
+    def __init__(self, runtime: FakeRuntime) -> None:
+        self._runtime = runtime
+
+    @property
+    def is_broken(self) -> bool:
+        """Whether nothing can be submitted any more."""
+        return not self._runtime.is_alive
+
+    def submit(
+        self, prompt_token_ids: Sequence[int], sampling: pb.SamplingParams, sink: SequenceSink
+    ) -> int:
+        """Begin to produce max_tokens tokens: the prompt's length, counting up."""
+        runtime = self._runtime
+        if not runtime.is_alive:
+            raise RuntimeUnavailable("the runtime is gone")
+        assert runtime.state == pb.RUNTIME_STATE_READY, "a sequence for a runtime that is not ready"
+        runtime.num_submitted += 1
+        sequence_id = runtime.num_submitted
+        runtime.sinks[sequence_id] = sink
+        runtime.sequences[sequence_id] = asyncio.create_task(
+            self._generate(sequence_id, len(prompt_token_ids), sampling.max_tokens)
+        )
+        return sequence_id
+
+    def cancel(self, sequence_id: int) -> None:
+        """End a sequence at the next turn of the loop."""
+        asyncio.get_running_loop().call_soon(
+            self._finish, sequence_id, pb.FINISH_REASON_CANCELLED, 0
+        )
+
+    async def close(self) -> None:
+        """Nothing to close."""
+
+    async def _generate(self, sequence_id: int, first: int, max_tokens: int) -> None:
+        runtime = self._runtime
+        for offset in range(max_tokens):
+            await asyncio.sleep(1e9 if runtime.is_stuck else runtime.step_s)
+            runtime.sinks[sequence_id].on_token(first + offset)
+        self._finish(sequence_id, pb.FINISH_REASON_LENGTH, max_tokens)
+
+    def _finish(self, sequence_id: int, reason: int, num_tokens: int) -> None:
+        task = self._runtime.sequences.pop(sequence_id, None)
+        sink = self._runtime.sinks.pop(sequence_id, None)
+        if task is not None and task is not asyncio.current_task():
+            task.cancel()
+        if sink is not None:
+            sink.on_finished(
+                pb.Finished(
+                    sequence_id=sequence_id,
+                    reason=reason,  # type: ignore[arg-type]  # the stubs want the enum type
+                    num_output_tokens=num_tokens,
+                )
+            )
+
+
+class FakeConnection:
+    """The client of a fake runtime."""
+
+    def __init__(self, runtime: FakeRuntime) -> None:
+        self._runtime = runtime
+
+    async def wait_reachable(self, timeout_s: float) -> None:
+        """Return at once from a living runtime, and never from a dead one."""
+        if not self._runtime.is_alive:
+            await asyncio.sleep(timeout_s)
+            raise RuntimeUnavailable("nothing answers")
+
+    async def load(self, request: pb.LoadRequest, *, timeout_s: float) -> pb.LoadResponse:
+        """Become ready."""
+        await self._runtime.work("load", self._runtime.load_s)
+        self._runtime.enter(pb.RUNTIME_STATE_READY)
+        return pb.LoadResponse(phases=[pb.Phase(name="read", seconds=self._runtime.load_s)])
+
+    async def park(self, *, timeout_s: float) -> pb.ParkResponse:
+        """Become parked, unless sequences run."""
+        if self._runtime.sequences:
+            raise RuntimeRefused("sequences in flight")
+        await self._runtime.work("park", self._runtime.park_s)
+        self._runtime.enter(pb.RUNTIME_STATE_PARKED)
+        return pb.ParkResponse(freed_bytes=WEIGHTS_BYTES)
+
+    async def wake(self, device_uuids: Sequence[str], *, timeout_s: float) -> pb.WakeResponse:
+        """Become ready again."""
+        await self._runtime.work("wake", self._runtime.wake_s)
+        self._runtime.enter(pb.RUNTIME_STATE_READY)
+        return pb.WakeResponse(phases=[pb.Phase(name="read", seconds=self._runtime.wake_s)])
+
+    async def health(self, *, timeout_s: float) -> pb.RuntimeStatus:
+        """Say how it is."""
+        if not self._runtime.is_alive:
+            raise RuntimeUnavailable("nothing answers")
+        return self._runtime.status()
+
+    async def watch(self) -> AsyncIterator[pb.RuntimeStatus]:
+        """Yield a status now and after each change."""
+        queue: asyncio.Queue[pb.RuntimeStatus | None] = asyncio.Queue()
+        self._runtime.watchers.append(queue)
+        yield self._runtime.status()
+        while (status := await queue.get()) is not None:
+            yield status
+        raise RuntimeUnavailable("the runtime is gone")
+
+    async def attach(self) -> FakeAttachment:
+        """Open a stream."""
+        return FakeAttachment(self._runtime)
+
+    async def close(self) -> None:
+        """Nothing to close."""
