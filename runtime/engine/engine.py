@@ -1,0 +1,190 @@
+"""The step loop's body: join scheduler and runner, keep one sequence's fault from the others."""
+
+import secrets
+from collections.abc import Sequence as SequenceOf
+from dataclasses import dataclass
+from typing import Protocol
+
+import structlog
+
+from runtime.config import EngineConfig
+from runtime.engine.block_manager import BlockManager
+from runtime.engine.scheduler import ScheduledBatch, ScheduledSequence, Scheduler
+from runtime.engine.sequence import Sequence, SequenceKey, SequenceRequest, StepResult
+from runtime.engine.validation import check_request
+from runtime.errors import InvalidSequence
+
+log = structlog.get_logger()
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class SampledTokens:
+    """What a batch yields, for its sequences with `is_sampled`, in batch order.
+
+    Attributes:
+        token_ids: The sampled tokens; meaningless where the sequence is faulty.
+        faults: What is wrong with a sequence, by its index in the batch.
+    """
+
+    token_ids: SequenceOf[int]
+    faults: dict[int, str]
+
+
+class StepRunner(Protocol):
+    """What the engine needs of a model runner, its memory in place."""
+
+    @property
+    def num_kv_blocks(self) -> int:
+        """Blocks in the KV cache."""
+
+    @property
+    def max_model_len(self) -> int:
+        """The limit in force, in tokens."""
+
+    @property
+    def vocab_size(self) -> int:
+        """Token ids are below this."""
+
+    def execute(self, batch: ScheduledBatch) -> SampledTokens:
+        """Run a batch. Running the same batch again gives the same result."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class EngineFigures:
+    """Load now and counts since the start, under the names of the wire's LoadFigures."""
+
+    num_running: int
+    num_waiting: int
+    num_kv_blocks: int
+    num_free_kv_blocks: int
+    num_preemptions: int
+    num_prompt_tokens: int
+    num_cached_prompt_tokens: int
+    num_output_tokens: int
+    num_steps: int
+
+
+class Engine:
+    """Sequences in, tokens out, one batch a step. Not thread-safe: one loop owns it.
+
+    Args:
+        config: Budgets and block size.
+        runner: Its weights and KV cache in place.
+        eos_token_ids: Tokens that end a sequence unless it ignores them.
+    """
+
+    def __init__(
+        self, config: EngineConfig, runner: StepRunner, eos_token_ids: frozenset[int]
+    ) -> None:
+        self._config = config
+        self._runner = runner
+        self._eos_token_ids = eos_token_ids
+        self._num_submitted = 0
+        self._blocks = self._new_blocks()
+        self._scheduler = Scheduler(config, self._blocks)
+
+    def submit(self, request: SequenceRequest) -> None:
+        """Queue a sequence; raise InvalidSequence if it can never run."""
+        max_model_len = self._runner.max_model_len
+        check_request(request, vocab_size=self._runner.vocab_size, max_model_len=max_model_len)
+        if request.key in self._scheduler.live_keys():
+            raise InvalidSequence(f"sequence {request.key!r} is live already: number it anew")
+        sampling = request.sampling
+        num_prompt_tokens = len(request.prompt_token_ids)
+        max_tokens = min(num_prompt_tokens + sampling.max_tokens, max_model_len)
+        # The last token is sampled, never run, and needs no place in the cache.
+        if not self._blocks.fits(max_tokens - 1):
+            raise InvalidSequence(
+                f"{num_prompt_tokens} prompt tokens and {max_tokens - num_prompt_tokens} output "
+                f"tokens do not fit the KV cache of {self._blocks.num_blocks} blocks of "
+                f"{self._blocks.block_size} tokens: ask for fewer or give the engine more memory"
+            )
+        eos_token_ids = frozenset() if sampling.ignore_eos else self._eos_token_ids
+        self._num_submitted += 1
+        self._scheduler.add(
+            Sequence(
+                key=request.key,
+                number=self._num_submitted,
+                sampling=sampling,
+                seed=secrets.randbits(64) if sampling.seed is None else sampling.seed,
+                max_tokens=max_tokens,
+                stop_token_ids=sampling.stop_token_ids | eos_token_ids,
+                token_ids=list(request.prompt_token_ids),
+            )
+        )
+
+    def cancel(self, key: SequenceKey) -> None:
+        """End a sequence and free its blocks now; the next step reports it."""
+        self._scheduler.cancel(key)
+
+    def cancel_stream(self, stream_id: int) -> None:
+        """End all sequences of a stream."""
+        for key in self._scheduler.live_keys():
+            if key.stream_id == stream_id:
+                self._scheduler.cancel(key)
+
+    def has_work(self) -> bool:
+        """Return whether a step would compute or report anything."""
+        return self._scheduler.has_work()
+
+    def step(self) -> StepResult:
+        """Run one batch and report its tokens and all sequences that ended."""
+        batch = self._scheduler.schedule()
+        sampled = self._execute(batch)
+        for index, error in sampled.faults.items():
+            item = batch.sequences[index]
+            log.error("sequence_failed", **item.key._asdict(), error=error)
+            self._scheduler.fail(item.key, error)
+        return self._scheduler.commit(batch, sampled.token_ids)
+
+    def figures(self) -> EngineFigures:
+        """Return load and counts."""
+        counters = self._scheduler.counters
+        return EngineFigures(
+            num_running=self._scheduler.num_running,
+            num_waiting=self._scheduler.num_waiting,
+            num_kv_blocks=self._blocks.num_blocks,
+            num_free_kv_blocks=self._blocks.num_available_blocks,
+            num_preemptions=counters.num_preemptions,
+            num_prompt_tokens=counters.num_prompt_tokens,
+            num_cached_prompt_tokens=counters.num_cached_prompt_tokens,
+            num_output_tokens=counters.num_output_tokens,
+            num_steps=counters.num_steps,
+        )
+
+    def reset_cache(self) -> None:
+        """Forget cached prefixes and take over the runner's present KV cache."""
+        self._blocks = self._new_blocks()
+        self._scheduler.replace_blocks(self._blocks)
+
+    def _new_blocks(self) -> BlockManager:
+        return BlockManager(
+            self._runner.num_kv_blocks,
+            self._config.block_size,
+            enable_prefix_caching=self._config.enable_prefix_caching,
+        )
+
+    def _execute(self, batch: ScheduledBatch) -> SampledTokens:
+        """Run a batch; when it raises, run its sequences alone to find the faulty ones."""
+        if not batch.sequences:
+            return SampledTokens(token_ids=(), faults={})
+        try:
+            return self._runner.execute(batch)
+        except Exception:
+            log.exception("batch_failed", num_sequences=len(batch.sequences))
+        token_ids: list[int] = []
+        faults: dict[int, str] = {}
+        for index, item in enumerate(batch.sequences):
+            alone = self._execute_alone(item)
+            token_ids += alone.token_ids
+            if alone.faults:
+                faults[index] = alone.faults[0]
+        return SampledTokens(token_ids=token_ids, faults=faults)
+
+    def _execute_alone(self, item: ScheduledSequence) -> SampledTokens:
+        try:
+            return self._runner.execute(ScheduledBatch(sequences=(item,)))
+        except Exception as error:
+            log.exception("sequence_raised", **item.key._asdict())
+            message = f"the engine could not run this sequence: {type(error).__name__}: {error}"
+            return SampledTokens(token_ids=(0,) * item.is_sampled, faults={0: message})

@@ -1,0 +1,277 @@
+"""Picks the next batch under a token budget and the blocks there are. No torch.
+
+Continuous batching (Orca, section 3) with chunked prefill (Sarathi-Serve, section 4): every step
+first takes one token of each sequence that decodes, then fills the budget with pieces of
+prompts. When blocks run out, the latest arrived sequence gives up its own and is recomputed
+later, mostly from the prefix cache.
+
+A step is `schedule` -> run the batch -> `commit`. `schedule` may be called again before the
+commit, so that a runner can prepare step N + 1 while step N runs; commits come in order.
+"""
+
+from collections import OrderedDict
+from collections.abc import Sequence as SequenceOf
+from dataclasses import dataclass
+
+from runtime.config import EngineConfig
+from runtime.engine.block_manager import BlockManager
+from runtime.engine.sequence import (
+    FinishedSequence,
+    FinishReason,
+    SamplingParams,
+    Sequence,
+    SequenceKey,
+    StepResult,
+)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ScheduledSequence:
+    """What one step does for one sequence.
+
+    Attributes:
+        number: The sequence's; stable as long as it lives.
+        start: Position of the first token to run; all before it are in the KV cache.
+        token_ids: Tokens to run, from `start` on.
+        num_pending_tokens: Tokens to run after those, which the steps in flight still sample.
+        block_ids: Block table, long enough for all tokens to run.
+        is_sampled: Whether the step yields the next token; False in the midst of a prompt.
+        num_preemptions: The sequence's when this was scheduled.
+    """
+
+    key: SequenceKey
+    number: int
+    start: int
+    token_ids: tuple[int, ...]
+    num_pending_tokens: int
+    block_ids: tuple[int, ...]
+    is_sampled: bool
+    sampling: SamplingParams
+    seed: int
+    num_preemptions: int
+
+    @property
+    def num_tokens(self) -> int:
+        """Tokens to run."""
+        return len(self.token_ids) + self.num_pending_tokens
+
+    @property
+    def end(self) -> int:
+        """Position after the last token to run: that of the token to sample."""
+        return self.start + self.num_tokens
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ScheduledBatch:
+    """One step: decodes first, then pieces of prompts, each group by arrival."""
+
+    sequences: tuple[ScheduledSequence, ...]
+
+    @property
+    def num_tokens(self) -> int:
+        """Tokens to run."""
+        return sum(item.num_tokens for item in self.sequences)
+
+
+@dataclass(slots=True, kw_only=True)
+class SchedulerCounters:
+    """What has happened since the start; only ever grows."""
+
+    num_preemptions: int = 0
+    num_prompt_tokens: int = 0
+    num_cached_prompt_tokens: int = 0
+    num_output_tokens: int = 0
+    num_steps: int = 0
+
+
+class Scheduler:
+    """Owns the live sequences: running ones hold blocks, waiting ones none, both by arrival.
+
+    Args:
+        config: Token budget and size of a batch.
+        blocks: Where sequences keep their keys and values.
+    """
+
+    def __init__(self, config: EngineConfig, blocks: BlockManager) -> None:
+        self._max_num_batched_tokens = config.max_num_batched_tokens
+        self._max_num_seqs = min(config.max_num_seqs, config.max_num_batched_tokens)
+        self._blocks = blocks
+        self._waiting: OrderedDict[SequenceKey, Sequence] = OrderedDict()
+        self._running: OrderedDict[SequenceKey, Sequence] = OrderedDict()
+        self._finished: list[FinishedSequence] = []
+        self.counters = SchedulerCounters()
+
+    @property
+    def num_waiting(self) -> int:
+        """Sequences without blocks."""
+        return len(self._waiting)
+
+    @property
+    def num_running(self) -> int:
+        """Sequences with blocks."""
+        return len(self._running)
+
+    def has_work(self) -> bool:
+        """Return whether a step would compute or report anything."""
+        return bool(self._running or self._waiting or self._finished)
+
+    def live_keys(self) -> list[SequenceKey]:
+        """Return the keys of all live sequences."""
+        return [*self._running, *self._waiting]
+
+    def add(self, sequence: Sequence) -> None:
+        """Queue a sequence that could fit the KV cache, alone if need be."""
+        self._waiting[sequence.key] = sequence
+
+    def cancel(self, key: SequenceKey) -> None:
+        """End a sequence and free its blocks now; the next commit reports it."""
+        sequence = self._find(key)
+        if sequence is not None:
+            self._finish(sequence, FinishReason.CANCELLED)
+
+    def fail(self, key: SequenceKey, error: str) -> None:
+        """End a sequence whose content cannot be trusted; the next commit reports it."""
+        sequence = self._find(key)
+        if sequence is not None:
+            self._blocks.release(sequence, keep_content=False)
+            self._finish(sequence, FinishReason.ERROR, error)
+
+    def replace_blocks(self, blocks: BlockManager) -> None:
+        """Start over with another KV cache; nothing may be live."""
+        assert not self._running, "running sequences would lose their blocks"
+        self._blocks = blocks
+
+    def schedule(self) -> ScheduledBatch:
+        """Return the next batch; empty when nothing can run before a commit."""
+        num_preemptions = self.counters.num_preemptions
+        batch = self._schedule_decodes()
+        budget = self._max_num_batched_tokens - len(batch)
+        for sequence in self._running.values():
+            if budget > 0 and sequence.num_uncomputed_tokens > 1:
+                batch.append(self._advance(sequence, budget))
+                budget -= batch[-1].num_tokens
+        # Whoever was preempted just now would take back the blocks it gave up.
+        while budget > 0 and num_preemptions == self.counters.num_preemptions:
+            admitted = self._admit()
+            if admitted is None:
+                break
+            batch.append(self._advance(admitted, budget))
+            budget -= batch[-1].num_tokens
+        self.counters.num_steps += bool(batch)
+        return ScheduledBatch(sequences=tuple(batch))
+
+    def commit(self, batch: ScheduledBatch, token_ids: SequenceOf[int]) -> StepResult:
+        """Take over what a batch has computed.
+
+        Args:
+            batch: The oldest scheduled batch that is not committed.
+            token_ids: One for each sequence with `is_sampled`, in batch order. What belongs to a
+                sequence that has ended since is ignored.
+        """
+        sampled = iter(token_ids)
+        tokens: list[tuple[SequenceKey, int]] = []
+        for item in batch.sequences:
+            token_id = next(sampled) if item.is_sampled else None
+            sequence = self._find(item.key)
+            if sequence is None or sequence.number != item.number:
+                continue
+            if sequence.num_preemptions == item.num_preemptions:
+                self._blocks.publish(sequence, item.end)
+            if token_id is not None:
+                tokens.append((item.key, token_id))
+                self._append(sequence, token_id)
+        finished, self._finished = self._finished, []
+        return StepResult(tokens=tokens, finished=finished)
+
+    def _schedule_decodes(self) -> list[ScheduledSequence]:
+        batch = []
+        for sequence in list(self._running.values()):
+            is_decode = sequence.num_uncomputed_tokens == 1 and not sequence.is_complete
+            if is_decode and self._make_room(sequence):
+                batch.append(self._advance(sequence, 1))
+        return batch
+
+    def _make_room(self, sequence: Sequence) -> bool:
+        """Get a running sequence the blocks it needs; return False if it had to give up its own.
+
+        Sequences are asked by arrival and the latest is the first to give, so no sequence of
+        this batch is preempted, and the earliest always advances.
+        """
+        if sequence.key not in self._running:
+            return False
+        while not self._blocks.can_grow(sequence, sequence.num_tokens):
+            victim = next(reversed(self._running.values()))
+            self._preempt(victim)
+            if victim is sequence:
+                return False
+        self._blocks.grow(sequence, sequence.num_tokens)
+        return True
+
+    def _preempt(self, sequence: Sequence) -> None:
+        del self._running[sequence.key]
+        self._blocks.release(sequence)
+        sequence.num_preemptions += 1
+        self.counters.num_preemptions += 1
+        self._waiting[sequence.key] = sequence
+        self._waiting.move_to_end(sequence.key, last=False)
+
+    def _admit(self) -> Sequence | None:
+        """Move the first waiting sequence to the running ones, if it can start now.
+
+        It gets blocks for all its tokens, and leaves one for each running sequence: else it
+        would soon be preempted.
+        """
+        sequence = next(iter(self._waiting.values()), None)
+        if sequence is None or len(self._running) >= self._max_num_seqs:
+            return None
+        if sequence.num_pending_tokens > 0:  # preempted in flight; its tokens come with a commit
+            return None
+        self._blocks.share_prefix(sequence)
+        num_reserved_tokens = len(self._running) * self._blocks.block_size
+        if not self._blocks.can_grow(sequence, sequence.num_tokens + num_reserved_tokens):
+            self._blocks.release(sequence)
+            return None
+        self._blocks.grow(sequence, sequence.num_tokens)
+        self._running[sequence.key] = self._waiting.pop(sequence.key)
+        if sequence.num_preemptions == 0:
+            sequence.num_cached_tokens = sequence.num_computed_tokens
+            self.counters.num_prompt_tokens += sequence.num_prompt_tokens
+            self.counters.num_cached_prompt_tokens += sequence.num_cached_tokens
+        return sequence
+
+    def _advance(self, sequence: Sequence, budget: int) -> ScheduledSequence:
+        """Schedule as many of a sequence's tokens as the budget allows."""
+        start = sequence.num_computed_tokens
+        num_tokens = min(sequence.num_uncomputed_tokens, budget)
+        token_ids = tuple(sequence.token_ids[start : start + num_tokens])
+        sequence.num_computed_tokens += num_tokens
+        is_sampled = sequence.num_uncomputed_tokens == 0
+        sequence.num_pending_tokens += is_sampled
+        return ScheduledSequence(
+            key=sequence.key,
+            number=sequence.number,
+            start=start,
+            token_ids=token_ids,
+            num_pending_tokens=num_tokens - len(token_ids),
+            block_ids=tuple(sequence.block_ids),
+            is_sampled=is_sampled,
+            sampling=sequence.sampling,
+            seed=sequence.seed,
+            num_preemptions=sequence.num_preemptions,
+        )
+
+    def _append(self, sequence: Sequence, token_id: int) -> None:
+        sequence.num_pending_tokens -= 1
+        self.counters.num_output_tokens += 1
+        reason = sequence.append(token_id)
+        if reason is not None:
+            self._finish(sequence, reason)
+
+    def _finish(self, sequence: Sequence, reason: FinishReason, error: str = "") -> None:
+        self._running.pop(sequence.key, None)
+        self._waiting.pop(sequence.key, None)
+        self._blocks.release(sequence)
+        self._finished.append(sequence.finished(reason, error))
+
+    def _find(self, key: SequenceKey) -> Sequence | None:
+        return self._running.get(key) or self._waiting.get(key)

@@ -1,0 +1,168 @@
+"""A request inside the engine: what was asked, how far it is, how it ended. No torch.
+
+A sequence is its tokens and three counts:
+
+    0 <= num_computed_tokens <= num_tokens = len(token_ids) + num_pending_tokens
+
+Computed tokens have their keys and values in the KV cache, or will have after the steps that
+are scheduled. Pending tokens are sampled by a step that is scheduled but not committed: their
+number is known, their ids are not. There are no prefill and decode phases, only computed tokens
+catching up with tokens.
+"""
+
+from collections.abc import Sequence as SequenceOf
+from dataclasses import dataclass, field
+from enum import StrEnum
+from typing import NamedTuple
+
+
+class SequenceKey(NamedTuple):
+    """Names a sequence: the stream it came on, and the client's number within that stream."""
+
+    stream_id: int
+    sequence_id: int
+
+
+class FinishReason(StrEnum):
+    """Why a sequence ended."""
+
+    STOP = "stop"
+    LENGTH = "length"
+    CANCELLED = "cancelled"
+    ERROR = "error"
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class SamplingParams:
+    """How the next token is chosen and when to stop.
+
+    Attributes:
+        temperature: 0 is greedy; the filters below then have no effect.
+        top_p: Keep the smallest set of tokens with at least this mass; 1 is off.
+        top_k: Keep this many most likely tokens; 0 is off.
+        min_p: Keep tokens at least this likely relative to the likeliest; 0 is off.
+        seed: None for a random one, chosen when the sequence is submitted.
+        max_tokens: Most tokens to generate.
+        stop_token_ids: Tokens that end the sequence, beside the model's own.
+        ignore_eos: Whether the model's own end-of-sequence tokens are ordinary ones.
+    """
+
+    temperature: float = 1.0
+    top_p: float = 1.0
+    top_k: int = 0
+    min_p: float = 0.0
+    seed: int | None = None
+    max_tokens: int = 16
+    stop_token_ids: frozenset[int] = frozenset()
+    ignore_eos: bool = False
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class SequenceRequest:
+    """A prompt and what to do with it."""
+
+    key: SequenceKey
+    prompt_token_ids: SequenceOf[int]
+    sampling: SamplingParams
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class FinishedSequence:
+    """How a sequence ended, and its counts for the usage record.
+
+    Attributes:
+        num_cached_tokens: Prompt tokens that the prefix cache saved when the sequence started.
+        num_output_tokens: Includes the token that stopped it.
+        error: For people; empty unless the reason is ERROR.
+    """
+
+    key: SequenceKey
+    reason: FinishReason
+    num_prompt_tokens: int
+    num_cached_tokens: int
+    num_output_tokens: int
+    error: str = ""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class StepResult:
+    """What one engine step produced; a stop token is reported like any other."""
+
+    tokens: list[tuple[SequenceKey, int]]
+    finished: list[FinishedSequence]
+
+
+@dataclass(slots=True, kw_only=True, eq=False)
+class Sequence:
+    """A live sequence; scheduler and block manager own its counts and its block table.
+
+    Attributes:
+        number: Unique within an engine, by arrival; a key may come again, a number never.
+        max_tokens: Most tokens it may ever have, prompt and output.
+        stop_token_ids: All tokens that end it, the model's own included unless ignored.
+        token_ids: Prompt, then output.
+        num_cached_tokens: Tokens the prefix cache saved when it was first admitted.
+        block_ids: Block table: block i holds tokens [i * block_size, (i + 1) * block_size).
+        num_published_blocks: Leading blocks whose content the prefix cache knows.
+        prefix_id: Identity of that content; see `runtime.engine.block_manager`.
+        num_preemptions: How often it lost its blocks to an earlier sequence.
+    """
+
+    key: SequenceKey
+    number: int
+    sampling: SamplingParams
+    seed: int
+    max_tokens: int
+    stop_token_ids: frozenset[int]
+    token_ids: list[int]
+    num_prompt_tokens: int = field(init=False)
+    num_cached_tokens: int = 0
+    num_computed_tokens: int = 0
+    num_pending_tokens: int = 0
+    block_ids: list[int] = field(default_factory=list)
+    num_published_blocks: int = 0
+    prefix_id: int = 0
+    num_preemptions: int = 0
+
+    def __post_init__(self) -> None:
+        self.num_prompt_tokens = len(self.token_ids)
+
+    @property
+    def num_tokens(self) -> int:
+        """Tokens it has, sampled but uncommitted ones included."""
+        return len(self.token_ids) + self.num_pending_tokens
+
+    @property
+    def num_output_tokens(self) -> int:
+        """Committed tokens after the prompt."""
+        return len(self.token_ids) - self.num_prompt_tokens
+
+    @property
+    def num_uncomputed_tokens(self) -> int:
+        """Tokens the next steps have to run; 1 in steady decode."""
+        return self.num_tokens - self.num_computed_tokens
+
+    @property
+    def is_complete(self) -> bool:
+        """Whether all tokens it may have are sampled, committed or not."""
+        return self.num_tokens >= self.max_tokens
+
+    def append(self, token_id: int) -> FinishReason | None:
+        """Add a sampled token; return why the sequence ends with it, or None."""
+        self.token_ids.append(token_id)
+        if token_id in self.stop_token_ids:
+            return FinishReason.STOP
+        if len(self.token_ids) >= self.max_tokens:
+            return FinishReason.LENGTH
+        return None
+
+    def finished(self, reason: FinishReason, error: str = "") -> FinishedSequence:
+        """Return the record of its end."""
+        return FinishedSequence(
+            key=self.key,
+            reason=reason,
+            num_prompt_tokens=self.num_prompt_tokens,
+            num_cached_tokens=self.num_cached_tokens,
+            num_output_tokens=self.num_output_tokens,
+            error=error,
+        )

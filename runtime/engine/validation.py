@@ -1,0 +1,56 @@
+"""What a sequence must be before it may reach the step loop. No torch.
+
+Everything a client can send is checked here, so that nothing it sends can stop the loop.
+"""
+
+import math
+from collections.abc import Sequence as SequenceOf
+
+from runtime.engine.sequence import SamplingParams, SequenceRequest
+from runtime.errors import InvalidSequence
+
+MAX_SEED = 2**64 - 1
+
+
+def check_request(request: SequenceRequest, *, vocab_size: int, max_model_len: int) -> None:
+    """Raise InvalidSequence unless the engine can run the request."""
+    check_prompt(request.prompt_token_ids, vocab_size=vocab_size, max_model_len=max_model_len)
+    check_sampling(request.sampling)
+
+
+def check_prompt(token_ids: SequenceOf[int], *, vocab_size: int, max_model_len: int) -> None:
+    """Raise InvalidSequence unless the prompt has tokens, all known, and leaves room for one."""
+    if not token_ids:
+        raise InvalidSequence("the prompt is empty: send at least one token")
+    if len(token_ids) >= max_model_len:
+        raise InvalidSequence(
+            f"the prompt has {len(token_ids)} tokens, which leaves no room for an answer within "
+            f"max_model_len={max_model_len}: shorten it"
+        )
+    for token_id in (min(token_ids), max(token_ids)):
+        if not 0 <= token_id < vocab_size:
+            raise InvalidSequence(
+                f"token id {token_id!r} is not in the vocabulary [0, {vocab_size}): was the "
+                "prompt made with this model's tokenizer?"
+            )
+
+
+def check_sampling(sampling: SamplingParams) -> None:
+    """Raise InvalidSequence unless every value is in its range."""
+    _check(
+        math.isfinite(sampling.temperature) and sampling.temperature >= 0,
+        "temperature",
+        sampling.temperature,
+        "a finite number of at least 0",
+    )
+    _check(0 < sampling.top_p <= 1, "top_p", sampling.top_p, "above 0 and at most 1; 1 is off")
+    _check(sampling.top_k >= 0, "top_k", sampling.top_k, "at least 0; 0 is off")
+    _check(0 <= sampling.min_p <= 1, "min_p", sampling.min_p, "between 0 and 1; 0 is off")
+    _check(sampling.max_tokens >= 1, "max_tokens", sampling.max_tokens, "at least 1")
+    if sampling.seed is not None:
+        _check(0 <= sampling.seed <= MAX_SEED, "seed", sampling.seed, "between 0 and 2**64 - 1")
+
+
+def _check(is_valid: bool, name: str, value: float, expected: str) -> None:
+    if not is_valid:
+        raise InvalidSequence(f"{name} is {value!r}: it must be {expected}")

@@ -1,0 +1,129 @@
+"""The Llama decoder: RMSNorm, rotary grouped-query attention, gated SiLU MLP.
+
+Plain objects over fused tensors, no modules: a forward pass at one token is mostly Python, and
+every call saved in a layer is saved thirty times.
+"""
+
+from collections.abc import Callable, Mapping
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from runtime.errors import LoadFailed
+from runtime.model.attention import AttentionPlan, paged_attention
+from runtime.model.config import ModelConfig
+from runtime.model.linear import Linear, PackedLinear, PlainLinear
+from runtime.model.rope import Rope, rotate
+
+
+class Llama:
+    """Token ids to hidden states to logits, over a paged KV cache.
+
+    Args:
+        config: The model's shape.
+        weights: Fused tensors under the snapshot's names; kept, not copied.
+        is_packed: Compute in fp32 with packed weights instead of in the weights' dtype.
+
+    Attributes:
+        dtype: Of activations and of the KV cache.
+        packables: Linears that `PackedLinear.pack` makes faster, by layer.
+    """
+
+    def __init__(
+        self, config: ModelConfig, weights: Mapping[str, Tensor], *, is_packed: bool
+    ) -> None:
+        builder = _Builder(weights, is_packed=is_packed)
+        self.config = config
+        self.packables = builder.packables
+        self._embedding = builder.tensor("embed_tokens.weight")
+        self.dtype = torch.float32 if is_packed else self._embedding.dtype
+        self._rope = Rope(config.rope, config.head_dim)
+        self._layers = [
+            _Layer(config, builder, f"layers.{index}") for index in range(config.num_layers)
+        ]
+        self._norm = builder.norm("norm", config.rms_norm_eps)
+        head_name = "embed_tokens" if config.tie_word_embeddings else "lm_head"
+        self._head = builder.linear(head_name)
+
+    def forward(self, token_ids: Tensor, kv_cache: Tensor, plan: AttentionPlan) -> Tensor:
+        """Run a batch through all layers.
+
+        Args:
+            token_ids: int64 [num_tokens].
+            kv_cache: [num_layers, num_blocks, block_size, 2, num_kv_heads, head_dim]; written.
+            plan: Where the tokens are in the cache.
+
+        Returns:
+            Hidden states before the last norm [num_tokens, hidden_size].
+        """
+        hidden = F.embedding(token_ids, self._embedding).to(self.dtype)
+        rotation = self._rope.rotation(plan.positions, self.dtype)
+        for layer, layer_cache in zip(self._layers, kv_cache.unbind(), strict=True):
+            layer(hidden, rotation, layer_cache, plan)
+        return hidden
+
+    def logits(self, hidden: Tensor) -> Tensor:
+        """Return logits, fp32 [num_rows, vocab_size], of hidden states [num_rows, hidden_size]."""
+        return self._head(self._norm(hidden))[:, : self.config.vocab_size].float()
+
+
+class _Layer:
+    """Attention and MLP, each added to the residual stream, which is updated in place."""
+
+    def __init__(self, config: ModelConfig, builder: "_Builder", name: str) -> None:
+        self._head_dim = config.head_dim
+        self._num_heads = config.num_heads
+        self._q_size = config.num_heads * config.head_dim
+        self._qk_size = self._q_size + config.num_kv_heads * config.head_dim
+        self._intermediate_size = config.intermediate_size
+        self._input_norm = builder.norm(f"{name}.input_layernorm", config.rms_norm_eps)
+        self._qkv = builder.linear(f"{name}.self_attn.qkv_proj")
+        self._output = builder.linear(f"{name}.self_attn.o_proj")
+        self._mlp_norm = builder.norm(f"{name}.post_attention_layernorm", config.rms_norm_eps)
+        self._gate_up = builder.linear(f"{name}.mlp.gate_up_proj")
+        self._down = builder.linear(f"{name}.mlp.down_proj")
+
+    def __call__(
+        self,
+        hidden: Tensor,
+        rotation: tuple[Tensor, Tensor],
+        kv_cache: Tensor,
+        plan: AttentionPlan,
+    ) -> None:
+        qkv = self._qkv(self._input_norm(hidden))
+        rotate(qkv[:, : self._qk_size].unflatten(1, (-1, self._head_dim)), rotation)
+        q = qkv[:, : self._q_size].unflatten(1, (-1, self._head_dim))
+        attended = paged_attention(q, qkv[:, self._q_size :], kv_cache, plan)
+        hidden.add_(self._output(attended))
+        gate, up = self._gate_up(self._mlp_norm(hidden)).chunk(2, dim=-1)
+        hidden.add_(self._down(F.silu(gate).mul_(up)))
+
+
+class _Builder:
+    """Makes parts out of named tensors and notes which of them can be packed."""
+
+    def __init__(self, weights: Mapping[str, Tensor], *, is_packed: bool) -> None:
+        self._weights = weights
+        self._is_packed = is_packed
+        self.packables: list[PackedLinear] = []
+
+    def tensor(self, name: str) -> Tensor:
+        if name not in self._weights:
+            raise LoadFailed(f"the snapshot has no tensor {name!r}: build it again")
+        return self._weights[name]
+
+    def norm(self, name: str, eps: float) -> Callable[[Tensor], Tensor]:
+        weight = self.tensor(f"{name}.weight")
+        if self._is_packed:
+            weight = weight.float()
+        shape = weight.shape
+        return lambda x: F.rms_norm(x, shape, weight, eps)
+
+    def linear(self, name: str) -> Linear:
+        weight, bias = self.tensor(f"{name}.weight"), self._weights.get(f"{name}.bias")
+        if not self._is_packed:
+            return PlainLinear(weight, bias)
+        linear = PackedLinear(weight, bias)
+        self.packables.append(linear)
+        return linear
