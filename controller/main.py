@@ -12,6 +12,7 @@ import sys
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from decimal import Decimal
+from functools import partial
 from pathlib import Path
 
 import structlog
@@ -25,6 +26,7 @@ from controller.clock import SystemClock, unix_us
 from controller.dashboard.views import dashboard_router
 from controller.gateway.app import create_app
 from controller.gateway.routes.admin import admin_router
+from controller.ledger.intervals import WHOLE_PPM, Interval
 from controller.ledger.ledger import Ledger
 from controller.metrics import Metrics
 from controller.records import Records
@@ -36,6 +38,7 @@ from controller.scaling.plane import ControlPlane
 from controller.scaling.reaper import Reaper
 from controller.settings import Settings
 from controller.store.database import Database
+from controller.store.ledger import LedgerStore
 from runtime.rpc.client import RuntimeClient
 
 log = structlog.get_logger(__name__)
@@ -67,7 +70,10 @@ async def run(settings: Settings) -> None:
     database = Database.open(settings.database_url)
     devices = find_devices()
     ledger = Ledger(
-        devices=device_rates(devices, settings.gpu_hour_usd), clock=clock, database=database
+        devices=device_rates(devices, settings.gpu_hour_usd),
+        clock=clock,
+        repository=LedgerStore(database),
+        on_closed=partial(count_device_time, metrics),
     )
     records = Records(database, ledger, clock)
     journal = Journal(records.write)
@@ -168,6 +174,15 @@ def open_backends(settings: Settings) -> Mapping[str, RuntimeBackend]:
         DockerBackend(settings.runtimes_dir, cluster=settings.cluster, image=settings.docker_image),
     )
     return {backend.name: backend for backend in backends}
+
+
+def count_device_time(metrics: Metrics, interval: Interval) -> None:
+    """Add a closed ledger interval to the exported device-seconds."""
+    assert interval.end_us is not None, "only closed intervals are counted"
+    device_us = (interval.end_us - interval.start_us) * interval.share_ppm / WHOLE_PPM
+    metrics.add_gpu_seconds(
+        function=interval.function or "", state=str(interval.state), seconds=device_us / 1e6
+    )
 
 
 def device_rates(devices: Sequence[Device], gpu_hour_usd: Decimal) -> dict[str, Decimal]:

@@ -1,0 +1,234 @@
+"""Between what the parts say and what the database keeps: one adapter for all aggregates."""
+
+import secrets
+import uuid
+from collections.abc import Sequence
+from datetime import UTC, datetime
+from typing import Any
+
+from sqlalchemy import Connection
+
+from controller.clock import Clock, unix_us
+from controller.errors import NotFound
+from controller.gateway.auth import ApiKey, hash_key
+from controller.ledger.ledger import Ledger
+from controller.ledger.report import GroupBy
+from controller.scaling.activation import ColdStart
+from controller.scaling.journal import Entry, TransitionEntry, UsageEntry
+from controller.scaling.plane import StoredFunction
+from controller.store.cold_starts import ColdStarts, StoredColdStart, StoredPhase
+from controller.store.database import Database
+from controller.store.errors import NotStored
+from controller.store.functions import DeployedFunction, Functions
+from controller.store.keys import Keys, StoredKey
+from controller.store.transitions import StoredTransition, Transitions
+from controller.store.usage import StoredUsage, Usage
+from functions.spec import FunctionSpec, revision
+
+KEY_PREFIX = "sk-"
+KEY_BYTES = 32
+
+
+class Records:
+    """The store as the control plane, the gateway, the admin API and the dashboard see it.
+
+    Every method is one transaction.
+
+    Args:
+        database: Open and migrated.
+        ledger: Answers what things cost.
+        clock: Dates what is written.
+    """
+
+    def __init__(self, database: Database, ledger: Ledger, clock: Clock) -> None:
+        self._database = database
+        self._ledger = ledger
+        self._clock = clock
+
+    # Functions: controller.scaling.plane.FunctionStore.
+
+    async def load(self) -> list[StoredFunction]:
+        """Return every deployed function with its current revision."""
+        deployed = await self._database.run(lambda connection: Functions(connection).list())
+        return [_stored_function(function) for function in deployed]
+
+    async def put(self, function: StoredFunction) -> None:
+        """Make a revision the current one."""
+
+        def work(connection: Connection) -> None:
+            Functions(connection).put(
+                function.spec.name,
+                spec=function.spec.to_json(),
+                revision=revision(function.spec),
+                backend=function.backend,
+                at_us=unix_us(self._clock.now()),
+            )
+
+        await self._database.run(work)
+
+    async def delete(self, name: str) -> None:
+        """Mark a function deleted; its history stays."""
+        at_us = unix_us(self._clock.now())
+        await self._database.run(lambda connection: Functions(connection).delete(name, at_us=at_us))
+
+    # The journal: controller.scaling.journal.JournalWriter.
+
+    async def write(self, entries: list[Entry]) -> None:
+        """Store all of them or none."""
+
+        def work(connection: Connection) -> None:
+            Transitions(connection).add(
+                _stored_transition(entry) for entry in entries if isinstance(entry, TransitionEntry)
+            )
+            ColdStarts(connection).add(
+                _stored_cold_start(entry) for entry in entries if isinstance(entry, ColdStart)
+            )
+            Usage(connection).add(
+                _stored_usage(entry) for entry in entries if isinstance(entry, UsageEntry)
+            )
+
+        await self._database.run(work)
+
+    # History: the admin API and the dashboard.
+
+    async def cold_starts(self, *, function: str | None, limit: int) -> list[dict[str, Any]]:
+        """Return the latest cold starts, newest first."""
+        found = await self._database.run(
+            lambda connection: ColdStarts(connection).latest(function=function, limit=limit)
+        )
+        return [_cold_start_view(start) for start in found]
+
+    async def cost(self, *, since: datetime, until: datetime, by: str) -> dict[str, Any]:
+        """Return a cost report by function, day or device."""
+        report = await self._ledger.cost(since=since, until=until, by=GroupBy(by))
+        return report.to_json()
+
+    # Keys: controller.gateway.auth.KeyStore and the admin API.
+
+    async def find(self, key_hash: str) -> ApiKey | None:
+        """Return the key with this hash, also an expired or revoked one."""
+        stored = await self._database.run(lambda connection: Keys(connection).find(key_hash))
+        if stored is None:
+            return None
+        return ApiKey(
+            id=stored.id,
+            name=stored.name,
+            key_hash=stored.key_hash,
+            expires_at=None if stored.expires_us is None else _moment(stored.expires_us),
+            is_revoked=stored.revoked_us is not None,
+        )
+
+    async def create_key(self, name: str, *, expires_in_s: float | None) -> dict[str, Any]:
+        """Make a key; its secret is in the answer and nowhere else."""
+        secret = KEY_PREFIX + secrets.token_urlsafe(KEY_BYTES)
+        now_us = unix_us(self._clock.now())
+        key = StoredKey(
+            id=uuid.uuid4().hex[:12],
+            name=name,
+            key_hash=hash_key(secret),
+            created_us=now_us,
+            expires_us=None if expires_in_s is None else now_us + int(expires_in_s * 1e6),
+        )
+        await self._database.run(lambda connection: Keys(connection).create(key))
+        return _key_view(key) | {"key": secret}
+
+    async def keys(self) -> list[dict[str, Any]]:
+        """Return all keys without their secrets."""
+        stored: Sequence[StoredKey] = await self._database.run(
+            lambda connection: Keys(connection).list()
+        )
+        return [_key_view(key) for key in stored]
+
+    async def revoke_key(self, key_id: str) -> None:
+        """Make a key useless from now on.
+
+        Raises:
+            NotFound: There is no such key.
+        """
+        now_us = unix_us(self._clock.now())
+        try:
+            await self._database.run(
+                lambda connection: Keys(connection).revoke(key_id, at_us=now_us)
+            )
+        except NotStored as error:
+            raise NotFound(f"no API key has the id {key_id!r}") from error
+
+
+def _stored_function(function: DeployedFunction) -> StoredFunction:
+    return StoredFunction(
+        spec=FunctionSpec.model_validate(function.spec),
+        backend=function.backend,
+        created_us=function.created_us,
+    )
+
+
+def _stored_transition(entry: TransitionEntry) -> StoredTransition:
+    return StoredTransition(
+        replica_id=entry.replica_id,
+        function=entry.function,
+        at_us=entry.at_us,
+        from_state=entry.from_state,
+        to_state=entry.to_state,
+        reason=entry.reason,
+        epoch=entry.epoch,
+    )
+
+
+def _stored_cold_start(start: ColdStart) -> StoredColdStart:
+    return StoredColdStart(
+        function=start.function,
+        replica_id=start.replica_id,
+        started_us=start.started_us,
+        from_tier=start.from_tier,
+        reason=start.reason,
+        outcome=start.outcome,
+        total_s=start.total_s,
+        phases=tuple(StoredPhase(name=one.name, seconds=one.seconds) for one in start.phases),
+    )
+
+
+def _stored_usage(entry: UsageEntry) -> StoredUsage:
+    record = entry.record
+    return StoredUsage(
+        request_id=record.request_id,
+        function=record.function,
+        replica_id=record.replica_id,
+        key_id=record.key_id,
+        started_us=entry.started_us,
+        tier=record.tier,
+        queue_s=record.queue_s,
+        first_token_s=record.first_token_s,
+        duration_s=record.duration_s,
+        num_prompt_tokens=record.num_prompt_tokens,
+        num_cached_tokens=record.num_cached_tokens,
+        num_output_tokens=record.num_output_tokens,
+        outcome=record.outcome,
+    )
+
+
+def _cold_start_view(start: StoredColdStart) -> dict[str, Any]:
+    return {
+        "id": start.id,
+        "function": start.function,
+        "replica_id": start.replica_id,
+        "started_at": _moment(start.started_us).isoformat(),
+        "from_tier": start.from_tier,
+        "reason": start.reason,
+        "outcome": start.outcome,
+        "total_s": start.total_s,
+        "phases": [{"name": one.name, "seconds": one.seconds} for one in start.phases],
+    }
+
+
+def _key_view(key: StoredKey) -> dict[str, Any]:
+    return {
+        "id": key.id,
+        "name": key.name,
+        "created_at": _moment(key.created_us).isoformat(),
+        "expires_at": None if key.expires_us is None else _moment(key.expires_us).isoformat(),
+        "revoked_at": None if key.revoked_us is None else _moment(key.revoked_us).isoformat(),
+    }
+
+
+def _moment(at_us: int) -> datetime:
+    return datetime.fromtimestamp(at_us / 1e6, UTC)
