@@ -21,7 +21,7 @@ DONE = b"data: [DONE]\n\n"
 WRITE_TIMEOUT_S = 60.0
 
 log = structlog.get_logger()
-_escape = json.JSONEncoder(ensure_ascii=False).encode
+_escape = json.JSONEncoder(ensure_ascii=False, separators=(",", ":")).encode
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
