@@ -1,0 +1,66 @@
+"""The small files beside the weights: config, tokenizer, chat template, in one form for serving."""
+
+import json
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from tokenizers import Tokenizer
+
+from snapshots.errors import SourceInvalid
+from snapshots.sources.paths import read_json
+
+TOKEN_ID_KEYS = ("bos_token_id", "eos_token_id", "pad_token_id")
+
+
+def write_json(path: Path, content: Mapping[str, Any]) -> None:
+    """Write a JSON object in a form that depends on nothing but its content."""
+    path.write_text(json.dumps(content, indent=2, sort_keys=True) + "\n", encoding="utf-8")
+
+
+def write_generation_config(directory: Path, config: Mapping[str, Any]) -> None:
+    """Write the generation config of a source that has none, from the ids in its config."""
+    ids = {key: config[key] for key in TOKEN_ID_KEYS if config.get(key) is not None}
+    write_json(directory / "generation_config.json", ids)
+
+
+def write_chat_template(directory: Path) -> None:
+    """Write chat_template.jinja from where older sources keep it; none is fine.
+
+    Raises:
+        SourceInvalid: There is one, but it is not text.
+    """
+    target = directory / "chat_template.jinja"
+    if target.exists():
+        return
+    for name in ("chat_template.json", "tokenizer_config.json"):
+        path = directory / name
+        template = _default(read_json(path).get("chat_template")) if path.exists() else None
+        if template is None:
+            continue
+        if not isinstance(template, str):
+            raise SourceInvalid(f"chat_template in {name} is not text")
+        target.write_text(template, encoding="utf-8")
+        return
+
+
+def check_tokenizer(directory: Path) -> None:
+    """Make sure that serving will be able to load the tokenizer.
+
+    Raises:
+        SourceInvalid: It is missing or malformed.
+    """
+    path = directory / "tokenizer.json"
+    if not path.exists():
+        raise SourceInvalid("the source has no tokenizer")
+    try:
+        Tokenizer.from_file(str(path))
+    except Exception as error:  # tokenizers raises nothing narrower
+        raise SourceInvalid(f"tokenizer.json cannot be used: {error}") from error
+
+
+def _default(template: object) -> object:
+    if not isinstance(template, list):
+        return template
+    named = {entry.get("name"): entry.get("template") for entry in template}
+    return named.get("default")

@@ -1,0 +1,38 @@
+"""Fixtures that several parts need: the small real model and its snapshots."""
+
+from pathlib import Path
+
+import pytest
+
+REPOSITORY = Path(__file__).resolve().parent.parent
+SMOLLM2_GGUF = REPOSITORY / "models" / "smollm2" / "SmolLM2-135M-Instruct.Q4_1.gguf"
+SNAPSHOT_STORE = REPOSITORY / ".coldspark" / "test-snapshots"
+
+
+@pytest.fixture(scope="session")
+def smollm2_gguf() -> Path:
+    """Return the small real model's file."""
+    if not SMOLLM2_GGUF.is_file():
+        pytest.fail(f"{SMOLLM2_GGUF} is missing: run `make model`", pytrace=False)
+    return SMOLLM2_GGUF
+
+
+@pytest.fixture(scope="session")
+def smollm2_snapshot(smollm2_gguf: Path) -> Path:
+    """Return the directory of a bfloat16 snapshot of the small real model, kept between runs."""
+    return _snapshot(smollm2_gguf, "bfloat16")
+
+
+@pytest.fixture(scope="session")
+def smollm2_snapshot_fp32(smollm2_gguf: Path) -> Path:
+    """Return the directory of a float32 snapshot of the small real model, kept between runs."""
+    return _snapshot(smollm2_gguf, "float32")
+
+
+def _snapshot(source: Path, dtype: str) -> Path:
+    from snapshots.builder import BuildOptions, build  # most tests need no torch
+    from snapshots.sources.gguf import GgufSource
+    from snapshots.store import SnapshotStore
+
+    store = SnapshotStore(SNAPSHOT_STORE)
+    return build(GgufSource(source), store, BuildOptions(dtype=dtype)).snapshot.path
