@@ -84,6 +84,12 @@ def run_command(arguments: Sequence[str]) -> int:
         return _report_usage(error)
     except (typer.Abort, KeyboardInterrupt):
         return ExitCode.INTERRUPTED
+    except (LookupError, TypeError, AttributeError) as error:  # a field was not where we read it
+        report(
+            f"the answer of the controller is not understood: {error!r}",
+            "is it of another version? compare `coldspark version` and `coldspark status -o json`",
+        )
+        return ExitCode.FAILURE
     except BrokenPipeError:
         return _close_stdout()
     return result if isinstance(result, int) else ExitCode.OK

@@ -42,20 +42,14 @@ class ControllerClient:
     def __init__(self, connection: Connection) -> None:
         headers = {"user-agent": "coldspark-cli"}
         if connection.api_key:
-            headers["authorization"] = f"Bearer {connection.api_key}"
+            headers["authorization"] = f"Bearer {_checked_key(connection.api_key)}"
         self._url = connection.url
-        try:
-            self._http = httpx.Client(
-                base_url=connection.url,
-                headers=headers,
-                timeout=httpx.Timeout(None, connect=CONNECT_TIMEOUT_S),
-                trust_env=False,  # a proxy variable must not capture calls to the controller
-            )
-        except (httpx.InvalidURL, ValueError) as error:
-            raise UsageProblem(
-                f"{connection.url!r} with this API key cannot be called: {error}",
-                hint=f"a controller's address looks like {DEFAULT_URL}",
-            ) from error
+        self._http = httpx.Client(
+            base_url=_checked_url(connection.url),
+            headers=headers,
+            timeout=httpx.Timeout(None, connect=CONNECT_TIMEOUT_S),
+            trust_env=False,  # a proxy variable must not capture calls to the controller
+        )
 
     def __enter__(self) -> Self:
         return self
@@ -105,10 +99,6 @@ class ControllerClient:
                 f"no controller answers at {self._url}",
                 hint="start one with `coldspark up`, or set --url or COLDSPARK_URL",
             ) from error
-        except httpx.UnsupportedProtocol as error:
-            raise UsageProblem(
-                f"{self._url!r} is not an http address", hint=f"write it like {DEFAULT_URL}"
-            ) from error
         except httpx.RemoteProtocolError as error:
             raise CliError(
                 f"the controller at {self._url} broke off: {error}",
@@ -122,6 +112,25 @@ class ControllerClient:
             f"what answers at {self._url} is not a Coldspark controller",
             hint="check --url and COLDSPARK_URL",
         )
+
+
+def _checked_url(url: str) -> httpx.URL:
+    try:
+        parsed = httpx.URL(url)
+    except httpx.InvalidURL:
+        parsed = httpx.URL("")
+    if parsed.scheme not in ("http", "https") or not parsed.host:
+        raise UsageProblem(f"{url!r} is not an http address", hint=f"write it like {DEFAULT_URL}")
+    return parsed
+
+
+def _checked_key(api_key: str) -> str:
+    if not (api_key.isascii() and api_key.isprintable()):
+        raise UsageProblem(
+            "the API key holds characters no header can carry",
+            hint="copy it again; `coldspark keys create` makes a new one",
+        )
+    return api_key
 
 
 def error_of(envelope: object, *, status: int, retry_after: str | None = None) -> CliError:

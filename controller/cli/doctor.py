@@ -243,8 +243,8 @@ def check_port(settings: "Settings") -> Finding:
     except OSError as error:
         reason = error.strerror
     try:
-        answer = httpx.get(f"http://{address}/healthz", timeout=3, trust_env=False)
-        is_ours = answer.is_success and "coldspark" in answer.headers.get("server", "").lower()
+        answer = httpx.get(f"http://{address}/api/v1/status", timeout=3, trust_env=False).text
+        is_ours = '"uptime_s"' in answer or '"invalid_api_key"' in answer
     except httpx.HTTPError:
         is_ours = False
     if is_ours:

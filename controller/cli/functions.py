@@ -24,7 +24,7 @@ View = Mapping[str, Any]
 NUM_COLD_STARTS = 5
 COLUMNS = ("NAME", "TIER", ">REPLICAS", ">IN FLIGHT", ">QUEUED", "SNAPSHOT", "BACKEND", "SOURCE")
 REPLICA_COLUMNS = (
-    "ID", "STATE", "TIER", ">IN FLIGHT", ">IDLE", ">WEIGHTS", ">KV CACHE", ">HOST", "DEVICES", "NOTE"
+    "ID", "STATE", ">IN FLIGHT", ">IDLE", ">WEIGHTS", ">KV CACHE", ">HOST", "DEVICES", "NOTE"
 )  # fmt: skip
 COLD_START_COLUMNS = ("STARTED", "FROM", "OUTCOME", ">TOTAL", "PHASES")
 
@@ -112,7 +112,6 @@ def _replica_row(replica: View) -> Sequence[object]:
     return (
         replica["id"],
         replica["state"],
-        replica["tier"],
         replica["in_flight"],
         human_seconds(replica["idle_s"]),
         human_bytes(memory.get("weights_bytes")),

@@ -1,6 +1,6 @@
 """`coldspark keys`: who may call the gateway."""
 
-from typing import Annotated, Any
+from typing import Annotated
 from urllib.parse import quote
 
 import typer
@@ -23,18 +23,13 @@ app = typer.Typer(help="Create, list and revoke API keys.", no_args_is_help=True
 def create(
     context: typer.Context,
     name: Annotated[str, typer.Argument(help="Who or what uses it.", show_default=False)],
-    model: Annotated[
-        list[str] | None,
-        typer.Option(help="A model the key may use; repeatable. All, if none is given."),
-    ] = None,
     expires_in: Annotated[
         str | None, typer.Option(help="Life of the key, e.g. 30d. For ever, if not given.")
     ] = None,
     output: OutputOption = OutputFormat.TABLE,
 ) -> None:
     """Create a key. It is shown once: only its hash is kept."""
-    body: dict[str, Any] = {"name": name, "models": model or None}
-    body["expires_in_s"] = None if expires_in is None else _seconds(expires_in)
+    body = {"name": name, "expires_in_s": None if expires_in is None else _seconds(expires_in)}
     with connect(context) as controller:
         key = controller.call("POST", "/api/v1/keys", body=body)
     if output is OutputFormat.JSON:
@@ -61,12 +56,11 @@ def list_keys(context: typer.Context, output: OutputOption = OutputFormat.TABLE)
     if output is OutputFormat.JSON:
         print_json(answer)
         return
-    columns = ("ID", "NAME", "MODELS", "CREATED", "EXPIRES", "REVOKED")
+    columns = ("ID", "NAME", "CREATED", "EXPIRES", "REVOKED")
     rows = [
         (
             key["id"],
             key["name"],
-            ", ".join(key.get("models") or ["all"]),
             key.get("created_at"),
             key.get("expires_at"),
             key.get("revoked_at"),

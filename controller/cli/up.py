@@ -5,7 +5,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from controller.cli.errors import UsageProblem
+from controller.cli.errors import CliError, UsageProblem
 
 if TYPE_CHECKING:
     from controller.settings import Settings
@@ -24,9 +24,20 @@ def up(
     ] = None,
 ) -> None:
     """Run the controller until Ctrl-C. COLDSPARK_* variables set the rest."""
-    from controller.main import serve  # the whole control plane, 1 s that no other command needs
+    # The whole control plane: 1 s that no other command needs.
+    from controller.main import AlreadyRunning, serve
 
-    serve(read_settings(host=host, port=port, home=home))
+    settings = read_settings(host=host, port=port, home=home)
+    try:
+        serve(settings)
+    except AlreadyRunning as error:
+        raise CliError(str(error)) from error
+    except OSError as error:
+        raise CliError(
+            f"the controller cannot run at {settings.host}:{settings.port} with "
+            f"{str(settings.home)!r}: {error}",
+            hint="`coldspark doctor` checks the port and the directory",
+        ) from error
 
 
 def read_settings(**options: Any) -> "Settings":
