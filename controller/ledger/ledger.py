@@ -225,11 +225,11 @@ class Ledger:
             figures, by=by, default_rate=max(self._rates.values(), default=Decimal(0))
         )
 
-    async def compact(self) -> int:
-        """Merge stored intervals of hours that ended an hour ago; returns how many that saved."""
+    async def compact(self) -> None:
+        """Merge the stored intervals of every hour that ended an hour ago or earlier."""
         await self.flush()
         now_us = self.now_us()
-        return await self._repository.compact(now_us - now_us % HOUR_US - HOUR_US)
+        await self._repository.compact(now_us - now_us % HOUR_US - HOUR_US)
 
     def _missed(
         self, known: LastKnown, heartbeat_us: int, adopted: Mapping[str, AdoptedClaim]
