@@ -80,3 +80,28 @@ GRPC_STATUS: Mapping[type[RuntimeFault], str] = {
     ZygoteDied: "UNAVAILABLE",
     ShuttingDown: "UNAVAILABLE",
 }
+
+
+def as_fault(error: Exception) -> RuntimeFault:
+    """Return the fault that stands for an error of the engine or a library."""
+    match error:
+        case RuntimeFault():
+            return error
+        case MemoryError():
+            return OutOfMemory(f"out of memory: {error}")
+        case _:
+            return LoadFailed(f"{type(error).__name__}: {error}")
+
+
+def encode_fault(fault: RuntimeFault) -> bytes:
+    """Return a fault as bytes that `decode_fault` turns back in another process."""
+    return f"{type(fault).__name__}\n{fault}".encode()
+
+
+def decode_fault(data: bytes) -> RuntimeFault:
+    """Return a fault of the same class and message as the one that was encoded."""
+    name, _, message = data.decode().partition("\n")
+    return _BY_NAME[name](message)
+
+
+_BY_NAME = {fault.__name__: fault for fault in GRPC_STATUS}

@@ -14,7 +14,7 @@ import struct
 import time
 from collections.abc import Callable, Iterable, Iterator
 from enum import IntEnum
-from typing import NamedTuple, Self, cast
+from typing import NamedTuple, cast
 
 HEADER = struct.Struct("<IB3xQ")
 MAX_PAYLOAD_BYTES = 64 << 20
@@ -171,21 +171,10 @@ class FrameConnection(asyncio.Protocol):
         self._writable.set()
         self._transport: asyncio.WriteTransport | None = None
 
-    @classmethod
-    async def open(
-        cls,
-        sock: socket.socket,
-        *,
-        on_frame: Callable[[Frame], None],
-        on_closed: Callable[[], None],
-    ) -> Self:
+    async def connect(self, sock: socket.socket) -> None:
         """Take over a connected stream socket."""
         sock.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, _SOCKET_BUFFER_BYTES)
-        loop = asyncio.get_running_loop()
-        _, connection = await loop.create_connection(
-            lambda: cls(on_frame=on_frame, on_closed=on_closed), sock=sock
-        )
-        return connection
+        await asyncio.get_running_loop().create_connection(lambda: self, sock=sock)
 
     def write(self, frame: Frame) -> None:
         """Queue a frame; after the connection is closed it goes nowhere.

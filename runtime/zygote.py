@@ -2,89 +2,39 @@
 
 It waits for fork requests of the runtime server and reports when an engine ends. It owns no model
 and no state. It stays single-threaded, because a fork copies only the calling thread.
-
-Messages travel as JSON over a SOCK_SEQPACKET pair, one message a packet:
-server → zygote: a packet with two descriptors, the engine's socket and its stderr.
-zygote → server: Ready once, then Forked or ForkRefused for each request, Exited for each engine.
 """
 
 import argparse
 import contextlib
 import gc
 import importlib
-import json
 import os
 import selectors
 import signal
 import socket
 import sys
 import time
-from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass
+from collections.abc import Sequence
 from pathlib import Path
-from typing import NoReturn
+from typing import Any, NoReturn
 
 import structlog
 
-from runtime.engine_process import EngineFactory, run_engine
+from runtime.engine_api import EngineFactory
+from runtime.engine_process import run_engine
 from runtime.linux import die_with_parent, num_threads, set_process_name
 from runtime.logs import configure_logs
-
-# Native libraries start thread pools at import; the engine sets its own count after the fork.
-SINGLE_THREADED: Mapping[str, str] = {
-    "OMP_NUM_THREADS": "1",
-    "OPENBLAS_NUM_THREADS": "1",
-    "MKL_NUM_THREADS": "1",
-}
-MAX_MESSAGE_BYTES = 16 << 10
+from runtime.zygote_messages import (
+    MAX_MESSAGE_BYTES,
+    Exited,
+    Forked,
+    ForkRefused,
+    Ready,
+    ZygoteMessage,
+    encode_message,
+)
 
 log = structlog.get_logger()
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Ready:
-    """Everything is imported; forks are cheap from now on."""
-
-    import_s: float
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Forked:
-    """The oldest open request became this process."""
-
-    pid: int
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class ForkRefused:
-    """The oldest open request cannot be met."""
-
-    reason: str
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Exited:
-    """An engine ended; `status` is what `os.waitpid` returned."""
-
-    pid: int
-    status: int
-
-
-ZygoteMessage = Ready | Forked | ForkRefused | Exited
-_MESSAGES: Mapping[str, type[ZygoteMessage]] = {
-    type_.__name__: type_ for type_ in (Ready, Forked, ForkRefused, Exited)
-}
-
-
-def encode_message(message: ZygoteMessage) -> bytes:
-    """Return a message as one packet."""
-    return json.dumps({"type": type(message).__name__, **asdict(message)}).encode()
-
-
-def decode_message(packet: bytes) -> ZygoteMessage:
-    """Return the message in a packet of `encode_message`."""
-    fields = json.loads(packet)
-    return _MESSAGES[fields.pop("type")](**fields)
 
 
 class Zygote:
@@ -96,7 +46,7 @@ class Zygote:
         store: Directory of snapshots.
     """
 
-    def __init__(self, *, control: socket.socket, factory: EngineFactory, store: Path) -> None:
+    def __init__(self, *, control: socket.socket, factory: EngineFactory[Any], store: Path) -> None:
         self._control = control
         self._factory = factory
         self._store = store
@@ -166,7 +116,7 @@ class Zygote:
                 socket.socket(fileno=engine_socket), factory=self._factory, store=self._store
             )
             code = 0
-        except Exception:  # noqa: BLE001  the process's root; the exit code tells the server
+        except Exception:  # the process's root; the exit code tells the server
             log.exception("engine_crashed")
         finally:
             # Skips the zygote's exit handlers, and leaves the socket to the kernel: the server
@@ -196,7 +146,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     set_process_name("coldspark-zygote")
     configure_logs(options.log_level, runtime_id=options.runtime_id)
     control = socket.socket(fileno=options.control_fd)
-    factory = _import_attribute(options.engine_factory)
+    factory = _make_factory(options.engine_factory)
     gc.collect()
     gc.freeze()  # keeps collections in the engine from copying every page shared with us
     ready = Ready(import_s=time.monotonic() - started)
@@ -212,14 +162,14 @@ def _parse(argv: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--parent-pid", type=int, required=True)
     parser.add_argument("--runtime-id", required=True)
     parser.add_argument("--store", type=Path, required=True)
-    parser.add_argument("--engine-factory", required=True, help="module:attribute")
+    parser.add_argument("--engine-factory", required=True, help="module:class")
     parser.add_argument("--log-level", default="info")
     return parser.parse_args(argv)
 
 
-def _import_attribute(path: str) -> EngineFactory:
-    module, _, attribute = path.partition(":")
-    factory: EngineFactory = getattr(importlib.import_module(module), attribute)
+def _make_factory(path: str) -> EngineFactory[Any]:
+    module, _, class_name = path.partition(":")
+    factory: EngineFactory[Any] = getattr(importlib.import_module(module), class_name)()
     return factory
 
 

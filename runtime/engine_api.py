@@ -1,0 +1,88 @@
+"""What an engine process needs of an engine: the seam between the process and the tensors.
+
+`runtime.engine` implements it with torch; tests implement it with a script.
+"""
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Protocol, TypeVar
+
+from runtime.config import EngineConfig
+from runtime.engine.sequence import SequenceKey, SequenceRequest, StepResult
+
+OnProgress = Callable[[int, int], None]  # bytes done, bytes in all
+
+
+class LoadReport(Protocol):
+    """How the reading of weights went."""
+
+    @property
+    def read_s(self) -> float:
+        """Seconds until the last byte was read."""
+
+    @property
+    def verify_s(self) -> float:
+        """Seconds spent on checksums after that."""
+
+
+class Runner(Protocol):
+    """Memory in, memory out; the loop knows nothing else of a model runner."""
+
+    @property
+    def weights_bytes(self) -> int:
+        """Device memory held for weights, now."""
+
+    @property
+    def kv_cache_bytes(self) -> int:
+        """Device memory held for KV blocks, now."""
+
+    @property
+    def max_model_len(self) -> int:
+        """The limit in force, in tokens."""
+
+    def load_weights(self, on_progress: OnProgress | None = None) -> LoadReport:
+        """Allocate, read and verify weights."""
+
+    def allocate_kv(self) -> int:
+        """Allocate the KV cache; return its number of blocks."""
+
+    def release(self) -> int:
+        """Give weights and KV memory back; return the bytes freed."""
+
+
+class StepEngine(Protocol):
+    """Sequences in, tokens out, one batch a step."""
+
+    def submit(self, request: SequenceRequest) -> None:
+        """Queue a sequence, or raise InvalidSequence."""
+
+    def cancel(self, key: SequenceKey) -> None:
+        """End a sequence; the next step reports it. An unknown key is ignored."""
+
+    def cancel_stream(self, stream_id: int) -> None:
+        """End all sequences of a stream."""
+
+    def has_work(self) -> bool:
+        """Return whether a step would compute or report anything."""
+
+    def step(self) -> StepResult:
+        """Run one batch."""
+
+    def figures(self) -> object:
+        """Return an object with the fields of the wire's LoadFigures."""
+
+    def reset_cache(self) -> None:
+        """Forget cached prefixes and take over the runner's present KV cache."""
+
+
+RunnerT = TypeVar("RunnerT", bound=Runner)
+
+
+class EngineFactory(Protocol[RunnerT]):
+    """Builds an engine in the forked process; importing its module is the zygote's work."""
+
+    def open_runner(self, snapshot: Path, config: EngineConfig) -> RunnerT:
+        """Read a snapshot's configuration; weights come later."""
+
+    def build_engine(self, config: EngineConfig, runner: RunnerT) -> StepEngine:
+        """Join a runner, its weights and KV cache in place, with a scheduler."""

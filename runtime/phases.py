@@ -1,0 +1,38 @@
+"""Timings of the parts of a load or a wake, in the order they happened."""
+
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+from runtime.engine_api import OnProgress, Runner
+from runtime.rpc import inference_pb2 as pb
+
+
+class PhaseLog:
+    """Named, finished parts of an operation."""
+
+    def __init__(self) -> None:
+        self.phases: list[pb.Phase] = []
+
+    def add(self, name: str, seconds: float) -> None:
+        """Append a phase that was measured elsewhere."""
+        self.phases.append(pb.Phase(name=name, seconds=seconds))
+
+    @contextmanager
+    def measure(self, name: str) -> Iterator[None]:
+        """Append what runs inside as a phase, unless it raises."""
+        started = time.monotonic()
+        yield
+        self.add(name, time.monotonic() - started)
+
+
+def bring_up(runner: Runner, phase_log: PhaseLog, on_progress: OnProgress) -> int:
+    """Load weights and allocate the KV cache; return its number of blocks."""
+    started = time.monotonic()
+    report = runner.load_weights(on_progress)
+    total_s = time.monotonic() - started
+    phase_log.add("weights_map", max(0.0, total_s - report.read_s - report.verify_s))
+    phase_log.add("weights_read", report.read_s)
+    phase_log.add("weights_verify", report.verify_s)
+    with phase_log.measure("kv_alloc"):
+        return runner.allocate_kv()

@@ -1,0 +1,60 @@
+"""Starting the zygote process. Standard library only, so that it can come before all imports."""
+
+import os
+import socket
+import subprocess
+import sys
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+
+# Native libraries start thread pools at import, and a fork would lose them. The engine sets its
+# own number of threads after the fork.
+SINGLE_THREADED: Mapping[str, str] = {
+    "OMP_NUM_THREADS": "1",
+    "OPENBLAS_NUM_THREADS": "1",
+    "MKL_NUM_THREADS": "1",
+}
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ZygoteOptions:
+    """What a zygote is told at its start."""
+
+    runtime_id: str
+    store: Path
+    engine_factory: str  # module:class
+    log_level: str
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ZygoteProcess:
+    """A started zygote, its control socket (non-blocking) and the read end of its output."""
+
+    process: subprocess.Popen[bytes]
+    control: socket.socket
+    output: int
+
+
+def spawn_zygote(options: ZygoteOptions) -> ZygoteProcess:
+    """Start a zygote; it dies with the calling thread, which must be the main one."""
+    control, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
+    control.setblocking(False)
+    output, their_output = os.pipe()
+    command = [sys.executable, "-m", "runtime.zygote"]
+    command += ["--control-fd", str(theirs.fileno()), "--parent-pid", str(os.getpid())]
+    command += ["--runtime-id", options.runtime_id, "--store", str(options.store)]
+    command += ["--engine-factory", options.engine_factory, "--log-level", options.log_level]
+    try:
+        process = subprocess.Popen(
+            command,
+            stdin=subprocess.DEVNULL,
+            stdout=their_output,
+            stderr=their_output,
+            pass_fds=[theirs.fileno()],
+            env={**os.environ, **SINGLE_THREADED},
+        )
+    finally:
+        theirs.close()
+        os.close(their_output)
+    return ZygoteProcess(process=process, control=control, output=output)

@@ -1,0 +1,263 @@
+"""The state of one runtime: keeps a zygote alive, at most one engine, and says what is allowed.
+
+    STARTING → STANDBY → LOADING → READY ⇄ PARKED (through PARKING and LOADING)
+                                   READY → DRAINING
+    any of them → FAILED → LOADING
+
+Operations are decided here synchronously, so that two of them can never overlap; they run to their
+end even when the caller goes away.
+"""
+
+import asyncio
+import re
+from collections.abc import Coroutine, Iterator, Set
+from contextlib import contextmanager
+from typing import Any, TypeAlias, TypeVar
+
+import structlog
+
+from runtime.engine_handle import EngineHandle
+from runtime.engine_stream import EngineStream
+from runtime.errors import (
+    InvalidRequest,
+    RuntimeFault,
+    ShuttingDown,
+    UnknownSnapshot,
+    WrongState,
+    ZygoteDied,
+)
+from runtime.fork_server import ForkServer
+from runtime.ipc import FrameKind
+from runtime.phases import PhaseLog
+from runtime.rpc import inference_pb2 as pb
+from runtime.spawn import ZygoteOptions, ZygoteProcess, spawn_zygote
+from runtime.status_board import StatusBoard
+
+_SNAPSHOT_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,95}@[0-9a-f]{12}")
+_LOADABLE = frozenset(
+    {pb.RUNTIME_STATE_STARTING, pb.RUNTIME_STATE_STANDBY, pb.RUNTIME_STATE_FAILED}
+)
+_DRAINABLE = frozenset({pb.RUNTIME_STATE_READY, pb.RUNTIME_STATE_DRAINING})
+_ATTACHABLE = _DRAINABLE | {pb.RUNTIME_STATE_PARKING, pb.RUNTIME_STATE_PARKED}
+
+State: TypeAlias = pb.RuntimeState.ValueType
+
+ResultT = TypeVar("ResultT")
+
+log = structlog.get_logger()
+
+
+class Supervisor:
+    """Owns the processes below the runtime server.
+
+    Args:
+        options: How to start a zygote again after one died.
+        board: Receives every change.
+    """
+
+    def __init__(self, options: ZygoteOptions, board: StatusBoard) -> None:
+        self._options = options
+        self._board = board
+        self._zygote: ForkServer | None = None
+        self._engine: EngineHandle | None = None
+        self._tasks: set[asyncio.Task[Any]] = set()
+
+    def start(self, zygote: ZygoteProcess) -> None:
+        """Take over the first zygote."""
+        self._zygote = ForkServer(
+            zygote, on_ready=self._zygote_is_ready, on_dead=self._zygote_is_dead
+        )
+
+    async def load(self, request: pb.LoadRequest) -> pb.LoadResponse:
+        """Fork an engine and bring a snapshot to READY; waits for a starting zygote.
+
+        Raises:
+            RuntimeFault: Refused with the state unchanged, or failed and now FAILED.
+        """
+        self._check_snapshot(request.snapshot)
+        self._move("load", _LOADABLE, pb.RUNTIME_STATE_LOADING)
+        self._board.update(snapshot=request.snapshot, error="", phases=[])
+        return await self._to_the_end(self._load(request), name="load")
+
+    async def park(self, request: pb.ParkRequest) -> pb.ParkResponse:
+        """Give back weights and KV cache.
+
+        Raises:
+            WrongState: Not READY, or sequences are in flight.
+        """
+        self._move("park", {pb.RUNTIME_STATE_READY}, pb.RUNTIME_STATE_PARKING)
+        return await self._to_the_end(self._park(request), name="park")
+
+    async def wake(self, request: pb.WakeRequest) -> pb.WakeResponse:
+        """Take weights and KV cache back.
+
+        Raises:
+            WrongState: Not PARKED.
+            RuntimeFault: The engine could not; it is PARKED again, or FAILED if it died.
+        """
+        self._move("wake", {pb.RUNTIME_STATE_PARKED}, pb.RUNTIME_STATE_LOADING)
+        return await self._to_the_end(self._wake(request), name="wake")
+
+    async def drain(self, request: pb.DrainRequest) -> pb.DrainResponse:
+        """Refuse new sequences and wait for the running ones; again joins the first drain.
+
+        Raises:
+            WrongState: Neither READY nor DRAINING.
+        """
+        self._move("drain", _DRAINABLE, pb.RUNTIME_STATE_DRAINING)
+        return await self._to_the_end(self._drain(request), name="drain")
+
+    def open_stream(self) -> EngineStream:
+        """Return a stream to the engine; parking and waking do not end it.
+
+        Raises:
+            WrongState: No engine is loaded.
+        """
+        if self._board.state not in _ATTACHABLE:
+            raise WrongState(f"cannot attach: the runtime is {self._state_name}")
+        return self._living_engine.open_stream()
+
+    async def stop(self) -> None:
+        """End all streams and calls, then all processes."""
+        fault = ShuttingDown("the runtime is stopping")
+        if self._engine is not None:
+            self._engine.fail_streams(fault)
+            self._engine.fail_calls(fault)
+            self._engine.close()
+        if self._zygote is not None:
+            await self._zygote.stop()
+        await asyncio.gather(*self._tasks, return_exceptions=True)
+
+    async def _load(self, request: pb.LoadRequest) -> pb.LoadResponse:
+        phase_log = PhaseLog()
+        engine: EngineHandle | None = None
+        try:
+            with phase_log.measure("runtime_import"):
+                zygote = await self._ready_zygote()
+            with phase_log.measure("fork"):
+                engine = await EngineHandle.start(
+                    zygote, on_status=self._board.engine_reported, on_lost=self._engine_is_lost
+                )
+            self._engine = engine
+            self._board.engine_started(engine.pid)
+            response = await engine.call(FrameKind.LOAD, request, pb.LoadResponse)
+        except RuntimeFault as fault:
+            if engine is self._engine:  # else its death was noted already
+                self._abandon_load(fault)
+            raise
+        phases = [*phase_log.phases, *response.phases]
+        del response.phases[:]
+        response.phases.extend(phases)
+        self._board.update(
+            state=pb.RUNTIME_STATE_READY,
+            phases=phases,
+            memory=response.memory,
+            max_model_len=response.max_model_len,
+        )
+        return response
+
+    def _abandon_load(self, fault: RuntimeFault) -> None:
+        if self._engine is not None:
+            self._engine.close()
+            self._engine = None
+        self._board.engine_gone()
+        self._board.update(state=pb.RUNTIME_STATE_FAILED, error=str(fault))
+
+    async def _park(self, request: pb.ParkRequest) -> pb.ParkResponse:
+        with self._undone_on_fault(pb.RUNTIME_STATE_PARKING, pb.RUNTIME_STATE_READY):
+            response = await self._living_engine.call(FrameKind.PARK, request, pb.ParkResponse)
+        self._board.update(state=pb.RUNTIME_STATE_PARKED)
+        return response
+
+    async def _wake(self, request: pb.WakeRequest) -> pb.WakeResponse:
+        with self._undone_on_fault(pb.RUNTIME_STATE_LOADING, pb.RUNTIME_STATE_PARKED):
+            response = await self._living_engine.call(FrameKind.WAKE, request, pb.WakeResponse)
+        self._board.update(state=pb.RUNTIME_STATE_READY, phases=response.phases)
+        return response
+
+    async def _drain(self, request: pb.DrainRequest) -> pb.DrainResponse:
+        return await self._living_engine.call(FrameKind.DRAIN, request, pb.DrainResponse)
+
+    @property
+    def _living_engine(self) -> EngineHandle:
+        assert self._engine is not None, "no state that allows this is without an engine"
+        return self._engine
+
+    @property
+    def _state_name(self) -> str:
+        return pb.RuntimeState.Name(self._board.state).removeprefix("RUNTIME_STATE_")
+
+    def _check_snapshot(self, name: str) -> None:
+        if not _SNAPSHOT_NAME.fullmatch(name):
+            raise InvalidRequest(f"snapshot {name!r} is not of the form name@digest12")
+        if not (self._options.store / name / "manifest.json").is_file():
+            raise UnknownSnapshot(f"the store {self._options.store} has no snapshot {name!r}")
+
+    def _move(self, operation: str, allowed: Set[State], to: State) -> None:
+        if self._board.state not in allowed:
+            raise WrongState(f"cannot {operation}: the runtime is {self._state_name}")
+        self._board.update(state=to)
+
+    @contextmanager
+    def _undone_on_fault(self, during: State, before: State) -> Iterator[None]:
+        """Return to the state before, unless the engine's death has set another meanwhile."""
+        try:
+            yield
+        except RuntimeFault:
+            if self._board.state == during:
+                self._board.update(state=before)
+            raise
+
+    async def _to_the_end(self, operation: Coroutine[Any, Any, ResultT], *, name: str) -> ResultT:
+        """Run an operation that goes on when its caller is cancelled."""
+        return await asyncio.shield(self._spawn(operation, name=name))
+
+    def _spawn(
+        self, operation: Coroutine[Any, Any, ResultT], *, name: str
+    ) -> asyncio.Task[ResultT]:
+        task = asyncio.create_task(operation, name=name)
+        self._tasks.add(task)
+        task.add_done_callback(self._finish)
+        return task
+
+    def _finish(self, task: asyncio.Task[Any]) -> None:
+        self._tasks.discard(task)
+        if not task.cancelled() and (error := task.exception()) is not None:
+            log.warning("operation_failed", operation=task.get_name(), reason=str(error))
+
+    def _engine_is_lost(self, engine: EngineHandle) -> None:
+        if engine is self._engine:
+            _ = self._spawn(self._bury(engine), name="bury")
+
+    async def _bury(self, engine: EngineHandle) -> None:
+        """Learn how an engine ended, then tell everybody; that takes milliseconds."""
+        death = await engine.obituary()
+        log.error("engine_died", engine_pid=engine.pid, reason=str(death))
+        if engine is self._engine:
+            self._engine = None
+            self._board.engine_gone()
+            self._board.update(state=pb.RUNTIME_STATE_FAILED, error=str(death))
+        engine.fail_streams(death)
+        engine.fail_calls(death)
+
+    async def _ready_zygote(self) -> ForkServer:
+        if self._zygote is None or self._zygote.is_dead:
+            self.start(spawn_zygote(self._options))
+        assert self._zygote is not None
+        await self._zygote.ready()
+        return self._zygote
+
+    def _zygote_is_ready(self, import_s: float) -> None:
+        if self._board.state == pb.RUNTIME_STATE_STARTING:
+            phase = pb.Phase(name="runtime_import", seconds=import_s)
+            self._board.update(state=pb.RUNTIME_STATE_STANDBY, phases=[phase])
+
+    def _zygote_is_dead(self, death: ZygoteDied, was_ready: bool) -> None:
+        """Start another one, unless it could not even import: then the next load tries again."""
+        log.error("zygote_died", reason=str(death))
+        if was_ready:
+            if self._board.state == pb.RUNTIME_STATE_STANDBY:
+                self._board.update(state=pb.RUNTIME_STATE_STARTING)
+            self.start(spawn_zygote(self._options))
+        elif self._board.state == pb.RUNTIME_STATE_STARTING:
+            self._board.update(state=pb.RUNTIME_STATE_FAILED, error=str(death))

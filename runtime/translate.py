@@ -1,0 +1,75 @@
+"""Between wire messages and the engine's own types; no decisions."""
+
+from runtime.config import EngineConfig
+from runtime.engine.sequence import (
+    FinishedSequence,
+    FinishReason,
+    SamplingParams,
+    SequenceKey,
+    SequenceRequest,
+)
+from runtime.engine_api import Runner
+from runtime.linux import resident_bytes
+from runtime.rpc import inference_pb2 as pb
+
+_REASONS = {
+    FinishReason.STOP: pb.FINISH_REASON_STOP,
+    FinishReason.LENGTH: pb.FINISH_REASON_LENGTH,
+    FinishReason.CANCELLED: pb.FINISH_REASON_CANCELLED,
+    FinishReason.ERROR: pb.FINISH_REASON_ERROR,
+}
+
+
+def engine_config(request: pb.LoadRequest) -> EngineConfig:
+    """Return the configuration a load asks for; what is unset takes the runtime's default."""
+    if not request.HasField("engine"):
+        return EngineConfig(memory_limit_bytes=request.memory_limit_bytes)
+    chosen = {field.name: value for field, value in request.engine.ListFields()}
+    chosen["enable_prefix_caching"] = request.engine.enable_prefix_caching  # false means false
+    return EngineConfig(memory_limit_bytes=request.memory_limit_bytes, **chosen)
+
+
+def sequence_request(key: SequenceKey, submit: pb.Submit) -> SequenceRequest:
+    """Return a submitted sequence as the engine takes it."""
+    sampling = submit.sampling
+    return SequenceRequest(
+        key=key,
+        prompt_token_ids=list(submit.prompt_token_ids),
+        sampling=SamplingParams(
+            temperature=sampling.temperature,
+            top_p=sampling.top_p,
+            top_k=sampling.top_k,
+            min_p=sampling.min_p,
+            seed=sampling.seed if sampling.HasField("seed") else None,
+            max_tokens=sampling.max_tokens,
+            stop_token_ids=frozenset(sampling.stop_token_ids),
+            ignore_eos=sampling.ignore_eos,
+        ),
+    )
+
+
+def finished_message(finished: FinishedSequence) -> pb.Finished:
+    """Return the end of a sequence as it goes over the wire."""
+    return pb.Finished(
+        sequence_id=finished.key.sequence_id,
+        reason=_REASONS[finished.reason],
+        num_prompt_tokens=finished.num_prompt_tokens,
+        num_cached_tokens=finished.num_cached_tokens,
+        num_output_tokens=finished.num_output_tokens,
+        error=finished.error,
+    )
+
+
+def load_figures(figures: object) -> pb.LoadFigures:
+    """Return an engine's figures, which carry the names of the wire's fields."""
+    names = (field.name for field in pb.LoadFigures.DESCRIPTOR.fields)
+    return pb.LoadFigures(**{name: getattr(figures, name) for name in names})
+
+
+def memory_message(runner: Runner) -> pb.Memory:
+    """Return what a runner and the process around it hold now."""
+    return pb.Memory(
+        weights_bytes=runner.weights_bytes,
+        kv_cache_bytes=runner.kv_cache_bytes,
+        host_rss_bytes=resident_bytes(),
+    )
