@@ -84,10 +84,6 @@ class SnapshotAmbiguous(SnapshotError):
     """Several snapshots match a reference without a digest."""
 
 
-class SnapshotPinned(SnapshotError):
-    """The snapshot has owners that still need it."""
-
-
 class ManifestError(SnapshotError):
     """A manifest cannot be read or contradicts itself."""
 

@@ -6,7 +6,7 @@ what is being deleted (.trash). Reading needs no write permission.
 """
 
 import re
-from collections.abc import Iterator, Sequence
+from collections.abc import Collection, Iterator, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from datetime import UTC, datetime
@@ -71,7 +71,7 @@ class SnapshotStore:
     """All snapshots below one directory, which need not exist yet."""
 
     def __init__(self, root: Path) -> None:
-        self.root = root
+        self.root = root.absolute()
 
     def list(self) -> Sequence[Snapshot]:
         """Return all snapshots with a valid manifest, by reference."""
@@ -163,23 +163,37 @@ class SnapshotStore:
             return target
 
     def collect(
-        self, *, keep_pinned: bool = True, dry_run: bool = False, stale_after_s: float = DAY_S
+        self,
+        *,
+        only: Collection[str] | None = None,
+        keep_pinned: bool = True,
+        dry_run: bool = False,
+        stale_after_s: float = DAY_S,
     ) -> Sequence[Removed]:
         """Remove every snapshot without a pin, broken or quarantined ones, and abandoned builds.
 
         Args:
+            only: Leave everything alone but these snapshots; None for no such limit.
             keep_pinned: Off removes pinned snapshots too.
             dry_run: Only say what would go.
             stale_after_s: How long after its last step a build that nobody runs is kept, so that
                 it can be resumed.
+
+        Raises:
+            SnapshotNotFound: One of `only` does not exist.
         """
         with self._collecting(shared=False):
             removed = []
+            limit = None if only is None else {self._directory(ref).name for ref in only}
             for entry in self._scan():
+                if limit is not None and entry.ref not in limit:
+                    continue
                 pins = self.root / ".pins" / entry.ref
                 if keep_pinned and pins.is_dir() and any(pins.iterdir()):
                     continue
                 removed.append(self._remove(entry.path, entry.ref, dry_run=dry_run))
+            if limit is not None:
+                return removed
             for folder in (".quarantine", ".trash"):
                 for path in _entries(self.root / folder):
                     removed.append(self._remove(path, f"{folder}/{path.name}", dry_run=dry_run))

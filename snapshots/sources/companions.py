@@ -5,8 +5,6 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from tokenizers import Tokenizer
-
 from snapshots.errors import SourceInvalid
 from snapshots.sources.paths import read_json
 
@@ -50,6 +48,8 @@ def check_tokenizer(directory: Path) -> None:
     Raises:
         SourceInvalid: It is missing or malformed.
     """
+    from tokenizers import Tokenizer  # reusing a snapshot needs none
+
     path = directory / "tokenizer.json"
     if not path.exists():
         raise SourceInvalid("the source has no tokenizer")
