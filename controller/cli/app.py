@@ -118,3 +118,7 @@ def main() -> None:
         if reconfigure is not None:
             reconfigure(errors="replace")  # a terminal that cannot show a character must not fail
     sys.exit(run_command(sys.argv[1:]))
+
+
+if __name__ == "__main__":
+    main()

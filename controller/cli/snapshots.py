@@ -1,5 +1,6 @@
 """`coldspark snapshots …`: handed to `python -m snapshots`, which may import torch."""
 
+import os
 import subprocess
 import sys
 from typing import Any
@@ -18,22 +19,22 @@ PASS_THROUGH: dict[str, Any] = {
 
 def snapshots(context: typer.Context) -> None:
     """Build, verify, inspect, list and collect snapshots (`coldspark snapshots --help`)."""
-    command = [sys.executable, "-m", "snapshots", *_with_store(context.args)]
-    raise typer.Exit(_run(command))
+    raise typer.Exit(_run([sys.executable, "-m", "snapshots", *context.args], _environment()))
 
 
-def _with_store(arguments: list[str]) -> list[str]:
-    """Name the controller's store unless the caller names one or only wants help."""
-    if not arguments or arguments[0].startswith("-"):
-        return arguments
-    if any(a == "--help" or a == "--store" or a.startswith("--store=") for a in arguments):
-        return arguments
-    return [*arguments, "--store", str(read_settings().snapshot_store)]
+def _environment() -> dict[str, str]:
+    """Name the controller's store and our output format, unless the caller names others."""
+    defaults = {}
+    if "SNAPSHOTS_STORE" not in os.environ:
+        defaults["SNAPSHOTS_STORE"] = str(read_settings().snapshot_store)
+    if "COLDSPARK_OUTPUT" in os.environ:
+        defaults["SNAPSHOTS_OUTPUT"] = os.environ["COLDSPARK_OUTPUT"]
+    return defaults | os.environ
 
 
-def _run(command: list[str]) -> int:
+def _run(command: list[str], environment: dict[str, str]) -> int:
     """Return the exit code of a child on our own streams; Ctrl-C reaches it through the terminal."""
-    with subprocess.Popen(command) as child:
+    with subprocess.Popen(command, env=environment) as child:
         while True:
             try:
                 code = child.wait()

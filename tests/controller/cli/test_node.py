@@ -1,4 +1,5 @@
 import json
+import os
 import socket
 import subprocess
 import sys
@@ -81,36 +82,46 @@ def test_version_needs_no_controller(cli: Cli) -> None:
     assert cli("version").stdout.startswith("coldspark  ")
 
 
-def test_snapshot_commands_get_the_controllers_store(
+def test_snapshot_commands_pass_through_with_the_controllers_store(
     cli: Cli, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
-    commands: list[list[str]] = []
+    calls: list[tuple[list[str], str | None, str | None]] = []
 
-    def run(command: list[str]) -> int:
-        commands.append(command[1:])
+    def run(command: list[str], environment: dict[str, str]) -> int:
+        store, output = environment["SNAPSHOTS_STORE"], environment.get("SNAPSHOTS_OUTPUT")
+        calls.append((command[1:], store, output))
         return 7
 
     monkeypatch.setattr(snapshots, "_run", run)
     monkeypatch.setenv("COLDSPARK_HOME", str(tmp_path))
-    assert cli("snapshots", "list", "-o", "json").exit_code == 7
-    cli("snapshots", "build", "org/x", "--store", "/elsewhere")
-    cli("snapshots", "verify", "--help")
-    cli("snapshots")
-    store = str(tmp_path / "snapshots")
-    assert commands == [
-        ["-m", "snapshots", "list", "-o", "json", "--store", store],
-        ["-m", "snapshots", "build", "org/x", "--store", "/elsewhere"],
-        ["-m", "snapshots", "verify", "--help"],
-        ["-m", "snapshots"],
+    assert cli("snapshots", "verify", "x", "--help", "-o", "json").exit_code == 7
+    monkeypatch.setenv("COLDSPARK_OUTPUT", "json")
+    monkeypatch.setenv("SNAPSHOTS_STORE", "/elsewhere")
+    assert cli("snapshots").exit_code == 7
+    assert calls == [
+        (
+            ["-m", "snapshots", "verify", "x", "--help", "-o", "json"],
+            str(tmp_path / "snapshots"),
+            None,
+        ),
+        (["-m", "snapshots"], "/elsewhere", "json"),
     ]
 
 
-@pytest.mark.parametrize(("code", "expected"), [("exit(3)", 3), ("import os; os.kill(0, 9)", 130)])
+def test_snapshots_are_listed_from_the_controllers_store(tmp_path: Path) -> None:
+    command = [sys.executable, "-m", "controller.cli.app", "snapshots", "list", "-o", "json"]
+    environment = {**os.environ, "COLDSPARK_HOME": str(tmp_path)}
+    done = subprocess.run(command, env=environment, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    assert json.loads(done.stdout)["snapshots"] == []
+
+
+@pytest.mark.parametrize(
+    ("code", "expected"),
+    [("raise SystemExit(3)", 3), ("import os; os.kill(os.getpid(), 15)", 130)],
+)
 def test_snapshot_commands_end_as_their_process_does(code: str, expected: int) -> None:
-    script = f"import sys; from controller.cli.snapshots import _run; sys.exit(_run([sys.executable, '-c', {code!r}]))"
-    if "kill" in code:
-        script = script.replace("os.kill(0, 9)", "os.kill(os.getpid(), 15)")
-    assert subprocess.run([sys.executable, "-c", script]).returncode == expected
+    assert snapshots._run([sys.executable, "-c", code], dict(os.environ)) == expected
 
 
 def test_wrong_settings_exit_2_and_name_the_variable(
