@@ -83,7 +83,7 @@ class RuntimeServicer:
     ) -> None:
         """Answer Attach until the client closes its side or the engine ends the stream."""
         with self._supervisor.open_stream() as stream:
-            await context.send_initial_metadata(())  # tells the client that it is attached
+            await context.write(b"")  # an empty StepOutput: the stream is open
             inward = asyncio.create_task(_forward(requests, stream), name="attach inward")
             outward = asyncio.create_task(_deliver(context, stream), name="attach outward")
             try:

@@ -107,7 +107,7 @@ class Zygote:
             die_with_parent(zygote_pid)
             signal.set_wakeup_fd(-1)
             signal.signal(signal.SIGCHLD, signal.SIG_DFL)
-            set_process_name("coldspark-engine")
+            set_process_name("engine")
             os.dup2(stderr, sys.stdout.fileno())
             os.dup2(stderr, sys.stderr.fileno())
             os.close(stderr)
@@ -143,7 +143,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     die_with_parent(options.parent_pid)
     for number in (signal.SIGINT, signal.SIGTERM):  # meant for the server, which ends us itself
         signal.signal(number, signal.SIG_IGN)
-    set_process_name("coldspark-zygote")
+    set_process_name("zygote")
     configure_logs(options.log_level, runtime_id=options.runtime_id)
     control = socket.socket(fileno=options.control_fd)
     factory = _make_factory(options.engine_factory)

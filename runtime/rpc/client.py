@@ -7,7 +7,7 @@ RuntimeRpcError
 """
 
 import asyncio
-from collections.abc import AsyncIterator, Iterator, Sequence
+from collections.abc import AsyncGenerator, AsyncIterator, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Protocol
 
@@ -88,10 +88,16 @@ class Attachment:
 
     Args:
         call: The open gRPC call.
+        outputs: Its messages after the first.
     """
 
-    def __init__(self, call: "grpc.aio.StreamStreamCall[pb.AttachRequest, pb.StepOutput]") -> None:
+    def __init__(
+        self,
+        call: "grpc.aio.StreamStreamCall[pb.AttachRequest, pb.StepOutput]",
+        outputs: AsyncIterator[pb.StepOutput],
+    ) -> None:
         self._call = call
+        self._outputs = outputs
         self._sinks: dict[int, SequenceSink] = {}
         self._outbox: asyncio.Queue[pb.AttachRequest] = asyncio.Queue()
         self._num_submitted = 0
@@ -146,7 +152,7 @@ class Attachment:
         error: RuntimeRpcError = RuntimeUnavailable("the stream was closed")
         try:
             with _translated():
-                async for output in self._call:
+                async for output in self._outputs:
                     self._deliver(output)
         except RuntimeRpcError as caught:
             error = caught
@@ -247,7 +253,7 @@ class RuntimeClient:
         with _translated():
             return await self._stub.Health(pb.HealthRequest(), timeout=timeout_s)
 
-    async def watch(self) -> AsyncIterator[pb.RuntimeStatus]:
+    async def watch(self) -> AsyncGenerator[pb.RuntimeStatus]:
         """Yield a status now and after every change; never ends but by RuntimeUnavailable."""
         call = self._stub.Watch(pb.WatchRequest())
         try:
@@ -265,13 +271,16 @@ class RuntimeClient:
             RuntimeRefused: No engine is loaded.
         """
         call = self._stub.Attach()  # type: ignore[call-arg]  # requests come by call.write
+        outputs = aiter(call)
         try:
             with _translated():
-                await call.wait_for_connection()
+                await anext(outputs)  # the empty one that says: attached
+        except StopAsyncIteration:
+            raise RuntimeUnavailable("the runtime ended the stream at once") from None
         except BaseException:
             call.cancel()
             raise
-        return Attachment(call)
+        return Attachment(call, outputs)
 
     async def close(self) -> None:
         """Close the channel; streams still open break."""

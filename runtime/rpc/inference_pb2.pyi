@@ -105,6 +105,7 @@ class EngineConfig(_message.Message):
     max_model_len: _builtins.int
     """tokens; 0 takes the model's own limit"""
     max_num_seqs: _builtins.int
+    """here and below, 0 takes the runtime's default"""
     max_num_batched_tokens: _builtins.int
     gpu_memory_utilization: _builtins.float
     block_size: _builtins.int

@@ -75,7 +75,8 @@ class RuntimeServiceServicer:
     """Missing associated documentation comment in .proto file."""
 
     def Load(self, request, context):
-        """Forks an engine and brings a snapshot to READY. Fails with FAILED_PRECONDITION unless STANDBY.
+        """Forks an engine and brings a snapshot to READY. Waits while STARTING; allowed in STANDBY and,
+        with a new engine, in FAILED.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
@@ -83,7 +84,8 @@ class RuntimeServiceServicer:
 
     def Attach(self, request_iterator, context):
         """Submits and cancels sequences; answers with one StepOutput per engine step that concerns
-        this stream. Closing the stream cancels its sequences.
+        this stream, after an empty first one that says the stream is open. Parking and waking do not
+        end it; closing it, the client's side alone included, cancels its sequences.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
@@ -104,14 +106,15 @@ class RuntimeServiceServicer:
         raise NotImplementedError('Method not implemented!')
 
     def Drain(self, request, context):
-        """Refuses new sequences and returns when none is left or the timeout has passed.
+        """Refuses new sequences and returns when none is left; cancels those left at the timeout.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
         raise NotImplementedError('Method not implemented!')
 
     def Watch(self, request, context):
-        """Pushes a status now and after every change of state or load.
+        """Pushes a status now, after every change of state or load, and after some seconds without
+        one. A slow reader misses the statuses in between, never the newest.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')

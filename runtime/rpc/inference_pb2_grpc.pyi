@@ -36,19 +36,24 @@ class RuntimeServiceStub:
     @_typing.overload
     def __new__(cls, channel: _aio.Channel) -> RuntimeServiceAsyncStub: ...
     Load: _grpc.UnaryUnaryMultiCallable[_inference_pb2.LoadRequest, _inference_pb2.LoadResponse]
-    """Forks an engine and brings a snapshot to READY. Fails with FAILED_PRECONDITION unless STANDBY."""
+    """Forks an engine and brings a snapshot to READY. Waits while STARTING; allowed in STANDBY and,
+    with a new engine, in FAILED.
+    """
     Attach: _grpc.StreamStreamMultiCallable[_inference_pb2.AttachRequest, _inference_pb2.StepOutput]
     """Submits and cancels sequences; answers with one StepOutput per engine step that concerns
-    this stream. Closing the stream cancels its sequences.
+    this stream, after an empty first one that says the stream is open. Parking and waking do not
+    end it; closing it, the client's side alone included, cancels its sequences.
     """
     Park: _grpc.UnaryUnaryMultiCallable[_inference_pb2.ParkRequest, _inference_pb2.ParkResponse]
     """Gives back weights and KV memory, keeps the engine process. Needs no sequence in flight."""
     Wake: _grpc.UnaryUnaryMultiCallable[_inference_pb2.WakeRequest, _inference_pb2.WakeResponse]
     """Reverses Park."""
     Drain: _grpc.UnaryUnaryMultiCallable[_inference_pb2.DrainRequest, _inference_pb2.DrainResponse]
-    """Refuses new sequences and returns when none is left or the timeout has passed."""
+    """Refuses new sequences and returns when none is left; cancels those left at the timeout."""
     Watch: _grpc.UnaryStreamMultiCallable[_inference_pb2.WatchRequest, _inference_pb2.RuntimeStatus]
-    """Pushes a status now and after every change of state or load."""
+    """Pushes a status now, after every change of state or load, and after some seconds without
+    one. A slow reader misses the statuses in between, never the newest.
+    """
     Health: _grpc.UnaryUnaryMultiCallable[_inference_pb2.HealthRequest, _inference_pb2.RuntimeStatus]
     """One status, answered by the runtime server even when the engine hangs or is dead."""
 
@@ -56,19 +61,24 @@ class RuntimeServiceStub:
 class RuntimeServiceAsyncStub(RuntimeServiceStub):
     def __init__(self, channel: _aio.Channel) -> None: ...
     Load: _aio.UnaryUnaryMultiCallable[_inference_pb2.LoadRequest, _inference_pb2.LoadResponse]  # type: ignore[assignment]
-    """Forks an engine and brings a snapshot to READY. Fails with FAILED_PRECONDITION unless STANDBY."""
+    """Forks an engine and brings a snapshot to READY. Waits while STARTING; allowed in STANDBY and,
+    with a new engine, in FAILED.
+    """
     Attach: _aio.StreamStreamMultiCallable[_inference_pb2.AttachRequest, _inference_pb2.StepOutput]  # type: ignore[assignment]
     """Submits and cancels sequences; answers with one StepOutput per engine step that concerns
-    this stream. Closing the stream cancels its sequences.
+    this stream, after an empty first one that says the stream is open. Parking and waking do not
+    end it; closing it, the client's side alone included, cancels its sequences.
     """
     Park: _aio.UnaryUnaryMultiCallable[_inference_pb2.ParkRequest, _inference_pb2.ParkResponse]  # type: ignore[assignment]
     """Gives back weights and KV memory, keeps the engine process. Needs no sequence in flight."""
     Wake: _aio.UnaryUnaryMultiCallable[_inference_pb2.WakeRequest, _inference_pb2.WakeResponse]  # type: ignore[assignment]
     """Reverses Park."""
     Drain: _aio.UnaryUnaryMultiCallable[_inference_pb2.DrainRequest, _inference_pb2.DrainResponse]  # type: ignore[assignment]
-    """Refuses new sequences and returns when none is left or the timeout has passed."""
+    """Refuses new sequences and returns when none is left; cancels those left at the timeout."""
     Watch: _aio.UnaryStreamMultiCallable[_inference_pb2.WatchRequest, _inference_pb2.RuntimeStatus]  # type: ignore[assignment]
-    """Pushes a status now and after every change of state or load."""
+    """Pushes a status now, after every change of state or load, and after some seconds without
+    one. A slow reader misses the statuses in between, never the newest.
+    """
     Health: _aio.UnaryUnaryMultiCallable[_inference_pb2.HealthRequest, _inference_pb2.RuntimeStatus]  # type: ignore[assignment]
     """One status, answered by the runtime server even when the engine hangs or is dead."""
 
@@ -79,7 +89,9 @@ class RuntimeServiceServicer(metaclass=_abc_1.ABCMeta):
         request: _inference_pb2.LoadRequest,
         context: _ServicerContext,
     ) -> _typing.Union[_inference_pb2.LoadResponse, _abc.Awaitable[_inference_pb2.LoadResponse]]:
-        """Forks an engine and brings a snapshot to READY. Fails with FAILED_PRECONDITION unless STANDBY."""
+        """Forks an engine and brings a snapshot to READY. Waits while STARTING; allowed in STANDBY and,
+        with a new engine, in FAILED.
+        """
 
     @_abc_1.abstractmethod
     def Attach(
@@ -88,7 +100,8 @@ class RuntimeServiceServicer(metaclass=_abc_1.ABCMeta):
         context: _ServicerContext,
     ) -> _typing.Union[_abc.Iterator[_inference_pb2.StepOutput], _abc.AsyncIterator[_inference_pb2.StepOutput]]:
         """Submits and cancels sequences; answers with one StepOutput per engine step that concerns
-        this stream. Closing the stream cancels its sequences.
+        this stream, after an empty first one that says the stream is open. Parking and waking do not
+        end it; closing it, the client's side alone included, cancels its sequences.
         """
 
     @_abc_1.abstractmethod
@@ -113,7 +126,7 @@ class RuntimeServiceServicer(metaclass=_abc_1.ABCMeta):
         request: _inference_pb2.DrainRequest,
         context: _ServicerContext,
     ) -> _typing.Union[_inference_pb2.DrainResponse, _abc.Awaitable[_inference_pb2.DrainResponse]]:
-        """Refuses new sequences and returns when none is left or the timeout has passed."""
+        """Refuses new sequences and returns when none is left; cancels those left at the timeout."""
 
     @_abc_1.abstractmethod
     def Watch(
@@ -121,7 +134,9 @@ class RuntimeServiceServicer(metaclass=_abc_1.ABCMeta):
         request: _inference_pb2.WatchRequest,
         context: _ServicerContext,
     ) -> _typing.Union[_abc.Iterator[_inference_pb2.RuntimeStatus], _abc.AsyncIterator[_inference_pb2.RuntimeStatus]]:
-        """Pushes a status now and after every change of state or load."""
+        """Pushes a status now, after every change of state or load, and after some seconds without
+        one. A slow reader misses the statuses in between, never the newest.
+        """
 
     @_abc_1.abstractmethod
     def Health(

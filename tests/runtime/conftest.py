@@ -5,16 +5,18 @@ import signal
 import subprocess
 import sys
 import tempfile
-from collections.abc import AsyncIterator, Callable, Iterator
+from collections.abc import AsyncIterator, Callable, Iterator, Mapping
 from contextlib import aclosing
 from dataclasses import dataclass, field
 from pathlib import Path
+from types import MappingProxyType
+from typing import Protocol
 
 import psutil
 import pytest
 
 from runtime.rpc import inference_pb2 as pb
-from runtime.rpc.client import RuntimeClient, RuntimeRpcError
+from runtime.rpc.client import Attachment, RuntimeClient, RuntimeRpcError
 from tests.fakes.engine import Script
 
 FAKE_FACTORY = "tests.fakes.engine:FakeEngineFactory"
@@ -39,6 +41,16 @@ class Process:
 
     def descendants(self) -> list[psutil.Process]:
         return psutil.Process(self.popen.pid).children(recursive=True)
+
+    def engine(self) -> psutil.Process:
+        """The engine process; there must be one."""
+        [engine] = [p for p in self.descendants() if p.name() == "engine"]
+        return engine
+
+    def zygote(self) -> psutil.Process:
+        """The zygote; there must be one."""
+        [zygote] = psutil.Process(self.popen.pid).children()
+        return zygote
 
     def snapshot(self, name: str, script: Script | None = None) -> str:
         """Put a fake snapshot into the store and return its reference."""
@@ -69,6 +81,7 @@ class Process:
 class Recorder:
     """A sink that keeps what it was given."""
 
+    sequence_id: int = 0
     tokens: list[int] = field(default_factory=list)
     finished: pb.Finished | None = None
     error: RuntimeRpcError | None = None
@@ -107,6 +120,16 @@ class Recorder:
         return self.error
 
 
+ENDLESS = 1 << 30
+
+
+def submit(attachment: Attachment, first: int, max_tokens: int = 3) -> Recorder:
+    """Submit a prompt of one token; return what records the answer."""
+    sink = Recorder()
+    sink.sequence_id = attachment.submit([first], pb.SamplingParams(max_tokens=max_tokens), sink)
+    return sink
+
+
 @pytest.fixture
 def home() -> Iterator[Path]:
     """A directory with a path short enough for a socket in it."""
@@ -116,26 +139,49 @@ def home() -> Iterator[Path]:
     shutil.rmtree(path)
 
 
-def command(home: Path, *, factory: str = FAKE_FACTORY, store: Path | None = None) -> list[str]:
+class Launch(Protocol):
+    """Starts a runtime server that the test's end stops."""
+
+    def __call__(self, *, factory: str = ..., env: Mapping[str, str] = ...) -> Process: ...
+
+
+def command(home: Path, *, factory: str = FAKE_FACTORY) -> list[str]:
     arguments = ["--runtime-id", "test-1", "--socket", str(home / "run" / "runtime.sock")]
-    arguments += ["--store", str(store or home / "store"), "--engine-factory", factory]
+    arguments += ["--store", str(home / "store"), "--engine-factory", factory]
     return [sys.executable, "-m", "runtime.main", *arguments]
 
 
 @pytest.fixture
-async def server(home: Path) -> AsyncIterator[Process]:
-    """A runtime server over fake engines; what it starts must be gone when it is."""
-    process = start(home, command(home))
-    yield process
-    await process.client.close()
-    await stop(process)
+async def launch(home: Path) -> AsyncIterator[Launch]:
+    """Start runtime servers; what they start must be gone when the test is over."""
+    processes: list[Process] = []
+
+    def start(
+        *, factory: str = FAKE_FACTORY, env: Mapping[str, str] = MappingProxyType({})
+    ) -> Process:
+        with (home / "stderr").open("ab") as stderr:
+            popen = subprocess.Popen(
+                command(home, factory=factory),
+                stdin=subprocess.DEVNULL,
+                stderr=stderr,
+                env={**os.environ, **env},
+            )
+        client = RuntimeClient(f"unix:{home / 'run' / 'runtime.sock'}")
+        processes.append(Process(popen=popen, home=home, client=client))
+        return processes[-1]
+
+    yield start
+    for process in processes:
+        await process.client.close()
+        await stop(process)
 
 
-def start(home: Path, command: list[str]) -> Process:
-    with (home / "stderr").open("wb") as stderr:
-        popen = subprocess.Popen(command, stderr=stderr, stdin=subprocess.DEVNULL)
-    endpoint = f"unix:{home / 'run' / 'runtime.sock'}"
-    return Process(popen=popen, home=home, client=RuntimeClient(endpoint))
+@pytest.fixture
+async def server(launch: Launch) -> Process:
+    """A runtime server over fake engines that answers."""
+    process = launch()
+    await process.client.wait_reachable(TIMEOUT_S)
+    return process
 
 
 async def stop(process: Process) -> None:
@@ -154,4 +200,4 @@ async def stop(process: Process) -> None:
 
 
 def num_fds(pid: int) -> int:
-    return len(os.listdir(f"/proc/{pid}/fd"))
+    return sum(1 for _ in Path(f"/proc/{pid}/fd").iterdir())
