@@ -147,11 +147,11 @@ class _DownloadMeter:
 
     def bar_class(self) -> Any:
         """Return a progress bar for the library that draws nothing and reports here."""
-        from tqdm import tqdm  # comes with huggingface_hub
+        from tqdm import tqdm  # type: ignore[import-untyped]  # comes with huggingface_hub
 
         meter = self
 
-        class SilentBar(tqdm):
+        class SilentBar(tqdm):  # type: ignore[misc]
             def __init__(self, *args: Any, **kwargs: Any) -> None:
                 kwargs.pop("name", None)
                 super().__init__(*args, **kwargs | {"disable": True})
