@@ -89,6 +89,10 @@ class RuntimeDirectories:
         """Return where a runtime's socket is, or would be."""
         return self.path(runtime_id) / SOCKET_NAME
 
+    def endpoint(self, runtime_id: str) -> str:
+        """Return the gRPC target of a runtime."""
+        return f"unix://{self.socket(runtime_id)}"
+
     def record_of(self, spec: RuntimeSpec) -> Record:
         """Return the record of an intended runtime."""
         return Record(
@@ -109,7 +113,7 @@ class RuntimeDirectories:
             revision=record.revision,
             epoch=record.epoch,
             phase=RuntimePhase.EXITED if record.has_exited else RuntimePhase.RUNNING,
-            endpoint=f"unix://{self.socket(record.runtime_id)}",
+            endpoint=self.endpoint(record.runtime_id),
             device_uuids=record.device_uuids,
             exit_code=record.exit_code,
         )

@@ -4,7 +4,7 @@ import os
 from pathlib import Path
 from typing import BinaryIO
 
-from controller.backends.log_writer import MAX_LINE_BYTES
+from controller.backends.lines import LineSplitter
 
 
 class LogReader:
@@ -13,29 +13,32 @@ class LogReader:
     def __init__(self, path: Path) -> None:
         self._path = path
         self._file: BinaryIO | None = None
-        self._begun = b""
+        self._splitter = LineSplitter()
 
-    def tail(self, num_lines: int) -> list[str]:
-        """Return the last lines, but for one that has no end yet, and go on from there."""
-        lines = self.new_lines()
+    def tail(self, num_lines: int, *, is_over: bool) -> list[str]:
+        """Return the last lines, and go on from there.
+
+        Args:
+            num_lines: At most so many.
+            is_over: Whether nothing more will be read: a line without an end is one then, too.
+        """
+        lines = self.rest() if is_over else self.new_lines()
         if len(lines) < num_lines:
             lines = self._previous_lines() + lines
         return lines[max(0, len(lines) - num_lines) :]
 
     def new_lines(self) -> list[str]:
         """Return the lines that have ended since the last call."""
-        data = self._begun + self._read()
+        lines = self._splitter.feed(self._read())
         if self._is_replaced():
+            lines += self._splitter.feed(self._read())
             self.close()
-            data += self._read()
-        *lines, self._begun = data.split(b"\n")
-        return [text_of(line) for line in lines]
+            lines += self._splitter.feed(self._read())
+        return lines
 
     def rest(self) -> list[str]:
         """Return the lines since the last call and the one that never ended, if there is one."""
-        lines = self.new_lines()
-        begun, self._begun = self._begun, b""
-        return [*lines, text_of(begun)] if begun else lines
+        return self.new_lines() + self._splitter.rest()
 
     def close(self) -> None:
         """Close the file."""
@@ -65,9 +68,4 @@ class LogReader:
             data = self._path.with_name(f"{self._path.name}.1").read_bytes()
         except FileNotFoundError:
             return []
-        return [text_of(line) for line in data.split(b"\n")[:-1]]
-
-
-def text_of(line: bytes) -> str:
-    """Return one line, without its end, as text of bounded length."""
-    return line[:MAX_LINE_BYTES].decode(errors="replace").rstrip("\r")
+        return LineSplitter().feed(data)

@@ -125,15 +125,14 @@ class ProcessBackend:
         runtime = self._find(runtime_id)
         reader = LogReader(self._directories.path(runtime_id) / LOG_NAME)
         try:
-            is_over = await self._has_settled(runtime, 0.0)
-            for line in await asyncio.to_thread(reader.tail, tail):
+            is_over = await self._has_settled(runtime, 0.0) or not follow
+            for line in await asyncio.to_thread(reader.tail, tail, is_over=is_over):
                 yield line
-            while follow and not is_over:
+            while not is_over:
                 is_over = await self._has_settled(runtime, FOLLOW_PERIOD_S)
-                for line in await asyncio.to_thread(reader.new_lines):
+                read = reader.rest if is_over else reader.new_lines
+                for line in await asyncio.to_thread(read):
                     yield line
-            for line in await asyncio.to_thread(reader.rest):
-                yield line
         finally:
             reader.close()
 

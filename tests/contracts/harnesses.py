@@ -3,11 +3,11 @@
 import asyncio
 import sys
 from collections.abc import AsyncIterator
-from dataclasses import replace
 from pathlib import Path
 from typing import Protocol
 
 from controller.backends.base import RuntimeBackend, RuntimeInfo, RuntimeSpec
+from controller.backends.docker import DockerBackend
 from controller.backends.process import ProcessBackend
 from tests.fakes.backend import FakeBackend, FakeMachine
 
@@ -42,16 +42,15 @@ class Harness(Protocol):
         """Remove every runtime."""
 
 
-def spec(runtime_id: str = "r-1", **changes: object) -> RuntimeSpec:
+def spec(runtime_id: str = "r-1", *, snapshot_store: Path | None = None) -> RuntimeSpec:
     """Return something to start."""
-    base = RuntimeSpec(
+    return RuntimeSpec(
         runtime_id=runtime_id,
         function="smollm2",
         revision="abc123",
         epoch=7,
-        snapshot_store=Path("/nonexistent"),
+        snapshot_store=snapshot_store or Path(__file__).parent,
     )
-    return replace(base, **changes)  # type: ignore[arg-type]  # checked by the dataclass
 
 
 class FakeHarness:
@@ -141,6 +140,23 @@ class ProcessHarness(SocketHarness):
     def reopen(self, *, cluster: str = "test") -> RuntimeBackend:
         command = (sys.executable, "-I", "-S", "-c", STAND_IN)
         return ProcessBackend(self._runtimes_dir, cluster=cluster, command=command)
+
+
+class DockerHarness(SocketHarness):
+    """The docker backend, over whatever engine the environment names."""
+
+    def __init__(self, runtimes_dir: Path, *, image: str) -> None:
+        self._runtimes_dir = runtimes_dir
+        self._image = image
+        self.backend = self.reopen()
+
+    def reopen(self, *, cluster: str = "test") -> RuntimeBackend:
+        return DockerBackend(
+            self._runtimes_dir,
+            cluster=cluster,
+            image=self._image,
+            entrypoint=("python3", "-I", "-S", "-c", STAND_IN),
+        )
 
 
 async def tell(info: RuntimeInfo, statements: str) -> str:

@@ -141,7 +141,7 @@ async def test_a_cancelled_creation_can_be_deleted(harness: Harness) -> None:
 
 
 async def test_runtimes_outlive_their_controller_and_are_adopted(harness: Harness) -> None:
-    kept = await harness.backend.create(spec("r-1", device_uuids=("GPU-1", "GPU-2")))
+    kept = await harness.backend.create(spec("r-1"))
     incarnation = await harness.incarnation(kept)
     await harness.print(kept, "before\n")
     await harness.backend.close()
