@@ -12,6 +12,7 @@ from dataclasses import asdict, dataclass
 
 from snapshots.architectures.registry import architecture_of
 from snapshots.architectures.weights import Architecture
+from snapshots.checksums import describe_rank, plain_file
 from snapshots.durable import remove_tree, sync
 from snapshots.errors import DiskFull, SourceInvalid, SourceUnsupported
 from snapshots.layout import DTYPE_CODES, RankLayout, check_parts, numbered, plan
@@ -142,7 +143,7 @@ class _Build:
         from snapshots.convert import convert_group  # imports torch
 
         num_resumed = stage.completed()
-        stage.truncate(num_resumed)
+        stage.clear_after(num_resumed)
         groups = range(len(self._layouts[0].groups))
         meter = _Meter(Phase.CONVERT, self._num_bytes(groups), self._on_progress)
         meter.advance(self._num_bytes(range(num_resumed)))
@@ -160,8 +161,6 @@ class _Build:
         return num_resumed
 
     def _checksum(self, stage: Stage) -> tuple[RankFile, ...]:
-        from snapshots.checksums import describe_rank  # imports numpy
-
         meter = _Meter(
             Phase.CHECKSUM, sum(layout.size_bytes for layout in self._layouts), self._on_progress
         )
@@ -172,8 +171,6 @@ class _Build:
         return tuple(ranks)
 
     def _manifest(self, stage: Stage, ranks: tuple[RankFile, ...]) -> Manifest:
-        from snapshots.checksums import plain_file  # imports numpy
-
         names = sorted(path.name for path in stage.content.iterdir() if path.is_file())
         return Manifest(
             format_version=FORMAT_VERSION,

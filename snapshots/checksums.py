@@ -1,6 +1,6 @@
 """The checksums of rank files: per chunk for loading, per tensor to name what is wrong.
 
-Needs numpy, not torch.
+numpy is imported by the first sum, torch never.
 """
 
 import hashlib
@@ -10,8 +10,6 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import TypeVar
-
-import numpy as np
 
 from snapshots.layout import RankLayout
 from snapshots.manifest import CHUNK_BYTES, Chunk, PlainFile, RankFile
@@ -124,6 +122,8 @@ def in_parallel(function: Callable[[T], R], items: Sequence[T]) -> Iterator[R]:
 
 
 def _sum_words(content: bytes) -> int:
+    import numpy as np  # finding a snapshot built must not wait for it
+
     return int(np.frombuffer(content, dtype="<i8").sum(dtype=np.int64))
 
 

@@ -65,11 +65,16 @@ class Stage:
             os.fsync(descriptor)
         self._append({"group": group, "sha256": self._digests(group)})
 
-    def truncate(self, num_groups: int) -> None:
-        """Forget the groups after the first `num_groups`."""
+    def clear_after(self, num_groups: int) -> None:
+        """Forget all but the first `num_groups` groups; what they had written becomes zeros."""
         lines = self._lines()[: num_groups + 1]
         self._journal.write_text("".join(json.dumps(line) + "\n" for line in lines))
         sync(self._journal)
+        for layout, descriptor in zip(self._layouts, self.descriptors, strict=True):
+            if num_groups < len(layout.groups):
+                start = layout.groups[num_groups].span.start
+                os.ftruncate(descriptor, len(layout.header) + start)
+                _allocate(descriptor, layout.size_bytes)
 
     def _start_over_unless_continued(self) -> None:
         lines = self._lines()
@@ -84,8 +89,8 @@ class Stage:
         path.parent.mkdir(parents=True, exist_ok=True)
         descriptor = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o644)
         stack.callback(os.close, descriptor)
-        os.posix_fallocate(descriptor, 0, layout.size_bytes)  # a full disk shows now
         os.ftruncate(descriptor, layout.size_bytes)
+        _allocate(descriptor, layout.size_bytes)
         write_at(descriptor, layout.header, 0)
         return descriptor
 
@@ -122,6 +127,11 @@ class Stage:
             file.write(json.dumps(line) + "\n")
             file.flush()
             os.fsync(file.fileno())
+
+
+def _allocate(descriptor: int, num_bytes: int) -> None:
+    """Reserve disk space, so that a full disk shows now and not in the middle of the weights."""
+    os.posix_fallocate(descriptor, 0, num_bytes)
 
 
 def write_at(descriptor: int, content: bytes | memoryview, offset: int) -> None:

@@ -192,6 +192,8 @@ class SnapshotStore:
                 if keep_pinned and pins.is_dir() and any(pins.iterdir()):
                     continue
                 removed.append(self._remove(entry.path, entry.ref, dry_run=dry_run))
+                if pins.is_dir() and not dry_run:
+                    remove_tree(pins)
             if limit is not None:
                 return removed
             for folder in (".quarantine", ".trash"):

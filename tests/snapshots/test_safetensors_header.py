@@ -1,5 +1,6 @@
 """Headers: what is written parses, what is wrong is refused before it is used."""
 
+import contextlib
 import json
 
 import pytest
@@ -48,10 +49,8 @@ def test_wrong_headers_are_refused(content: bytes | dict[str, object], message: 
 
 @given(st.binary(max_size=200))
 def test_garbage_raises_nothing_but_header_errors(text: bytes) -> None:
-    try:
+    with contextlib.suppress(HeaderError):
         parse_header(b"{" + text, 0)
-    except HeaderError:
-        pass
 
 
 @given(st.lists(st.integers(1, 50), max_size=8), st.sampled_from([8, 512, 4096]))
