@@ -2,7 +2,7 @@
 
 import secrets
 from collections.abc import Sequence as SequenceOf
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Protocol
 
 import structlog
@@ -42,6 +42,10 @@ class StepRunner(Protocol):
         """The limit in force, in tokens."""
 
     @property
+    def max_step_tokens(self) -> int:
+        """Most tokens worth running in one step."""
+
+    @property
     def vocab_size(self) -> int:
         """Token ids are below this."""
 
@@ -76,12 +80,13 @@ class Engine:
     def __init__(
         self, config: EngineConfig, runner: StepRunner, eos_token_ids: frozenset[int]
     ) -> None:
-        self._config = config
+        budget = min(config.max_num_batched_tokens, runner.max_step_tokens)
+        self._config = replace(config, max_num_batched_tokens=budget)
         self._runner = runner
         self._eos_token_ids = eos_token_ids
         self._num_submitted = 0
         self._blocks = self._new_blocks()
-        self._scheduler = Scheduler(config, self._blocks)
+        self._scheduler = Scheduler(self._config, self._blocks)
 
     def submit(self, request: SequenceRequest) -> None:
         """Queue a sequence; raise InvalidSequence if it can never run."""

@@ -125,8 +125,8 @@ def paged_attention(q: Tensor, kv: Tensor, kv_cache: Tensor, plan: AttentionPlan
     num_kv_heads = kv_cache.shape[3]
     kv_cache.view(-1, kv.shape[1]).index_copy_(0, plan.slots, kv)
     blocks = kv_cache.flatten(1)
-    heads = q.unflatten(1, (num_kv_heads, num_heads // num_kv_heads))
-    output = torch.empty_like(heads)
+    heads = q.view(num_tokens, num_kv_heads, -1, head_dim)
+    output = q.new_empty(heads.shape)
     for group in plan.decode_groups:
         k, v = _gather(blocks, group.block_ids, len(group.rows), kv_cache)
         output[group.rows] = F.scaled_dot_product_attention(heads[group.rows], k, v, group.mask)
@@ -195,8 +195,7 @@ def _decode_group(
     for _, span in decodes:
         table = span.block_ids[:max_blocks]
         # Never another's block: a fault in there must not reach this sequence, masked or not.
-        block_ids += table
-        block_ids += table[:1] * (max_blocks - len(table))
+        block_ids += [*table, *[table[0]] * (max_blocks - len(table))]
     mask = torch.zeros(len(decodes), 1, 1, max_blocks * block_size, dtype=dtype)
     is_padding = torch.arange(max_blocks * block_size) >= torch.tensor(lengths)[:, None]
     mask.masked_fill_(is_padding[:, None, None], -torch.inf)

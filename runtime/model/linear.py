@@ -7,6 +7,8 @@ two bytes a weight. A bf16 weight has 8 significant bits and fp16 has 11, so pac
 but for weights below 2**-14, whose error is at most 2**-25; weights above 65504 stay unpacked.
 """
 
+from collections.abc import Iterable
+from concurrent.futures import Executor
 from typing import Protocol
 
 import torch
@@ -14,6 +16,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 MAX_PACKED = torch.finfo(torch.float16).max
+PACK_ELEMENTS = 1 << 23  # weights above this are packed in pieces: less scratch, more threads
 UPCAST_ELEMENTS = 1 << 21  # fp32 pieces of 8 MiB stay in the cache between copy and product
 
 
@@ -37,50 +40,72 @@ class PlainLinear:
         self._bias = bias
 
     def __call__(self, x: Tensor) -> Tensor:
+        """See `Linear`."""
         return F.linear(x, self._weight, self._bias)
 
 
 class PackedLinear:
     """FBGEMM's product: fp32 activations, fp16 weights.
 
-    Packing takes about as long as reading the weights, so a woken engine answers first and packs
+    Packing takes longer than reading the weights, so a woken engine answers first and packs
     between its next steps. Until then the weight is converted piece by piece on every use, which
     gives the same result up to the order of summation.
 
     Args:
-        weight: [out_features, in_features], two bytes an element; used until `pack`.
+        weight: [out_features, in_features], two bytes an element; used until `pack_all`.
         bias: [out_features].
+
+    Attributes:
+        weight: None once it is packed.
+        packed_bytes: Memory of the packed copy.
     """
 
     def __init__(self, weight: Tensor, bias: Tensor | None = None) -> None:
-        self._weight: Tensor | None = weight
+        self.weight: Tensor | None = weight
+        self.packed_bytes = 0
         self._bias = None if bias is None else bias.float()
-        self._packed: torch.ScriptObject | None = None
+        self._pieces: list[torch.ScriptObject] = []
 
     def __call__(self, x: Tensor) -> Tensor:
-        if self._packed is not None:
-            return torch.ops.quantized.linear_dynamic_fp16(x, self._packed)
-        return self._upcast_product(x)
+        """See `Linear`; fp32 in and out."""
+        if self.weight is not None:
+            return self._upcast_product(x, self.weight)
+        products = [torch.ops.quantized.linear_dynamic_fp16(x, piece) for piece in self._pieces]
+        return self._joined(products)
 
-    def pack(self) -> Tensor | None:
-        """Make the packed copy; return the weight, which is not used any more.
-
-        None is returned if the weight has to stay, since fp16 cannot hold it.
-        """
-        weight = self._weight
+    def use_packed(self, pieces: list[torch.ScriptObject]) -> Tensor:
+        """Switch to the packed copy; return the weight, which is not used any more."""
+        weight = self.weight
         assert weight is not None, "a weight is packed once"
-        if weight.abs().max().item() > MAX_PACKED:
-            return None
-        self._packed = torch.ops.quantized.linear_prepack_fp16(weight.float(), self._bias)
-        self._weight = None
+        self.weight = None
+        self._pieces = pieces
+        self.packed_bytes = weight.nbytes
         return weight
 
-    def _upcast_product(self, x: Tensor) -> Tensor:
-        assert self._weight is not None, "a weight is there until it is packed"
-        num_rows = max(1, UPCAST_ELEMENTS // self._weight.shape[1])
-        pieces = [F.linear(x, rows.float()) for rows in self._weight.split(num_rows)]
-        product = pieces[0] if len(pieces) == 1 else torch.cat(pieces, dim=-1)
+    def _upcast_product(self, x: Tensor, weight: Tensor) -> Tensor:
+        pieces = _rows(weight, UPCAST_ELEMENTS)
+        return self._joined([F.linear(x, piece.float()) for piece in pieces])
+
+    def _joined(self, products: list[Tensor]) -> Tensor:
+        product = products[0] if len(products) == 1 else torch.cat(products, dim=-1)
         return product if self._bias is None else product.add_(self._bias)
+
+
+def pack_all(linears: Iterable[PackedLinear], executor: Executor) -> list[Tensor]:
+    """Pack weights in parallel; return those that are not used any more.
+
+    A weight that fp16 cannot hold stays as it is.
+    """
+    packable = [
+        (linear, linear.weight)
+        for linear in linears
+        if linear.weight is not None and linear.weight.abs().max().item() <= MAX_PACKED
+    ]
+    packing = [
+        (linear, [executor.submit(_pack, piece) for piece in _rows(weight, PACK_ELEMENTS)])
+        for linear, weight in packable
+    ]
+    return [linear.use_packed([piece.result() for piece in pieces]) for linear, pieces in packing]
 
 
 def is_packing_faster(dtype: torch.dtype) -> bool:
@@ -94,3 +119,11 @@ def is_packing_faster(dtype: torch.dtype) -> bool:
             return not torch.ops.mkldnn._is_mkldnn_fp16_supported()
         case _:
             return False
+
+
+def _pack(weight: Tensor) -> torch.ScriptObject:
+    return torch.ops.quantized.linear_prepack_fp16(weight.float(), None)
+
+
+def _rows(weight: Tensor, num_elements: int) -> tuple[Tensor, ...]:
+    return torch.split(weight, max(1, num_elements // weight.shape[1]))

@@ -27,7 +27,9 @@ class Llama:
 
     Attributes:
         dtype: Of activations and of the KV cache.
-        packables: Linears that `PackedLinear.pack` makes faster, by layer.
+        embedding: [padded vocabulary, hidden_size].
+        packables: What `pack_all` makes faster, in groups of about one layer; the head first,
+            since it is the slowest unpacked.
     """
 
     def __init__(
@@ -35,16 +37,16 @@ class Llama:
     ) -> None:
         builder = _Builder(weights, is_packed=is_packed)
         self.config = config
-        self.packables = builder.packables
-        self._embedding = builder.tensor("embed_tokens.weight")
-        self.dtype = torch.float32 if is_packed else self._embedding.dtype
+        self.embedding = builder.tensor("embed_tokens.weight")
+        self.dtype = torch.float32 if is_packed else self.embedding.dtype
         self._rope = Rope(config.rope, config.head_dim)
-        self._layers = [
-            _Layer(config, builder, f"layers.{index}") for index in range(config.num_layers)
-        ]
         self._norm = builder.norm("norm", config.rms_norm_eps)
-        head_name = "embed_tokens" if config.tie_word_embeddings else "lm_head"
-        self._head = builder.linear(head_name)
+        self._head = builder.linear("embed_tokens" if config.tie_word_embeddings else "lm_head")
+        self.packables = [builder.take_packables()]
+        self._layers = []
+        for index in range(config.num_layers):
+            self._layers.append(_Layer(config, builder, f"layers.{index}"))
+            self.packables.append(builder.take_packables())
 
     def forward(self, token_ids: Tensor, kv_cache: Tensor, plan: AttentionPlan) -> Tensor:
         """Run a batch through all layers.
@@ -57,7 +59,7 @@ class Llama:
         Returns:
             Hidden states before the last norm [num_tokens, hidden_size].
         """
-        hidden = F.embedding(token_ids, self._embedding).to(self.dtype)
+        hidden = F.embedding(token_ids, self.embedding).to(self.dtype)
         rotation = self._rope.rotation(plan.positions, self.dtype)
         for layer, layer_cache in zip(self._layers, kv_cache.unbind(), strict=True):
             layer(hidden, rotation, layer_cache, plan)
@@ -75,8 +77,7 @@ class _Layer:
         self._head_dim = config.head_dim
         self._num_heads = config.num_heads
         self._q_size = config.num_heads * config.head_dim
-        self._qk_size = self._q_size + config.num_kv_heads * config.head_dim
-        self._intermediate_size = config.intermediate_size
+        self._num_qk_heads = config.num_heads + config.num_kv_heads
         self._input_norm = builder.norm(f"{name}.input_layernorm", config.rms_norm_eps)
         self._qkv = builder.linear(f"{name}.self_attn.qkv_proj")
         self._output = builder.linear(f"{name}.self_attn.o_proj")
@@ -92,8 +93,9 @@ class _Layer:
         plan: AttentionPlan,
     ) -> None:
         qkv = self._qkv(self._input_norm(hidden))
-        rotate(qkv[:, : self._qk_size].unflatten(1, (-1, self._head_dim)), rotation)
-        q = qkv[:, : self._q_size].unflatten(1, (-1, self._head_dim))
+        heads = qkv.view(len(qkv), -1, self._head_dim)
+        rotate(heads[:, : self._num_qk_heads], rotation)
+        q = heads[:, : self._num_heads]
         attended = paged_attention(q, qkv[:, self._q_size :], kv_cache, plan)
         hidden.add_(self._output(attended))
         gate, up = self._gate_up(self._mlp_norm(hidden)).chunk(2, dim=-1)
@@ -106,7 +108,11 @@ class _Builder:
     def __init__(self, weights: Mapping[str, Tensor], *, is_packed: bool) -> None:
         self._weights = weights
         self._is_packed = is_packed
-        self.packables: list[PackedLinear] = []
+        self._packables: list[PackedLinear] = []
+
+    def take_packables(self) -> list[PackedLinear]:
+        taken, self._packables = self._packables, []
+        return taken
 
     def tensor(self, name: str) -> Tensor:
         if name not in self._weights:
@@ -125,5 +131,5 @@ class _Builder:
         if not self._is_packed:
             return PlainLinear(weight, bias)
         linear = PackedLinear(weight, bias)
-        self.packables.append(linear)
+        self._packables.append(linear)
         return linear

@@ -38,7 +38,7 @@ class Rope:
 def rotate(heads: Tensor, rotation: tuple[Tensor, Tensor]) -> None:
     """Rotate heads [num_tokens, num_heads, head_dim] in place."""
     cos, signed_sin = rotation
-    halves = heads.unflatten(-1, (2, -1))
+    halves = heads.view(*heads.shape[:-1], 2, -1)
     swapped = halves.flip(-2)
     halves.mul_(cos).addcmul_(swapped, signed_sin)
 

@@ -1,0 +1,272 @@
+"""Tensors of one engine on the CPU: weights, KV cache, forward pass, sampling.
+
+Knows nothing of requests beyond the batch it is given.
+"""
+
+import json
+import os
+from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import Any, Self
+
+import torch
+from torch import Tensor
+
+from runtime.config import EngineConfig
+from runtime.engine.engine import SampledTokens
+from runtime.engine.sampler import SamplingRow, sample
+from runtime.engine.scheduler import ScheduledBatch, ScheduledSequence
+from runtime.errors import LoadFailed, SnapshotDamaged
+from runtime.linux import resident_bytes
+from runtime.memory.kv_plan import KvSizes, plan_kv
+from runtime.memory.slab import HostSlab, trim_malloc
+from runtime.memory.weights import OnProgress, SnapshotWeights, Weights
+from runtime.model.attention import AttentionPlan, AttentionSpan
+from runtime.model.config import ModelConfig
+from runtime.model.linear import is_packing_faster, pack_all
+from runtime.model.llama import Llama
+from snapshots.loader import LoadReport
+
+MAX_STEP_TOKENS = 256  # products are at full speed, and decodes wait for one such step at most
+ACTIVATION_COPIES = 4  # of the widest intermediate result, all alive at once
+NOT_FINITE = "the model computed logits that are not finite"
+
+
+class ModelRunner:
+    """Brings a model into memory and out again, and runs batches in between.
+
+    Args:
+        model_config: The model's shape.
+        config: Limits of the engine.
+        weights: Where the tensors come from.
+        eos_token_ids: The model's own end-of-sequence tokens.
+    """
+
+    def __init__(
+        self,
+        model_config: ModelConfig,
+        config: EngineConfig,
+        weights: Weights,
+        eos_token_ids: frozenset[int] = frozenset(),
+    ) -> None:
+        self.eos_token_ids = eos_token_ids
+        self._model_config = model_config
+        self._config = config
+        self._weights = weights
+        self._is_packed = is_packing_faster(weights.dtype)
+        self._dtype = torch.float32 if self._is_packed else weights.dtype
+        self._kv_plan = plan_kv(config, self._kv_sizes())
+        self._model: Llama | None = None
+        self._packed_bytes = 0
+        self._num_packed_groups = 0
+        self._kv_slab: HostSlab | None = None
+        self._kv_cache = torch.empty(0)
+
+    @classmethod
+    def open(cls, snapshot_dir: Path, config: EngineConfig) -> Self:
+        """Read a snapshot's configuration and header; weights come later.
+
+        Raises:
+            LoadFailed: The engine cannot run this model, or not with this configuration.
+            SnapshotDamaged: A file is missing or not what the manifest says.
+            OutOfMemory: The memory limits leave no room for a KV cache.
+        """
+        if config.tensor_parallel_size != 1:
+            raise LoadFailed("tensor parallelism needs GPUs: set tensor_parallel_size to 1")
+        model_config = _read_json(snapshot_dir / "config.json")
+        generation_path = snapshot_dir / "generation_config.json"
+        generation_config = _read_json(generation_path) if generation_path.exists() else {}
+        weights = SnapshotWeights(snapshot_dir)
+        dtype_name = str(weights.dtype).removeprefix("torch.")
+        if config.dtype not in ("auto", dtype_name):
+            raise LoadFailed(
+                f"the snapshot holds {dtype_name}, the engine is to run {config.dtype}: "
+                "build a snapshot of that dtype"
+            )
+        eos_token_ids = _token_ids(generation_config) or _token_ids(model_config)
+        return cls(ModelConfig.from_hf(model_config), config, weights, eos_token_ids)
+
+    @property
+    def weights_bytes(self) -> int:
+        """Memory held for weights, packed copies included, now."""
+        return self._weights.held_bytes + self._packed_bytes
+
+    @property
+    def kv_cache_bytes(self) -> int:
+        """Memory set aside for KV blocks, now; pages are taken as blocks are first used."""
+        return 0 if self._kv_slab is None else self._kv_slab.num_bytes
+
+    @property
+    def max_model_len(self) -> int:
+        """The limit in force, in tokens."""
+        return self._kv_plan.max_model_len
+
+    @property
+    def max_step_tokens(self) -> int:
+        """Most tokens worth running in one step."""
+        return MAX_STEP_TOKENS
+
+    @property
+    def vocab_size(self) -> int:
+        """Token ids are below this."""
+        return self._model_config.vocab_size
+
+    @property
+    def num_kv_blocks(self) -> int:
+        """Blocks in the KV cache."""
+        return self._kv_plan.num_blocks
+
+    def load_weights(self, on_progress: OnProgress | None = None) -> LoadReport:
+        """Read and verify weights.
+
+        Raises:
+            SnapshotDamaged: Bytes are not those that were built; nothing is held.
+        """
+        tensors, report = self._weights.load(on_progress)
+        with torch.inference_mode():
+            self._model = Llama(self._model_config, tensors, is_packed=self._is_packed)
+        self._num_packed_groups = 0
+        return report
+
+    def allocate_kv(self) -> int:
+        """Allocate the KV cache; return its number of blocks."""
+        shape = self._model_config
+        self._kv_slab = HostSlab(
+            self.num_kv_blocks * self._config.block_size * self._bytes_per_token(),
+            huge_pages=False,
+        )
+        self._kv_cache = self._kv_slab.tensor.view(self._dtype).view(
+            shape.num_layers,
+            self.num_kv_blocks,
+            self._config.block_size,
+            2,
+            shape.num_kv_heads,
+            shape.head_dim,
+        )
+        return self.num_kv_blocks
+
+    def release(self) -> int:
+        """Give weights and KV memory back; return by how many bytes the process shrank."""
+        resident_before = resident_bytes()
+        self._model = None
+        self._packed_bytes = 0
+        self._weights.release()
+        self._kv_cache = torch.empty(0)
+        if self._kv_slab is not None:
+            self._kv_slab.release()
+            self._kv_slab = None
+        trim_malloc()
+        return max(0, resident_before - resident_bytes())
+
+    @torch.inference_mode()
+    def execute(self, batch: ScheduledBatch) -> SampledTokens:
+        """Run a batch; sequences whose logits are not finite are reported as faults."""
+        assert self._model is not None, "weights are loaded"
+        hidden = self._forward(batch.sequences)
+        last_rows, sampled = _sampled_rows(batch.sequences)
+        if not sampled:
+            return SampledTokens(token_ids=(), faults={})
+        logits = self._model.logits(hidden[last_rows])
+        rows = [
+            SamplingRow(params=item.sampling, seed=item.seed, position=item.end)
+            for _, item in sampled
+        ]
+        token_ids, unsound = sample(logits, rows)
+        for row in unsound:
+            self._scrub(sampled[row][1].block_ids)
+        self._pack_some()
+        return SampledTokens(
+            token_ids=token_ids, faults={sampled[row][0]: NOT_FINITE for row in unsound}
+        )
+
+    @torch.inference_mode()
+    def all_logits(self, batch: ScheduledBatch) -> Tensor:
+        """Run a batch; return the logits of every token, fp32 [num_tokens, vocab_size]."""
+        assert self._model is not None, "weights are loaded"
+        return self._model.logits(self._forward(batch.sequences))
+
+    def _forward(self, items: Sequence[ScheduledSequence]) -> Tensor:
+        assert self._model is not None, "weights are loaded"
+        plan = AttentionPlan.build(
+            [
+                AttentionSpan(
+                    start=item.start, num_tokens=item.num_tokens, block_ids=item.block_ids
+                )
+                for item in items
+            ],
+            self._config.block_size,
+            self._dtype,
+        )
+        token_ids = torch.tensor([token_id for item in items for token_id in item.token_ids])
+        return self._model.forward(token_ids, self._kv_cache, plan)
+
+    def _scrub(self, block_ids: Sequence[int]) -> None:
+        """Make blocks finite again: masked, they would still turn their next owner's into NaN."""
+        indices = torch.tensor(block_ids)
+        self._kv_cache[:, indices] = self._kv_cache[:, indices].nan_to_num_(0.0, 0.0, 0.0)
+
+    def _pack_some(self) -> None:
+        """Pack the next layer: the first token has not waited for it, later ones gain."""
+        assert self._model is not None, "weights are loaded"
+        if self._num_packed_groups == len(self._model.packables):
+            return
+        group = self._model.packables[self._num_packed_groups]
+        self._num_packed_groups += 1
+        with ThreadPoolExecutor(torch.get_num_threads(), "pack") as executor:
+            for weight in pack_all(group, executor):
+                if weight.data_ptr() != self._model.embedding.data_ptr():
+                    self._weights.discard(weight)
+        self._packed_bytes += sum(linear.packed_bytes for linear in group)
+
+    def _bytes_per_token(self) -> int:
+        return self._model_config.kv_elements_per_token * self._dtype.itemsize
+
+    def _kv_sizes(self) -> KvSizes:
+        shape = self._model_config
+        head_bytes = shape.vocab_size * shape.hidden_size * self._weights.dtype.itemsize
+        packed_head_bytes = head_bytes * (self._is_packed and shape.tie_word_embeddings)
+        widest = max(
+            2 * shape.intermediate_size, shape.hidden_size, shape.num_heads * shape.head_dim
+        )
+        step_elements = MAX_STEP_TOKENS * (
+            ACTIVATION_COPIES * widest + shape.max_position_embeddings
+        )
+        logit_elements = 4 * min(self._config.max_num_seqs, MAX_STEP_TOKENS) * shape.vocab_size
+        return KvSizes(
+            bytes_per_token=self._bytes_per_token(),
+            weights_bytes=self._weights.total_bytes + packed_head_bytes,
+            activation_bytes=4 * (step_elements + logit_elements),
+            machine_bytes=os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE"),
+            model_max_len=shape.max_position_embeddings,
+        )
+
+
+def _sampled_rows(
+    items: Sequence[ScheduledSequence],
+) -> tuple[list[int], list[tuple[int, ScheduledSequence]]]:
+    """Return the batch rows to sample from, and whose they are, with their index in the batch."""
+    rows: list[int] = []
+    sampled: list[tuple[int, ScheduledSequence]] = []
+    end = 0
+    for index, item in enumerate(items):
+        end += item.num_tokens
+        if item.is_sampled:
+            rows.append(end - 1)
+            sampled.append((index, item))
+    return rows, sampled
+
+
+def _read_json(path: Path) -> dict[str, Any]:
+    try:
+        return json.loads(path.read_text())
+    except (OSError, ValueError) as error:
+        raise SnapshotDamaged(f"{path.name} of the snapshot cannot be read: {error}") from error
+
+
+def _token_ids(config: dict[str, Any]) -> frozenset[int]:
+    """Return `eos_token_id`, which may be one, several or missing."""
+    value = config.get("eos_token_id")
+    if value is None:
+        return frozenset()
+    return frozenset(value) if isinstance(value, list) else frozenset((value,))
