@@ -105,11 +105,7 @@ class Answer:
         error: BaseException | None,
         traceback: TracebackType | None,
     ) -> None:
-        try:
-            await self._admissions.__aexit__(kind, error, traceback)
-        finally:
-            for choice in self._choices:
-                self._metrics.generation_finished(choice.generation.record)
+        await self._admissions.__aexit__(kind, error, traceback)
 
     async def run(self, emit: Emit) -> None:
         """Generate all choices at once; the first failure ends the others and is raised."""

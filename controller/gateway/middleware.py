@@ -118,9 +118,9 @@ class BodyGate:
             return
         if body is None:
             return
-        call = _Call(body, receive, send)
+        call = _Call(body, receive)
         if scope["path"].startswith(OPENAI_PREFIX):
-            await call.run_while_connected(self._app, scope)
+            await call.run_while_connected(self._app, scope, send)
         else:
             await self._app(scope, call.receive, send)
 
@@ -161,11 +161,9 @@ class BodyGate:
 class _Call:
     """One call whose body has been read."""
 
-    def __init__(self, body: bytes, receive: Receive, send: Send) -> None:
+    def __init__(self, body: bytes, receive: Receive) -> None:
         self._body: bytes | None = body
         self._receive = receive
-        self._send = send
-        self._is_answered = False
         self._is_left = asyncio.Event()
 
     async def receive(self) -> Message:
@@ -175,11 +173,11 @@ class _Call:
             return {"type": "http.request", "body": body, "more_body": False}
         return await self._receive()
 
-    async def run_while_connected(self, app: ASGIApp, scope: Scope) -> None:
+    async def run_while_connected(self, app: ASGIApp, scope: Scope, send: Send) -> None:
         """Run the application; cancel it as soon as the client is gone."""
 
         async def run() -> None:
-            await app(scope, self._receive_watched, self._send_watched)
+            await app(scope, self._receive_watched, send)
 
         running = asyncio.create_task(run(), name=f"call-{scope['state']['request_id']}")
         watching = asyncio.create_task(self._watch(), name="client-watch")
@@ -198,18 +196,11 @@ class _Call:
         await self._is_left.wait()
         return {"type": "http.disconnect"}
 
-    async def _send_watched(self, message: Message) -> None:
-        if message["type"] == "http.response.body" and not message.get("more_body", False):
-            self._is_answered = True
-        await self._send(message)
-
     async def _watch(self) -> None:
-        """Return when the client has left before its answer was complete."""
+        """Return when the client has left; servers say so after the last byte, too."""
         try:
             while (await self._receive())["type"] != "http.disconnect":
                 pass
         except OSError:
             pass  # a broken connection is a client that has left
         self._is_left.set()
-        if self._is_answered:
-            await asyncio.Event().wait()  # servers say so after the last byte, too

@@ -5,6 +5,7 @@ import reprlib
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+import structlog
 from fastapi import FastAPI
 from fastapi.exceptions import RequestValidationError
 from starlette.exceptions import HTTPException
@@ -14,12 +15,15 @@ from starlette.responses import JSONResponse
 from controller.errors import (
     ApiError,
     BodyTooLarge,
+    InternalError,
     InvalidRequest,
     NotFound,
     RequestTimedOut,
     Unauthorized,
 )
 from controller.gateway.schemas.common import ErrorBody
+
+log = structlog.get_logger()
 
 ERROR_RESPONSES: dict[int | str, dict[str, Any]] = {
     status: {"model": ErrorBody, "description": meaning}
@@ -62,6 +66,9 @@ def add_error_handlers(app: FastAPI) -> None:
 
     @app.exception_handler(ApiError)
     async def answer_api_error(request: Request, error: ApiError) -> JSONResponse:
+        if isinstance(error, InternalError):
+            request_id = request.scope["state"]["request_id"]
+            log.error("request_failed", request_id=request_id, exc_info=error)
         return error_response(error)
 
     @app.exception_handler(RequestValidationError)

@@ -140,11 +140,11 @@ class EventStream(Response):
             await self._fail(error, scope)
         except _ClientStalledError:
             log.info("client_stalled", request_id=scope["state"]["request_id"])
-        except Exception as error:  # a defect of ours must still end the stream in good order
-            if self._is_started:
-                log.exception("stream_failed", request_id=scope["state"]["request_id"])
+        except Exception:  # a defect of ours must still end the stream in good order
+            if not self._is_started:
+                raise
+            log.exception("stream_failed", request_id=scope["state"]["request_id"])
             failure = InternalError("the controller failed while it streamed this answer")
-            failure.__cause__ = error
             await self._fail(failure, scope)
 
     async def _emit(self, index: int, text: str, finish_reason: str | None) -> None:

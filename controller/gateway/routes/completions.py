@@ -1,6 +1,7 @@
 """POST /v1/completions."""
 
 import uuid
+from collections.abc import Sequence
 from typing import cast
 
 from fastapi import APIRouter, Request, Response
@@ -35,7 +36,7 @@ async def create_completion(
             param="prompt",
         )
     call = await Call.open(gateway, request, body.model)
-    prompts = [await _token_ids(call, prompt) for prompt in body.prompt]
+    prompts = await _token_ids(call, body.prompt)
     answer = call.answer(prompts, body, default_max_tokens=DEFAULT_MAX_TOKENS)
     completion_id = f"cmpl-{uuid.uuid4().hex}"
     created = int(gateway.clock.now().timestamp())
@@ -57,9 +58,12 @@ async def create_completion(
     )
 
 
-async def _token_ids(call: Call, prompt: Prompt) -> list[int]:
-    token_ids = await call.text.encode(prompt) if isinstance(prompt, str) else prompt
-    if not token_ids:
-        raise InvalidRequest("prompt: is empty; send at least one token", param="prompt")
-    call.check_token_ids(token_ids, param="prompt")
+async def _token_ids(call: Call, prompts: Sequence[Prompt]) -> list[list[int]]:
+    texts = [prompt for prompt in prompts if isinstance(prompt, str)]
+    encoded = iter(await call.text.encode(texts))
+    token_ids = [next(encoded) if isinstance(prompt, str) else prompt for prompt in prompts]
+    for prompt in token_ids:
+        if not prompt:
+            raise InvalidRequest("prompt: is empty; send at least one token", param="prompt")
+        call.check_token_ids(prompt, param="prompt")
     return token_ids

@@ -131,6 +131,13 @@ class SamplingBody(ApiBody):
                 raise wrong_field(f"must contain strings of 1 to {MAX_STOP_CHARS} characters only")
         return tuple(stops)
 
+    @field_validator("stop_token_ids", mode="before")
+    @classmethod
+    def _check_num_stop_token_ids(cls, value: Any) -> Any:
+        if isinstance(value, list) and len(value) > MAX_STOP_TOKEN_IDS:  # before it is walked
+            raise wrong_field(f"has {len(value)} ids; at most {MAX_STOP_TOKEN_IDS} are allowed")
+        return value
+
     @model_validator(mode="after")
     def _check_stream_options(self) -> "SamplingBody":
         if self.stream_options is not None and not self.stream:

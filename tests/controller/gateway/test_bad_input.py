@@ -1,11 +1,18 @@
+import asyncio
 import json
 from pathlib import Path
 from typing import Any
 
 import httpx
 import pytest
+from fastapi import FastAPI
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+from structlog.testing import capture_logs
 from tokenizers import Tokenizer
 
+from controller.gateway.schemas.chat import ChatCompletionRequest
+from controller.gateway.schemas.completions import CompletionRequest
 from controller.metrics import Metrics
 from tests.controller.gateway.conftest import AppMaker, client_of
 from tests.fakes.asgi import AsgiCall
@@ -94,6 +101,8 @@ async def test_surrogate_pairs_and_any_unicode_are_fine(
         ({"stop": {"a": 1}}, "stop", "list of strings"),
         ({"stop": ["x" * 2000]}, "stop", "1 to 1024"),
         ({"stop_token_ids": [10**6]}, "stop_token_ids", "ids go from 0 to"),
+        ({"stop_token_ids": ["a"] * 100_000}, "stop_token_ids", "at most 1024"),
+        ({"stop_token_ids": ["a"]}, "stop_token_ids[0]", "integer"),
         ({"stop_token_ids": [-1]}, "stop_token_ids", "ids go from 0 to"),
         ({"stream": "yes"}, "stream", "boolean"),
         ({"stream_options": {"include_usage": True}}, "stream_options", "'stream': true"),
@@ -333,11 +342,76 @@ async def test_nothing_reaches_the_function_from_bad_input(
     assert function.generations == []
 
 
+@pytest.mark.parametrize("stream", [False, True])
 async def test_defect_of_ours_is_500_in_the_envelope_with_the_request_id(
-    client: httpx.AsyncClient, function: FakeFunction
+    client: httpx.AsyncClient, function: FakeFunction, stream: bool
 ) -> None:
     function.script = lambda request: [KeyError("bug")]
-    response = await client.post(CHAT, json=HELLO, headers={"x-request-id": "abc"})
+    with capture_logs() as logs:
+        response = await client.post(
+            CHAT, json={**HELLO, "stream": stream}, headers={"x-request-id": "abc"}
+        )
+    assert [(entry["event"], entry["request_id"]) for entry in logs] == [("request_failed", "abc")]
     assert response.status_code == 500
     assert response.json()["error"]["code"] == "internal_error"
     assert "'abc'" in response.json()["error"]["message"]
+    assert "bug" not in response.text
+
+
+async def test_snapshot_without_a_tokenizer_is_500_and_logged(
+    client: httpx.AsyncClient, function: FakeFunction, tmp_path: Path
+) -> None:
+    function.snapshot_path = tmp_path
+    with capture_logs() as logs:
+        response = await client.post(CHAT, json=HELLO)
+    assert [entry["event"] for entry in logs] == ["request_failed"]
+    assert response.status_code == 500
+    assert "build it again" in response.json()["error"]["message"]
+
+
+@pytest.fixture
+def app(make_app: AppMaker) -> FastAPI:
+    return make_app()
+
+
+ATOMS = st.one_of(
+    st.none(),
+    st.booleans(),
+    st.integers(-(2**70), 2**70),
+    st.floats(allow_nan=False, allow_infinity=False),
+    st.text(max_size=8),
+    st.sampled_from(["tiny", "user", "text", "assistant", 1, 0, 104]),
+)
+KEYS = st.sampled_from(["role", "content", "type", "text", "include_usage", "x"])
+VALUES = st.recursive(
+    ATOMS,
+    lambda inner: st.lists(inner, max_size=4) | st.dictionaries(KEYS, inner, max_size=4),
+    max_leaves=12,
+)
+FIELDS = sorted(
+    {*ChatCompletionRequest.model_fields, *CompletionRequest.model_fields}
+    | {*ChatCompletionRequest.unsupported, *CompletionRequest.unsupported, "user", "no_such"}
+)
+
+
+@settings(
+    max_examples=200, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture]
+)
+@given(
+    path=st.sampled_from([CHAT, TEXT]),
+    is_whole=st.booleans(),
+    changes=st.dictionaries(st.sampled_from(FIELDS), VALUES, max_size=3),
+)
+def test_no_json_makes_the_gateway_fail(
+    app: FastAPI, path: str, is_whole: bool, changes: dict[str, Any]
+) -> None:
+    good = {CHAT: HELLO, TEXT: PROMPT}[path] if is_whole else {}
+
+    async def ask() -> None:
+        async with client_of(app) as client:
+            response = await client.post(path, json={**good, **changes})
+        assert response.status_code in (200, 400, 404), response.text
+        if response.status_code != 200:
+            assert set(response.json()["error"]) == {"message", "type", "param", "code"}
+
+    asyncio.run(ask())

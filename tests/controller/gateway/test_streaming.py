@@ -6,6 +6,7 @@ from typing import Any
 import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
+from structlog.testing import capture_logs
 
 from controller.errors import ActivationTimeout, RuntimeDied
 from controller.gateway import streaming
@@ -121,8 +122,10 @@ async def test_defect_mid_stream_is_an_error_event_too(
     make_app: AppMaker, function: FakeFunction, answer_tokens: list[int]
 ) -> None:
     function.script = lambda request: [TokenChunk(answer_tokens[:8]), KeyError("bug")]
-    call = AsgiCall(make_app(), PATH, body())
-    last = events(await call.finished())[-1]
+    with capture_logs() as logs:
+        call = AsgiCall(make_app(), PATH, body())
+        last = events(await call.finished())[-1]
+    assert [entry["event"] for entry in logs] == ["stream_failed"]
     assert last["error"]["code"] == "internal_error"
     assert "bug" not in last["error"]["message"]
 
