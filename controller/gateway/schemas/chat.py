@@ -8,6 +8,8 @@ from controller.gateway.schemas.base import ApiBody, Neutral, wrong_field
 from controller.gateway.schemas.common import FinishReason, Usage
 from controller.gateway.schemas.sampling import INT64_MAX, UNSUPPORTED, SamplingBody
 
+MAX_MESSAGES = 10_000  # validated on the event loop, so a body of nothing else must stay cheap
+
 
 class TextPart(BaseModel):
     """One part of a message's content."""
@@ -84,7 +86,7 @@ class ChatCompletionRequest(SamplingBody):
         "documents": ([],),
     }
 
-    messages: Annotated[list[ChatMessage], Field(min_length=1), FailFast()]
+    messages: Annotated[list[ChatMessage], Field(min_length=1, max_length=MAX_MESSAGES), FailFast()]
     max_completion_tokens: int | None = Field(
         default=None, ge=1, le=INT64_MAX, description="Goes before `max_tokens`, its older name."
     )

@@ -131,6 +131,7 @@ async def test_wrong_field_is_named_with_what_to_change(
     [
         ({"messages": []}, "messages"),
         ({"messages": "hello"}, "messages"),
+        ({"messages": HELLO["messages"] * 10_001}, "messages"),
         ({"messages": [7]}, "messages[0]"),
         ({"messages": [{"role": "user"}]}, "messages[0].content"),
         ({"messages": [{"content": "x"}]}, "messages[0].role"),
