@@ -10,7 +10,9 @@ from controller.cli.connection import connect
 from controller.cli.output import (
     OutputFormat,
     OutputOption,
+    human_moment,
     human_seconds,
+    human_usd,
     note,
     print_json,
     print_table,
@@ -48,7 +50,9 @@ def cost(
     )  # fmt: skip
     rows = [_row(row["group"], row) for row in report["rows"]]
     print_table(columns, [*rows, _row("total", report["total"])])
-    note(f"{report['since']} to {report['until']}, {report['currency']}")
+    note(
+        f"{human_moment(report['since'])} to {human_moment(report['until'])}, {report['currency']}"
+    )
 
 
 def _row(group: str | None, row: Mapping[str, Any]) -> Sequence[object]:
@@ -60,7 +64,7 @@ def _row(group: str | None, row: Mapping[str, Any]) -> Sequence[object]:
         human_seconds(float(row["parked_s"]) + float(row["unallocated_s"])),
         row["requests"],
         int(row["prompt_tokens"]) + int(row["output_tokens"]),
-        row["cost_usd"],
-        row["idle_cost_usd"],
-        row["always_on_cost_usd"],
+        human_usd(row["cost_usd"]),
+        human_usd(row["idle_cost_usd"]),
+        human_usd(row["always_on_cost_usd"]),
     )

@@ -11,6 +11,7 @@ from controller.cli.output import (
     OutputOption,
     get,
     human_bytes,
+    human_moment,
     human_seconds,
     note,
     print_fields,
@@ -125,7 +126,7 @@ def _replica_row(replica: View) -> Sequence[object]:
 def _cold_start_row(start: View) -> Sequence[object]:
     phases = (f"{phase['name']} {human_seconds(phase['seconds'])}" for phase in start["phases"])
     return (
-        start["started_at"],
+        human_moment(start["started_at"]),
         start["from_tier"],
         start["outcome"],
         human_seconds(start["total_s"]),

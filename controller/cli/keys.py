@@ -10,6 +10,7 @@ from controller.cli.errors import UsageProblem
 from controller.cli.output import (
     OutputFormat,
     OutputOption,
+    human_moment,
     note,
     print_fields,
     print_json,
@@ -61,9 +62,9 @@ def list_keys(context: typer.Context, output: OutputOption = OutputFormat.TABLE)
         (
             key["id"],
             key["name"],
-            key.get("created_at"),
-            key.get("expires_at"),
-            key.get("revoked_at"),
+            human_moment(key.get("created_at")),
+            human_moment(key.get("expires_at")),
+            human_moment(key.get("revoked_at")),
         )
         for key in answer["keys"]
     ]

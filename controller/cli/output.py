@@ -6,6 +6,8 @@ Nothing here knows a command. Colour never carries meaning; NO_COLOR and pipes a
 import json
 import sys
 from collections.abc import Mapping, Sequence
+from datetime import UTC, datetime
+from decimal import Decimal
 from enum import StrEnum
 from typing import Annotated, Any
 
@@ -121,6 +123,18 @@ def human_seconds(seconds: float | None) -> str:
     if days:
         return f"{days}d {rest_h:02}h"
     return f"{hours}h {rest_m:02}m" if hours else f"{minutes}m {rest_s:02}s"
+
+
+def human_moment(moment: str | None) -> str:
+    """Return an ISO time for people, e.g. `2026-01-31 08:00:00 UTC`; any zone is converted."""
+    if moment is None:
+        return "-"
+    return datetime.fromisoformat(moment).astimezone(UTC).strftime("%Y-%m-%d %H:%M:%S UTC")
+
+
+def human_usd(amount: str) -> str:
+    """Return money for people, to a hundredth of a cent."""
+    return f"{Decimal(amount):.4f}"
 
 
 def get(view: Mapping[str, Any], *path: str) -> Any:

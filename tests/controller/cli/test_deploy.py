@@ -113,7 +113,7 @@ def test_validate_works_offline(cli: Cli, tiny: Path) -> None:
 
 def test_validate_exits_5_on_a_bad_file(cli: Cli, tmp_path: Path) -> None:
     path = tmp_path / "bad.yaml"
-    path.write_text("nam: x")
+    path.write_text("naem_: x")
     outcome = cli("validate", "-f", str(path))
     assert (outcome.exit_code, outcome.stdout) == (5, "")
 

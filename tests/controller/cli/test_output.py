@@ -1,6 +1,6 @@
 import pytest
 
-from controller.cli.output import clean, human_bytes, human_seconds
+from controller.cli.output import clean, human_bytes, human_moment, human_seconds, human_usd
 
 
 @pytest.mark.parametrize(
@@ -25,3 +25,20 @@ def test_durations_read_well(seconds: float | None, text: str) -> None:
 
 def test_control_characters_do_not_reach_the_terminal() -> None:
     assert clean("a\x1b]0;x\x07b\n\tc\u202e") == "a]0;xb\n\tc"
+
+
+@pytest.mark.parametrize(
+    ("moment", "text"),
+    [
+        (None, "-"),
+        ("2026-01-31T08:00:00.123456+00:00", "2026-01-31 08:00:00 UTC"),
+        ("2026-01-31T01:00:00+02:00", "2026-01-30 23:00:00 UTC"),
+        ("2026-01-31T08:00:00Z", "2026-01-31 08:00:00 UTC"),
+    ],
+)
+def test_moments_are_shown_in_utc(moment: str | None, text: str) -> None:
+    assert human_moment(moment) == text
+
+
+def test_money_is_shown_to_a_hundredth_of_a_cent() -> None:
+    assert human_usd("0.006114712") == "0.0061"

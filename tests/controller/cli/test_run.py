@@ -26,9 +26,9 @@ def test_answer_streams_to_stdout_and_the_rest_to_stderr(
     cli: Cli, controller: ScriptedServer
 ) -> None:
     usage = {"choices": [], "usage": USAGE}
-    controller.on(CHAT, sse(": waking, 0.4 s left", chat("Hel"), chat("lo", "stop"), usage))
+    controller.on(CHAT, sse(": waking, 0.4 s left", chat("Good "), chat("day", "stop"), usage))
     outcome = cli("run", "tiny", "Hi")
-    assert (outcome.exit_code, outcome.stdout) == (0, "Hello\n")
+    assert (outcome.exit_code, outcome.stdout) == (0, "Good day\n")
     waking, summary = outcome.stderr.splitlines()
     assert waking == "waking, 0.4 s left"
     assert summary.startswith("from parked, first token after ")
@@ -91,9 +91,9 @@ def test_error_in_the_stream_fails_after_the_text_that_came(
     cli: Cli, controller: ScriptedServer
 ) -> None:
     error = {"error": {"message": "the runtime died", "type": "server_error"}}
-    controller.on(CHAT, sse(chat("Hel"), error, done=False))
+    controller.on(CHAT, sse(chat("Good "), error, done=False))
     outcome = cli("run", "tiny", "Hi")
-    assert (outcome.exit_code, outcome.stdout) == (1, "Hel")
+    assert (outcome.exit_code, outcome.stdout) == (1, "Good ")
     assert "error: the runtime died\n" in outcome.stderr
 
 
@@ -101,7 +101,7 @@ def test_error_in_the_stream_fails_after_the_text_that_came(
 def test_stream_without_its_end_is_a_failure(
     cli: Cli, controller: ScriptedServer, is_cut: bool
 ) -> None:
-    controller.on(CHAT, sse(chat("Hel"), done=False, is_cut=is_cut))
+    controller.on(CHAT, sse(chat("Good "), done=False, is_cut=is_cut))
     outcome = cli("run", "tiny", "Hi")
     assert outcome.exit_code == 1
     assert "error: " in outcome.stderr
