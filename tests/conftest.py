@@ -1,8 +1,13 @@
 """Fixtures that several parts need: the small real model and its snapshots."""
 
+import asyncio
 from pathlib import Path
 
 import pytest
+
+# A synchronous test has no event loop, and says so: looptime would otherwise have asyncio create
+# one that nobody closes.
+asyncio.set_event_loop(None)
 
 REPOSITORY = Path(__file__).resolve().parent.parent
 SMOLLM2_GGUF = REPOSITORY / "models" / "smollm2" / "SmolLM2-135M-Instruct.Q4_1.gguf"
