@@ -5,6 +5,7 @@ Knows nothing of requests beyond the batch it is given.
 
 import json
 import os
+import time
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -17,6 +18,7 @@ from runtime.config import EngineConfig
 from runtime.engine.engine import SampledTokens
 from runtime.engine.sampler import SamplingRow, sample
 from runtime.engine.scheduler import ScheduledBatch, ScheduledSequence
+from runtime.engine.threads import ThreadTuner, usable_cores
 from runtime.errors import LoadFailed, SnapshotDamaged
 from runtime.linux import resident_bytes
 from runtime.memory.kv_plan import KvSizes, plan_kv
@@ -62,6 +64,8 @@ class ModelRunner:
         self._num_packed_groups = 0
         self._kv_slab: HostSlab | None = None
         self._kv_cache = torch.empty(0)
+        self._num_cores = usable_cores()
+        self._tuner = ThreadTuner(self._num_cores)
 
     @classmethod
     def open(cls, snapshot_dir: Path, config: EngineConfig) -> Self:
@@ -117,12 +121,17 @@ class ModelRunner:
         """Blocks in the KV cache."""
         return self._kv_plan.num_blocks
 
+    @property
+    def _is_packing(self) -> bool:
+        return self._model is not None and self._num_packed_groups < len(self._model.packables)
+
     def load_weights(self, on_progress: OnProgress | None = None) -> LoadReport:
-        """Read and verify weights.
+        """Read and verify weights, on all cores.
 
         Raises:
             SnapshotDamaged: Bytes are not those that were built; nothing is held.
         """
+        torch.set_num_threads(self._num_cores)
         tensors, report = self._weights.load(on_progress)
         with torch.inference_mode():
             self._model = Llama(self._model_config, tensors, is_packed=self._is_packed)
@@ -159,9 +168,22 @@ class ModelRunner:
         trim_malloc()
         return max(0, resident_before - resident_bytes())
 
-    @torch.inference_mode()
     def execute(self, batch: ScheduledBatch) -> SampledTokens:
         """Run a batch; sequences whose logits are not finite are reported as faults."""
+        with torch.inference_mode():
+            if self._is_packing:
+                torch.set_num_threads(self._num_cores)
+                sampled = self._execute(batch)
+                self._pack_some()
+                return sampled
+            num_threads = self._tuner.choose(batch.num_tokens)
+            torch.set_num_threads(num_threads)
+            started = time.perf_counter()
+            sampled = self._execute(batch)
+            self._tuner.record(batch.num_tokens, num_threads, time.perf_counter() - started)
+            return sampled
+
+    def _execute(self, batch: ScheduledBatch) -> SampledTokens:
         assert self._model is not None, "weights are loaded"
         hidden = self._forward(batch.sequences)
         last_rows, sampled = _sampled_rows(batch.sequences)
@@ -175,7 +197,6 @@ class ModelRunner:
         token_ids, unsound = sample(logits, rows)
         for row in unsound:
             self._scrub(sampled[row][1].block_ids)
-        self._pack_some()
         return SampledTokens(
             token_ids=token_ids, faults={sampled[row][0]: NOT_FINITE for row in unsound}
         )
@@ -209,11 +230,9 @@ class ModelRunner:
     def _pack_some(self) -> None:
         """Pack the next layer: the first token has not waited for it, later ones gain."""
         assert self._model is not None, "weights are loaded"
-        if self._num_packed_groups == len(self._model.packables):
-            return
         group = self._model.packables[self._num_packed_groups]
         self._num_packed_groups += 1
-        with ThreadPoolExecutor(torch.get_num_threads(), "pack") as executor:
+        with ThreadPoolExecutor(self._num_cores, "pack") as executor:
             for weight in pack_all(group, executor):
                 if weight.data_ptr() != self._model.embedding.data_ptr():
                     self._weights.discard(weight)
