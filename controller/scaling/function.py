@@ -37,6 +37,8 @@ from runtime.rpc.client import Attachment
 
 log = structlog.get_logger(__name__)
 
+TIMER_RESOLUTION_S = 0.001
+
 
 class Function:
     """A deployed function with a snapshot: its replicas, its queue, its requests.
@@ -354,8 +356,9 @@ class Function:
     async def _wait_for_change(self) -> None:
         now = self.clock.monotonic()
         deadline = self.set.next_deadline(now)
+        wait_s = None if deadline is None else max(deadline - now, TIMER_RESOLUTION_S)
         try:
-            async with asyncio.timeout(None if deadline is None else deadline - now):
+            async with asyncio.timeout(wait_s):
                 await self._changed.wait()
         except TimeoutError:
             pass

@@ -334,7 +334,9 @@ class ReplicaSet:
     def _needed(self) -> int:
         if self.is_closing:
             return 0
-        load = self.in_flight + self.num_queued
+        # Requests on replicas that are on their way out are served there and ask for nothing new.
+        carried = sum(r.in_flight for r in self._current() if r.state not in ENDING)
+        load = carried + self.num_queued
         return needed_replicas(self.spec.scaling, load=load, floor=self.floor)
 
     def _bring_up(self, now: float) -> list[Instruction]:

@@ -1,0 +1,467 @@
+"""A function's owner with fake runtimes, on loop time."""
+
+import asyncio
+import random
+
+import pytest
+
+from controller.errors import (
+    ActivationFailed,
+    ActivationTimeout,
+    ApiError,
+    Conflict,
+    FirstTokenTimeout,
+    QueueFull,
+    RuntimeDied,
+    ShuttingDown,
+)
+from controller.scaling.activation import ColdStart
+from controller.scaling.function import Function
+from controller.scaling.journal import UsageEntry
+from controller.scaling.lifecycle import ReplicaState, Tier
+from controller.scaling.serving import FunctionGeneration
+from tests.fakes.runtime import FakeRuntime
+from tests.fakes.world import World, collect, deployment, request, spec_of
+
+pytestmark = pytest.mark.looptime
+
+
+def now() -> float:
+    return asyncio.get_running_loop().time()
+
+
+async def until(function: Function, tier: Tier, limit_s: float = 100.0) -> None:
+    deadline = now() + limit_s
+    while function.tier is not tier or ReplicaState.PARKING in states(function):
+        assert now() < deadline, f"still {function.tier}, not {tier}"
+        await asyncio.sleep(0.05)
+
+
+def states(function: Function) -> set[ReplicaState]:
+    return {replica.state for replica in function.set.replicas.values()}
+
+
+async def read_on(generation: FunctionGeneration) -> None:
+    async for _ in generation:
+        pass
+
+
+async def test_the_first_request_starts_a_replica_and_is_answered() -> None:
+    world = World()
+    async with world.function() as function:
+        assert await collect(function, num_prompt=5, max_tokens=3) == [5, 6, 7]
+        assert function.tier is Tier.READY
+        assert len(world.backend.created) == 1
+
+
+async def test_a_crowd_shares_one_activation() -> None:
+    world = World()
+    async with world.function() as function:
+        answers = await asyncio.gather(*(collect(function, num_prompt=n) for n in range(1, 33)))
+        assert [answer[0] for answer in answers] == list(range(1, 33))
+        assert len(world.backend.created) == 1
+
+
+async def test_idle_is_parked_and_the_next_request_wakes_the_same_runtime() -> None:
+    world = World()
+    async with world.function(spec_of(scaling={"idle_timeout": 10})) as function:
+        await collect(function)
+        ended_at = now()
+        await until(function, Tier.PARKED)
+        assert now() - ended_at == pytest.approx(10.1, abs=0.1)
+        assert await collect(function) == [3, 4, 5, 6]
+        assert world.runtime.calls == ["load", "park", "wake"]
+        assert len(world.backend.created) == 1
+
+
+async def test_a_parked_replica_is_stopped_after_the_park_timeout() -> None:
+    world = World()
+    spec = spec_of(scaling={"idle_timeout": 0, "park_timeout": 60})
+    async with world.function(spec) as function:
+        await collect(function)
+        await until(function, Tier.PARKED)
+        parked_at = now()
+        await until(function, Tier.STOPPED)
+        assert now() - parked_at == pytest.approx(60, abs=0.5)
+        await asyncio.sleep(0.1)
+        assert not world.backend.machine.runtimes
+
+
+async def test_the_phases_of_a_cold_start_add_up_to_the_clients_wait() -> None:
+    world = World()
+    world.backend.create_s = 0.5
+    async with world.function() as function:
+        async with function.generate(request()) as generation:
+            await anext(aiter(generation))
+        await world.node.journal.flush()
+        (start,) = [entry for entry in world.entries if isinstance(entry, ColdStart)]
+        assert start.from_tier == Tier.STOPPED
+        assert start.reason == "request"
+        assert sum(phase.seconds for phase in start.phases) == pytest.approx(start.total_s)
+        assert generation.record.first_token_s == pytest.approx(start.total_s, abs=0.01)
+        assert {"queue", "place", "read", "first_token"} <= {phase.name for phase in start.phases}
+
+
+async def test_usage_is_written_for_finished_and_for_abandoned_requests() -> None:
+    world = World()
+    async with world.function() as function:
+        await collect(function, num_prompt=7, max_tokens=5)
+        async with function.generate(request(max_tokens=1000)) as generation:
+            await anext(aiter(generation))
+        await world.node.journal.flush()
+    whole, cut = [entry.record for entry in world.entries if isinstance(entry, UsageEntry)]
+    assert (whole.num_prompt_tokens, whole.num_output_tokens, whole.outcome) == (7, 5, "length")
+    assert cut.num_output_tokens == 1
+    assert cut.outcome == "disconnected"
+
+
+async def test_leaving_early_cancels_the_sequence_and_frees_its_lease() -> None:
+    world = World()
+    async with world.function() as function:
+        async with function.generate(request(max_tokens=1000)) as generation:
+            await anext(aiter(generation))
+            assert function.set.in_flight == 1
+        await asyncio.sleep(0.01)
+        assert function.set.in_flight == 0
+        assert not world.runtime.sequences
+
+
+async def test_leaving_the_queue_leaves_nothing_behind() -> None:
+    world = World()
+    async with world.function() as function:
+        task = asyncio.create_task(collect(function))
+        await asyncio.sleep(0.1)
+        assert function.set.num_queued == 1
+        task.cancel()
+        await asyncio.wait([task])
+        assert function.set.num_queued == 0
+        await until(function, Tier.READY)
+        assert function.set.in_flight == 0
+
+
+async def test_a_runtime_that_dies_before_the_first_token_is_replaced_unnoticed() -> None:
+    runtimes = iter([FakeRuntime(step_s=5.0), FakeRuntime()])
+    world = World(make_runtime=lambda: next(runtimes))
+    async with world.function() as function:
+        task = asyncio.create_task(collect(function))
+        await asyncio.sleep(2.0)
+        (first,) = world.runtimes.values()
+        first.crash()
+        assert await task == [3, 4, 5, 6]
+        assert len(world.backend.created) == 2
+
+
+async def test_a_runtime_that_dies_in_the_stream_ends_it_with_an_error() -> None:
+    world = World()
+    async with world.function() as function:
+        async with function.generate(request(max_tokens=1000)) as generation:
+            await anext(aiter(generation))
+            world.runtime.crash()
+            with pytest.raises(RuntimeDied, match="went away") as died:
+                await read_on(generation)
+            await generation.__aexit__(RuntimeDied, died.value, None)
+        assert generation.record.outcome == "runtime_died"
+        assert await collect(function) == [3, 4, 5, 6], "the next request gets a new replica"
+        assert len(world.backend.created) == 2
+
+
+async def test_a_start_that_fails_is_told_at_once_and_backed_off() -> None:
+    world = World(make_runtime=lambda: FakeRuntime(fails={"load"}))
+    async with world.function() as function:
+        with pytest.raises(ActivationFailed, match="told to refuse load"):
+            await collect(function)
+        assert now() < 2.0
+        with pytest.raises(ActivationFailed) as refused:
+            await collect(function)
+        assert refused.value.retry_after_s is not None
+        await asyncio.sleep(refused.value.retry_after_s + 0.1)
+        world.make_runtime = FakeRuntime
+        assert await collect(function) == [3, 4, 5, 6], "the back-off expires by itself"
+
+
+async def test_an_exit_during_the_start_is_told_with_the_end_of_its_log() -> None:
+    world = World(make_runtime=lambda: FakeRuntime(load_s=1000.0))
+    async with world.function() as function:
+        task = asyncio.create_task(collect(function))
+        await asyncio.sleep(1.0)
+        (runtime_id,) = world.backend.machine.runtimes
+        world.backend.machine.log(runtime_id, "ImportError: no module named torch")
+        world.backend.exit(runtime_id, exit_code=1)
+        await function.exited(await world.backend.inspect(runtime_id))
+        with pytest.raises(ActivationFailed, match=r"status 1.*no module named torch"):
+            await task
+        assert now() < 2.0
+
+
+async def test_a_runtime_that_does_not_wake_is_replaced_without_the_client_noticing() -> None:
+    world = World()
+    async with world.function(spec_of(scaling={"idle_timeout": 0})) as function:
+        await collect(function)
+        await until(function, Tier.PARKED)
+        world.runtime.fails.add("wake")
+        assert await collect(function) == [3, 4, 5, 6]
+        assert len(world.backend.created) == 2
+
+
+async def test_a_runtime_that_refuses_to_park_serves_on() -> None:
+    world = World()
+    async with world.function(spec_of(scaling={"idle_timeout": 1})) as function:
+        await collect(function)
+        world.runtime.fails.add("park")
+        await asyncio.sleep(1.5)
+        assert await collect(function) == [3, 4, 5, 6]
+        world.runtime.fails.clear()
+        await until(function, Tier.PARKED)
+
+
+async def test_waiting_for_a_replica_ends_at_the_queue_timeout() -> None:
+    world = World(make_runtime=lambda: FakeRuntime(load_s=1000.0))
+    async with world.function(spec_of(queue={"timeout": 5})) as function:
+        with pytest.raises(ActivationTimeout, match=r"queue\.timeout, 5 s"):
+            await collect(function)
+        assert now() == pytest.approx(5.0, abs=0.6)
+
+
+async def test_a_silent_engine_ends_the_wait_for_the_first_token() -> None:
+    world = World(make_runtime=lambda: FakeRuntime(is_stuck=True))
+    async with world.function(spec_of(timeouts={"first_token": 3})) as function:
+        with pytest.raises(FirstTokenTimeout, match=r"timeouts\.first_token"):
+            await collect(function)
+        await asyncio.sleep(0.1)
+        assert function.set.in_flight == 0
+
+
+async def test_a_stream_that_stalls_is_ended_after_stream_idle() -> None:
+    world = World()
+    async with (
+        world.function(spec_of(timeouts={"stream_idle": 2})) as function,
+        function.generate(request(max_tokens=1000)) as generation,
+    ):
+        await anext(aiter(generation))
+        world.runtime.is_stuck = True
+        with pytest.raises(RuntimeDied, match=r"timeouts\.stream_idle"):
+            await read_on(generation)
+
+
+async def test_a_full_queue_refuses_and_admits_again_when_it_drains() -> None:
+    world = World()
+    async with world.function(spec_of(queue={"max_requests": 2})) as function:
+        tasks = [asyncio.create_task(collect(function)) for _ in range(2)]
+        await asyncio.sleep(0.1)
+        with pytest.raises(QueueFull):
+            await collect(function)
+        await asyncio.gather(*tasks)
+        assert await collect(function) == [3, 4, 5, 6]
+
+
+async def test_on_cold_reject_answers_at_once_and_wakes_for_the_next() -> None:
+    world = World()
+    async with world.function(spec_of(queue={"on_cold": "reject"})) as function:
+        with pytest.raises(ActivationFailed, match="being woken") as refused:
+            await collect(function)
+        assert refused.value.retry_after_s is not None
+        await until(function, Tier.READY)
+        assert await collect(function) == [3, 4, 5, 6]
+
+
+async def test_min_replicas_are_up_before_any_request() -> None:
+    world = World()
+    async with world.function(spec_of(scaling={"min_replicas": 1, "idle_timeout": 1})) as function:
+        await until(function, Tier.READY)
+        await asyncio.sleep(100.0)
+        assert function.tier is Tier.READY
+        with pytest.raises(Conflict, match="keeps 1 replicas ready"):
+            await function.park()
+
+
+async def test_warm_park_and_stop_do_what_they_say() -> None:
+    world = World()
+    async with world.function() as function:
+        await function.warm()
+        assert function.tier is Tier.READY
+        await function.park()
+        assert function.tier is Tier.PARKED
+        await function.warm()
+        await function.stop()
+        assert function.tier is Tier.STOPPED
+        assert not world.backend.machine.runtimes
+
+
+async def test_parking_by_hand_is_refused_while_requests_run() -> None:
+    world = World()
+    async with (
+        world.function() as function,
+        function.generate(request(max_tokens=1000)) as generation,
+    ):
+        await anext(aiter(generation))
+        with pytest.raises(Conflict, match="1 requests"):
+            await function.park()
+
+
+async def test_stopping_waits_for_running_requests_and_takes_new_ones_elsewhere() -> None:
+    world = World()
+    async with world.function() as function:
+        await function.warm()
+        running = asyncio.create_task(collect(function, max_tokens=100))
+        await asyncio.sleep(0.1)
+        stopping = asyncio.create_task(function.stop())
+        await asyncio.sleep(0.1)
+        assert await collect(function) == [3, 4, 5, 6]
+        assert len(await running) == 100
+        await stopping
+        assert len(world.backend.created) == 2
+        assert len(world.backend.deleted) == 1
+
+
+async def test_a_drain_that_takes_too_long_cuts_requests_off() -> None:
+    world = World()
+    async with world.function(spec_of(timeouts={"drain": 1})) as function:
+        async with function.generate(request(max_tokens=100_000)) as generation:
+            await anext(aiter(generation))
+            await function.stop()
+        assert not world.backend.machine.runtimes
+
+
+async def test_a_new_revision_serves_on_a_new_replica_and_the_old_one_goes() -> None:
+    world = World()
+    async with world.function() as function:
+        await collect(function)
+        changed = spec_of(engine={"block_size": 32})
+        function.update(deployment(changed, runtime_hash="new"), world.backend)
+        assert await collect(function) == [3, 4, 5, 6]
+        await asyncio.sleep(1.0)
+        assert [spec.revision for spec in world.backend.created] == ["hash", "new"]
+        assert len(world.backend.machine.runtimes) == 1
+
+
+async def test_a_changed_timeout_alone_keeps_the_replica() -> None:
+    world = World()
+    async with world.function() as function:
+        await collect(function)
+        function.update(deployment(spec_of(scaling={"idle_timeout": 1})), world.backend)
+        await until(function, Tier.PARKED, limit_s=5.0)
+        assert len(world.backend.created) == 1
+
+
+async def test_a_closed_function_finishes_and_leaves_nothing() -> None:
+    world = World()
+    async with world.function() as function:
+        await function.warm()
+        running = asyncio.create_task(collect(function, max_tokens=50))
+        await asyncio.sleep(0.1)
+        function.close()
+        with pytest.raises(ShuttingDown):
+            await collect(function)
+        assert len(await running) == 50
+        await asyncio.sleep(1.0)
+        assert not world.backend.machine.runtimes
+
+
+async def test_shutdown_fails_the_queue_lets_streams_end_and_keeps_runtimes() -> None:
+    world = World()
+    async with world.function() as function:
+        await function.warm()
+        running = asyncio.create_task(collect(function, max_tokens=50))
+        await asyncio.sleep(0.1)
+        await function.finish_requests(10.0)
+        assert len(await running) == 50
+        with pytest.raises(ShuttingDown):
+            await collect(function)
+    assert len(world.backend.machine.runtimes) == 1
+
+
+async def test_two_functions_take_turns_on_one_gpu() -> None:
+    world = World(num_gpus=1)
+    gpu = {"resources": {"gpus": 1}, "scaling": {"idle_timeout": 1, "max_replicas": 1}}
+    async with (
+        world.function(spec_of(**gpu)) as first,
+        world.function(spec_of(**gpu).model_copy(update={"name": "other"})) as second,
+    ):
+        world.node.pool.on_release(lambda: (first.poke(), second.poke()))
+        assert await collect(first) == [3, 4, 5, 6]
+        waiting = asyncio.create_task(collect(second))
+        await asyncio.sleep(0.5)
+        assert not waiting.done()
+        assert second.set.num_queued == 1
+        assert await waiting == [3, 4, 5, 6], "parking the first has freed the GPU"
+        assert first.tier is Tier.PARKED
+        assert await collect(first) == [3, 4, 5, 6]
+
+
+async def test_a_hanging_backend_delete_is_retried_until_the_runtime_is_gone() -> None:
+    from controller.backends.base import BackendUnavailable
+
+    world = World()
+    async with world.function() as function:
+        await function.warm()
+        world.backend.error = BackendUnavailable("the daemon is away", temporary=True)
+        stopping = asyncio.create_task(function.stop())
+        await asyncio.sleep(5.0)
+        assert not stopping.done()
+        world.backend.error = None
+        await stopping
+        assert not world.backend.machine.runtimes
+
+
+@pytest.mark.parametrize("seed", range(12))
+async def test_nothing_is_lost_in_a_storm_of_requests_crashes_and_reaping(seed: int) -> None:
+    chance = random.Random(seed)
+    world = World(
+        make_runtime=lambda: FakeRuntime(
+            load_s=chance.choice([0.1, 1.0]),
+            park_s=chance.choice([0.0, 0.3]),
+            fails={"load"} if chance.random() < 0.1 else set(),
+        )
+    )
+    scaling = {"idle_timeout": 0.2, "park_timeout": 1, "target_concurrency": 4, "max_replicas": 3}
+    answers = {"served": 0, "refused": 0}
+
+    async def client(function: Function, number: int) -> None:
+        await asyncio.sleep(chance.uniform(0, 20))
+        try:
+            async with asyncio.timeout(chance.choice([0.3, 60])):
+                tokens = await collect(function, num_prompt=number, max_tokens=8)
+            assert tokens == list(range(number, number + 8))
+            answers["served"] += 1
+        except (ApiError, TimeoutError):
+            answers["refused"] += 1
+
+    async def vandal() -> None:
+        for _ in range(5):
+            await asyncio.sleep(chance.uniform(0, 4))
+            alive = [runtime for runtime in world.runtimes.values() if runtime.is_alive]
+            if alive:
+                chance.choice(alive).crash()
+
+    async with world.function(spec_of(scaling=scaling)) as function:
+        await asyncio.gather(*(client(function, number) for number in range(1, 101)), vandal())
+        assert answers["served"] + answers["refused"] == 100
+        assert answers["served"] > 50
+        await asyncio.sleep(0.1)
+        assert function.set.in_flight == 0
+        assert function.set.num_queued == 0
+        await until(function, Tier.STOPPED)
+        await asyncio.sleep(1.0)
+        assert not world.backend.machine.runtimes
+        assert all(not runtime.sequences for runtime in world.runtimes.values() if runtime.is_alive)
+
+
+async def test_the_ledger_sees_idle_and_active_as_requests_come_and_go() -> None:
+    world = World()
+    await world.ledger.recover({})
+    async with world.function() as function:
+        await function.warm()
+        async with function.generate(request(max_tokens=1000)) as generation:
+            await anext(aiter(generation))
+            assert _states(world) == {"active"}
+        await asyncio.sleep(0.01)
+        assert _states(world) == {"idle"}
+        await function.park()
+        assert _states(world) == {"parked"}
+        await function.stop()
+        assert _states(world) == {"unallocated"}
+
+
+def _states(world: World) -> set[str]:
+    timelines = world.ledger._timelines.values()
+    return {str(one.state) for line in timelines for one in line.open_intervals}
