@@ -125,9 +125,9 @@ class _Build:
     def run(self, store: SnapshotStore, key: str) -> BuildReport:
         stage = Stage(store.stage(key), self._layouts, _plan_digest(self._identity, self._layouts))
         with stage:
+            self._checkpoint.write_files(stage.content)  # fails early if it does
             num_resumed = self._convert(stage)
             ranks = self._checksum(stage)
-        self._checkpoint.write_files(stage.content)
         manifest = self._manifest(stage, ranks)
         (stage.content / MANIFEST_FILE).write_text(manifest.to_json(), encoding="utf-8")
         if self._source.identify() != self._identity:

@@ -60,7 +60,9 @@ def write_tiny_llama(directory: Path, spec: TinyLlama | None = None) -> LlamaFor
     """Write a random Llama with a tokenizer into `directory` and return the model itself."""
     spec = spec or TinyLlama()
     torch.manual_seed(spec.seed)
-    model = LlamaForCausalLM(spec.config()).to(spec.dtype).eval()
+    model: LlamaForCausalLM = LlamaForCausalLM(spec.config())
+    torch.nn.Module.to(model, spec.dtype)  # the model's own has no usable signature
+    model.train(mode=False)
     _move_norms_off_one(model)
     write_checkpoint(directory, model, is_sharded=spec.is_sharded)
     return model
@@ -81,7 +83,7 @@ def tiny_tokenizer() -> PreTrainedTokenizerFast:
     tokenizer = Tokenizer(models.BPE(vocab=vocabulary, merges=[]))
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     tokenizer.decoder = decoders.ByteLevel()
-    return PreTrainedTokenizerFast(
+    return PreTrainedTokenizerFast(  # type: ignore[no-untyped-call]
         tokenizer_object=tokenizer,
         bos_token=IM_START,
         eos_token=IM_END,

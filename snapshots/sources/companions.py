@@ -22,6 +22,24 @@ def write_generation_config(directory: Path, config: Mapping[str, Any]) -> None:
     write_json(directory / "generation_config.json", ids)
 
 
+def convert_tokenizer(target: Path, source: Path, *, gguf_file: str | None = None) -> None:
+    """Write tokenizer.json and what goes with it from any form that transformers reads.
+
+    Raises:
+        SourceInvalid: It reads none.
+    """
+    from transformers import AutoTokenizer  # build only, takes seconds
+
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(
+            str(source), gguf_file=gguf_file, local_files_only=True
+        )
+    except Exception as error:  # tokenizers below it raises nothing narrower
+        place = source / gguf_file if gguf_file else source
+        raise SourceInvalid(f"{place} has no usable tokenizer: {error}") from error
+    tokenizer.save_pretrained(str(target))
+
+
 def write_chat_template(directory: Path) -> None:
     """Write chat_template.jinja from where older sources keep it; none is fine.
 

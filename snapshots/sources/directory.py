@@ -14,6 +14,7 @@ from snapshots.safetensors_header import Header, HeaderError, read_header
 from snapshots.sources.base import DTYPES, Identity, TensorInfo
 from snapshots.sources.companions import (
     check_tokenizer,
+    convert_tokenizer,
     write_chat_template,
     write_generation_config,
 )
@@ -116,16 +117,10 @@ class DirectoryCheckpoint:
         check_tokenizer(directory)
 
     def _convert_tokenizer(self, directory: Path) -> None:
-        from transformers import AutoTokenizer  # build only, takes seconds
-
         for name in TOKENIZER_FILES:
             if (self._directory / name).exists():
                 self._file(name)  # must lie inside the source
-        try:
-            tokenizer = AutoTokenizer.from_pretrained(str(self._directory), local_files_only=True)
-        except (OSError, ValueError, ImportError) as error:
-            raise SourceInvalid(f"{self._directory} has no usable tokenizer: {error}") from error
-        tokenizer.save_pretrained(str(directory))
+        convert_tokenizer(directory, self._directory)
 
     def _open_weights(self, path: Path, stack: ExitStack) -> None:
         real = contained(path, self._boundary)

@@ -17,6 +17,7 @@ from snapshots.progress import OnProgress
 from snapshots.sources.base import Identity, TensorInfo
 from snapshots.sources.companions import (
     check_tokenizer,
+    convert_tokenizer,
     write_chat_template,
     write_generation_config,
     write_json,
@@ -106,17 +107,9 @@ class GgufCheckpoint:
 
     def write_files(self, directory: Path) -> None:
         """Write what transformers makes of the metadata."""
-        from transformers import AutoTokenizer  # build only, takes seconds
-
         write_json(directory / "config.json", self.config)
         write_generation_config(directory, self.config)
-        try:
-            tokenizer = AutoTokenizer.from_pretrained(
-                str(self._path.parent), gguf_file=self._path.name, local_files_only=True
-            )
-        except (*_PARSE_ERRORS, OSError, ImportError) as error:
-            raise SourceInvalid(f"{self._path} has no usable tokenizer: {error}") from error
-        tokenizer.save_pretrained(str(directory))
+        convert_tokenizer(directory, self._path.parent, gguf_file=self._path.name)
         write_chat_template(directory)
         check_tokenizer(directory)
 

@@ -200,8 +200,15 @@ def _translated(repository: str, revision: str | None) -> Iterator[None]:
     """Turn huggingface_hub's errors into ours."""
     try:
         yield
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, _http_error()) as error:
         raise _translation(error, repository, revision) from error
+
+
+def _http_error() -> type[Exception]:
+    """Return the root of the errors of whichever HTTP library the hub's is made with."""
+    from huggingface_hub.errors import HfHubHTTPError
+
+    return HfHubHTTPError.__bases__[0]
 
 
 def _translation(error: Exception, repository: str, revision: str | None) -> SnapshotError:

@@ -53,7 +53,7 @@ def test_ranks_beyond_the_key_value_heads_share_them(tmp_path: Path, store: Snap
     attention = "model.layers.1.self_attn"
     for rank in range(4):
         qkv = load(snapshot, 4, rank)["layers.1.self_attn.qkv_proj.weight"]
-        query, key, value = qkv.split(8)
+        query, key, value = qkv[:8], qkv[8:16], qkv[16:]
         shared = slice(rank // 2 * 8, rank // 2 * 8 + 8)
         assert torch.equal(query, state[f"{attention}.q_proj.weight"][rank * 8 : rank * 8 + 8])
         assert torch.equal(key, state[f"{attention}.k_proj.weight"][shared])
@@ -166,9 +166,9 @@ def _joined(ranks: list[torch.Tensor], name: str) -> torch.Tensor:
         return ranks[0]
     if "o_proj" in name or "down_proj" in name:
         return torch.cat(ranks, dim=1)
-    sizes = {"qkv_proj": (32, 16, 16), "gate_up_proj": (48, 48)}
+    sizes = {"qkv_proj": [32, 16, 16], "gate_up_proj": [48, 48]}
     for key, split in sizes.items():
         if key in name:
-            parts = zip(*(rank.split(split) for rank in ranks), strict=True)
+            parts = zip(*(torch.split(rank, split) for rank in ranks), strict=True)
             return torch.cat([torch.cat(part) for part in parts])
     return torch.cat(ranks)
