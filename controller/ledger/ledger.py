@@ -44,12 +44,12 @@ class Batch:
     """What one flush writes. Writing it twice changes nothing.
 
     Attributes:
-        after_us: The last moment known to be written. Everything stored that is open or ends later
-            is replaced by this batch.
+        from_us: Everything stored that is open, or ends at this moment or later, is replaced by
+            this batch.
         heartbeat_us: The moment up to which the batch tells everything.
     """
 
-    after_us: int
+    from_us: int
     closed: Sequence[Interval]
     open_intervals: Sequence[Interval]
     heartbeat_us: int
@@ -121,18 +121,21 @@ class Ledger:
         """Let time begin; nothing is claimed."""
         self._start_us = start_us
         self._started_at = self._clock.monotonic()
-        self._now_at_least_us = start_us
-        self._complete_from_us = start_us
+        self._complete_from_us = start_us  # from here on `_closed` tells everything not open
+        self._replaces_from_us = start_us + 1
         self._timelines = {
             device: DeviceTimeline(device, rate_usd_per_hour=rate, start_us=start_us)
             for device, rate in self._rates.items()
         }
 
+    @property
+    def num_pending(self) -> int:
+        """Closed intervals in memory; nearly all of them wait to be written."""
+        return len(self._closed)
+
     def now_us(self) -> int:
         """Return the ledger's time in microseconds since the Unix epoch; it never goes back."""
-        elapsed_us = round((self._clock.monotonic() - self._started_at) * 1e6)
-        self._now_at_least_us = max(self._now_at_least_us, self._start_us + elapsed_us)
-        return self._now_at_least_us
+        return self._start_us + round((self._clock.monotonic() - self._started_at) * 1e6)
 
     def set_claim(
         self,
@@ -180,7 +183,7 @@ class Ledger:
         """
         async with self._writing:
             if self._saved_us is not None:
-                await self._write(self._saved_us)
+                await self._write()
 
     async def recover(self, adopted: Mapping[str, AdoptedClaim]) -> None:
         """Close the books of the last controller and go on; comes before any claim.
@@ -206,7 +209,8 @@ class Ledger:
                     state=claim.state,
                     rate_usd_per_hour=claim.rate_usd_per_hour,
                 )
-            await self._write(heartbeat_us)
+            self._replaces_from_us = heartbeat_us + 1
+            await self._write()
 
     async def cost(
         self, *, since: datetime, until: datetime | None = None, by: GroupBy = GroupBy.FUNCTION
@@ -236,7 +240,10 @@ class Ledger:
     ) -> list[Interval]:
         """Return what no controller was there to write down."""
         missed = close_all(known.open_intervals, heartbeat_us)
-        ends_us = {**known.device_ends_us, **{one.device: heartbeat_us for one in missed}}
+        ends_us = {
+            **known.device_ends_us,
+            **{one.device: heartbeat_us for one in known.open_intervals},
+        }
         for device, rate in self._rates.items():
             if device in ends_us:
                 missed += fill(
@@ -272,22 +279,31 @@ class Ledger:
         self._closed = before + merged
         self._merge_at = max(self._max_pending, 2 * len(self._closed))
 
-    async def _write(self, after_us: int) -> None:
+    async def _write(self) -> None:
         at_us = self.now_us()
         for timeline in self._timelines.values():
             self._keep(timeline.roll(at_us))
         if len(self._closed) > MAX_WRITTEN:
             self._shrink()
         sending, self._closed = self._closed, []
-        complete_from_us, self._complete_from_us = self._complete_from_us, at_us + 1
-        # From here on every interval ends later than this batch, whatever becomes of it.
-        self._now_at_least_us = at_us + 1
+        complete_from_us, self._complete_from_us = self._complete_from_us, at_us
         current = [one for line in self._timelines.values() for one in line.open_intervals]
-        batch = Batch(after_us=after_us, closed=sending, open_intervals=current, heartbeat_us=at_us)
+        batch = Batch(
+            from_us=self._replaces_from_us,
+            closed=sending,
+            open_intervals=current,
+            heartbeat_us=at_us,
+        )
         try:
             await self._repository.save(batch)
         except BaseException:
+            # It may have been written all the same. The next batch replaces all of this one.
             self._closed = sending + self._closed
             self._complete_from_us = complete_from_us
             raise
         self._saved_us = at_us
+        # What ends at this very moment is replaced by the next batch, so it must be in it again.
+        # Nothing of ours ends where our time began, but something of the last controller's does.
+        self._replaces_from_us = max(at_us, self._start_us + 1)
+        again = [one for one in sending if one.end_us == at_us > self._start_us]
+        self._closed = again + self._closed

@@ -55,9 +55,9 @@ class Intervals:
         )
         return {row.device: row.end_us for row in self._connection.execute(query)}
 
-    def replace_after(self, after_us: int, successors: Iterable[Interval]) -> None:
-        """Drop what is open or ended later than a moment, and put these in its place."""
-        later = or_(intervals.c.end_us.is_(None), intervals.c.end_us > after_us)
+    def replace_from(self, from_us: int, successors: Iterable[Interval]) -> None:
+        """Drop what is open, or ends at a moment or later, and put these in its place."""
+        later = or_(intervals.c.end_us.is_(None), intervals.c.end_us >= from_us)
         self._connection.execute(delete(intervals).where(later))
         self._insert(successors)
 

@@ -48,7 +48,7 @@ def _last_known(connection: Connection) -> LastKnown:
 
 def _save(connection: Connection, batch: Batch) -> None:
     books = Intervals(connection)
-    books.replace_after(batch.after_us, [*batch.closed, *batch.open_intervals])
+    books.replace_from(batch.from_us, [*batch.closed, *batch.open_intervals])
     books.beat(batch.heartbeat_us)
 
 
