@@ -145,7 +145,7 @@ class StepLoop:
             raise InvalidSequence(f"sequence {key.sequence_id} is already running on this stream")
 
     def _reject(self, key: SequenceKey, submit: pb.Submit, fault: RuntimeFault) -> None:
-        log.info("sequence_refused", **key._asdict(), reason=str(fault))
+        log.info("sequence_refused", **key._asdict(), fault=type(fault).__name__)
         finished = pb.Finished(
             sequence_id=key.sequence_id,
             reason=pb.FINISH_REASON_ERROR,

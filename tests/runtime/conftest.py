@@ -142,12 +142,14 @@ def home() -> Iterator[Path]:
 class Launch(Protocol):
     """Starts a runtime server that the test's end stops."""
 
-    def __call__(self, *, factory: str = ..., env: Mapping[str, str] = ...) -> Process: ...
+    def __call__(
+        self, *, factory: str = ..., store: Path | None = ..., env: Mapping[str, str] = ...
+    ) -> Process: ...
 
 
-def command(home: Path, *, factory: str = FAKE_FACTORY) -> list[str]:
+def command(home: Path, *, factory: str = FAKE_FACTORY, store: Path | None = None) -> list[str]:
     arguments = ["--runtime-id", "test-1", "--socket", str(home / "run" / "runtime.sock")]
-    arguments += ["--store", str(home / "store"), "--engine-factory", factory]
+    arguments += ["--store", str(store or home / "store"), "--engine-factory", factory]
     return [sys.executable, "-m", "runtime.main", *arguments]
 
 
@@ -157,11 +159,14 @@ async def launch(home: Path) -> AsyncIterator[Launch]:
     processes: list[Process] = []
 
     def start(
-        *, factory: str = FAKE_FACTORY, env: Mapping[str, str] = MappingProxyType({})
+        *,
+        factory: str = FAKE_FACTORY,
+        store: Path | None = None,
+        env: Mapping[str, str] = MappingProxyType({}),
     ) -> Process:
         with (home / "stderr").open("ab") as stderr:
             popen = subprocess.Popen(
-                command(home, factory=factory),
+                command(home, factory=factory, store=store),
                 stdin=subprocess.DEVNULL,
                 stderr=stderr,
                 env={**os.environ, **env},

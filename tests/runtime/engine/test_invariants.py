@@ -41,10 +41,13 @@ class EngineMachine(RuleBasedStateMachine):
         self.in_flight: list[tuple[ScheduledBatch, list[int]]] = []
 
     @rule(
-        prompt=st.lists(st.integers(0, 1), min_size=1, max_size=12),
-        num_output_tokens=st.integers(1, 6),
+        family=st.integers(0, 2),
+        num_shared_tokens=st.integers(0, 10),
+        own_tokens=st.lists(st.integers(0, 1), min_size=1, max_size=3),
+        num_output_tokens=st.integers(1, 5),
     )
-    def submit(self, prompt: list[int], num_output_tokens: int) -> None:
+    def submit(self, num_shared_tokens: int, own_tokens: list[int], num_output_tokens: int) -> None:
+        prompt = [family] * num_shared_tokens + own_tokens
         sequence = new_sequence(prompt, max_tokens=len(prompt) + num_output_tokens)
         self.sequences.append(sequence)
         self.prompts[sequence.number] = prompt
@@ -68,15 +71,22 @@ class EngineMachine(RuleBasedStateMachine):
             assert finished.key.sequence_id not in self.ends, "reported once"
             self.ends[finished.key.sequence_id] = finished.reason
 
-    @precondition(lambda self: self.sequences)
-    @rule(data=st.data())
-    def cancel(self, data: st.DataObject) -> None:
-        self.scheduler.cancel(data.draw(st.sampled_from(self.sequences)).key)
+    @rule(num_steps=st.integers(1, 8))
+    def run_pipelined(self, num_steps: int) -> None:
+        for _ in range(num_steps):
+            if len(self.in_flight) < MAX_IN_FLIGHT:
+                self.start_step()
+            if len(self.in_flight) == MAX_IN_FLIGHT:
+                self.end_step()
 
-    @precondition(lambda self: self.sequences)
-    @rule(data=st.data())
-    def fail(self, data: st.DataObject) -> None:
-        self.scheduler.fail(data.draw(st.sampled_from(self.sequences)).key, "broken")
+    @precondition(lambda self: self.scheduler.live_keys())
+    @rule(data=st.data(), is_fault=st.booleans())
+    def end_early(self, data: st.DataObject, is_fault: bool) -> None:
+        key = data.draw(st.sampled_from(self.scheduler.live_keys()))
+        if is_fault:
+            self.scheduler.fail(key, "broken")
+        else:
+            self.scheduler.cancel(key)
 
     @invariant()
     def every_block_is_in_one_place(self) -> None:
@@ -143,4 +153,4 @@ def _distinct(tables: Iterable[list[int]]) -> set[int]:
 
 
 TestEngineMachine = EngineMachine.TestCase
-TestEngineMachine.settings = settings(max_examples=60, stateful_step_count=60, deadline=None)
+TestEngineMachine.settings = settings(max_examples=100, stateful_step_count=40, deadline=None)
