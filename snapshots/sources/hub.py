@@ -34,7 +34,8 @@ from snapshots.sources.paths import (
 if TYPE_CHECKING:
     from snapshots.sources.base import Checkpoint
 
-_COMMIT = re.compile(r"[0-9a-f]{40}", re.ASCII)
+CONFIG_FILE = "config.json"
+
 _WEIGHTS = "*.safetensors"
 _SMALL_FILES = (*CONFIG_FILES, *TOKENIZER_FILES, INDEX_FILE)
 
@@ -61,10 +62,10 @@ class HubSource:
         try:
             commit = self._list().commit
         except SourceUnreachable:
-            cached = self._cached_commit()
+            cached = self._cached()
             if cached is None:
                 raise
-            commit = cached
+            commit = cached.name
         return Identity(
             kind=SourceKind.HUB,
             location=self._repository,
@@ -92,42 +93,35 @@ class HubSource:
         return self._listing
 
     def _fetch(self, on_progress: OnProgress) -> Path:
-        from huggingface_hub import hf_hub_download, snapshot_download
-
         if self._listing is None:  # the hub is away, the cache has to do
-            with _translated(self._repository, self._revision):
-                return Path(
-                    snapshot_download(
-                        self._repository, revision=self._revision, local_files_only=True
-                    )
-                )
-        meter = _DownloadMeter(sum(self._listing.files.values()), on_progress)
-        directory: Path | None = None
-        for name, size in self._listing.files.items():
-            with _translated(self._repository, self._revision):
-                path = hf_hub_download(
-                    self._repository,
-                    name,
-                    revision=self._listing.commit,
-                    tqdm_class=meter.bar_class(),
-                )
+            cached = self._cached()
+            assert cached is not None, "identify has found it"
+            return cached
+        listing = self._listing
+        meter = _DownloadMeter(sum(listing.files.values()), on_progress)
+        # By its branch, so that the cache can tell what the branch is without a network.
+        self._download(CONFIG_FILE, self._revision, meter)
+        directories = []
+        for name, size in listing.files.items():
+            directories.append(self._download(name, listing.commit, meter))
             meter.finish_file(size)
-            directory = Path(path).parent
-        assert directory is not None
-        return directory
+        return directories[0]
 
-    def _cached_commit(self) -> str | None:
-        from huggingface_hub import snapshot_download
-        from huggingface_hub.errors import LocalEntryNotFoundError
+    def _download(self, name: str, revision: str | None, meter: "_DownloadMeter") -> Path:
+        from huggingface_hub import hf_hub_download  # build only
 
-        try:
-            path = snapshot_download(
-                self._repository, revision=self._revision, local_files_only=True
+        with _translated(self._repository, self._revision):
+            path = hf_hub_download(
+                self._repository, name, revision=revision, tqdm_class=meter.bar_class()
             )
-        except (LocalEntryNotFoundError, ValueError):
-            return None
-        name = Path(path).name
-        return name if _COMMIT.fullmatch(name) else None
+        return Path(path).parent
+
+    def _cached(self) -> Path | None:
+        """Return the cache's directory of the revision, if it has begun one."""
+        from huggingface_hub import try_to_load_from_cache  # build only
+
+        path = try_to_load_from_cache(self._repository, CONFIG_FILE, revision=self._revision)
+        return Path(path).parent if isinstance(path, str) else None
 
 
 class _DownloadMeter:
@@ -185,6 +179,8 @@ def _wanted(repository: str, sizes: dict[str, int]) -> dict[str, int]:
     pickles = [name for name in sizes if is_pickle(name)]
     if not weights and pickles:
         raise pickle_refused(repository, pickles)
+    if weights and CONFIG_FILE not in sizes:
+        raise SourceInvalid(f"{repository} has no {CONFIG_FILE}")
     if not weights:
         gguf = any(name.endswith(".gguf") for name in sizes)
         raise SourceInvalid(

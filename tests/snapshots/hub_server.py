@@ -67,6 +67,7 @@ def serve(hub: FakeHub) -> Iterator[FakeHub]:
 def _response(
     hub: FakeHub, path: str, authorization: str | None
 ) -> tuple[int, dict[str, str], bytes]:
+    path = path.replace("/resolve/main/", f"/resolve/{COMMIT}/")
     api, files = f"/api/models/{hub.repository}", f"/{hub.repository}/resolve/{COMMIT}/"
     if not path.startswith((api, files)):
         return HTTPStatus.NOT_FOUND, {"X-Error-Code": "RepoNotFound"}, b"{}"
