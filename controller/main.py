@@ -217,7 +217,7 @@ def home_lock(home: Path) -> Iterator[None]:
 
 def configure_logging() -> None:
     """Log one JSON object a line on stderr, the standard library's records included."""
-    shared = [
+    shared: list[structlog.typing.Processor] = [
         structlog.contextvars.merge_contextvars,
         structlog.processors.add_log_level,
         structlog.processors.TimeStamper(fmt="iso", utc=True),

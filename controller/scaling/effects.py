@@ -179,7 +179,7 @@ class Effects:
         """Run an effect as the replica's only one: a newer effect ends the older."""
         previous = self._tasks.get(replica.id)
         task = asyncio.create_task(
-            self._guard(replica, effect, previous), name=f"{effect.__name__} {replica.id}"
+            self._guard(replica, effect, previous), name=f"effect on {replica.id}"
         )
         self._tasks[replica.id] = task
 

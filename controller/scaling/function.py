@@ -19,7 +19,7 @@ from controller.scaling.deployment import Deployment
 from controller.scaling.effects import Effects
 from controller.scaling.generation import GenerationRequest
 from controller.scaling.lifecycle import COMING, ENDING, Lifecycle, ReplicaState, Tier
-from controller.scaling.link import RuntimeLink
+from controller.scaling.link import RuntimeLink, SequenceStream
 from controller.scaling.node import Home, Node
 from controller.scaling.policy import replica_floor
 from controller.scaling.replica_set import (
@@ -33,7 +33,6 @@ from controller.scaling.replica_set import (
 )
 from controller.scaling.serving import FunctionGeneration, Ticket
 from functions.spec import ColdPolicy, FunctionSpec
-from runtime.rpc.client import Attachment
 
 log = structlog.get_logger(__name__)
 
@@ -139,7 +138,7 @@ class Function:
         self.books.account(replica)
         self.poke()
 
-    def attachment(self, replica: Replica) -> Attachment:
+    def attachment(self, replica: Replica) -> SequenceStream:
         """Return a leased replica's stream."""
         return self.links[replica.id].attachment
 

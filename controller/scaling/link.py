@@ -4,7 +4,26 @@ from collections.abc import AsyncIterator, Callable, Sequence
 from typing import Protocol
 
 from runtime.rpc import inference_pb2 as pb
-from runtime.rpc.client import Attachment, RuntimeRpcError
+from runtime.rpc.client import RuntimeRpcError, SequenceSink
+
+
+class SequenceStream(Protocol):
+    """A stream of sequences to one runtime; errors are RuntimeRpcError."""
+
+    @property
+    def is_broken(self) -> bool:
+        """Whether it has ended; it does not come back."""
+
+    def submit(
+        self, prompt_token_ids: Sequence[int], sampling: pb.SamplingParams, sink: SequenceSink
+    ) -> int:
+        """Queue a sequence and return its id; never waits."""
+
+    def cancel(self, sequence_id: int) -> None:
+        """Ask for the end of a sequence; its sink hears of it."""
+
+    async def close(self) -> None:
+        """End the stream and its sequences."""
 
 
 class RuntimeConnection(Protocol):
@@ -28,7 +47,7 @@ class RuntimeConnection(Protocol):
     def watch(self) -> AsyncIterator[pb.RuntimeStatus]:
         """Yield a status after every change."""
 
-    async def attach(self) -> Attachment:
+    async def attach(self) -> SequenceStream:
         """Open a stream for sequences."""
 
     async def close(self) -> None:
@@ -45,10 +64,10 @@ class RuntimeLink:
         self.connection = connection
         self.status = pb.RuntimeStatus()
         self.freed_bytes = 0
-        self._attachment: Attachment | None = None
+        self._attachment: SequenceStream | None = None
 
     @property
-    def attachment(self) -> Attachment:
+    def attachment(self) -> SequenceStream:
         """The open stream.
 
         Raises:

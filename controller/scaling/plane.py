@@ -74,7 +74,7 @@ class _Background:
 
     tasks: set[asyncio.Task[None]] = field(default_factory=set)
 
-    def run(self, work: Coroutine[Any, Any, None], name: str) -> asyncio.Task[None]:
+    def start(self, work: Coroutine[Any, Any, None], name: str) -> asyncio.Task[None]:
         task = asyncio.create_task(work, name=name)
         self.tasks.add(task)
         task.add_done_callback(self.tasks.discard)
@@ -168,7 +168,7 @@ class ControlPlane:
             else:
                 entry.builder = self._prepare_in_background(entry)
         for backend in self._backends.values():
-            self._background.run(self._watch(backend), f"watch {backend.name}")
+            _ = self._background.start(self._watch(backend), f"watch {backend.name}")
 
     async def finish_requests(self, timeout_s: float) -> None:
         """Take no more requests; return when the running ones are over or out of time."""
@@ -236,6 +236,7 @@ class ControlPlane:
             await self._store.delete(name)
             del self._entries[name]
         self._reaper.forget(name)
+        self.node.metrics.forget(name)
         if entry.builder is not None:
             entry.builder.cancel()
         if entry.function is not None and entry.owner is not None:
@@ -354,7 +355,7 @@ class ControlPlane:
         entry.builder = self._prepare_in_background(entry)
 
     def _prepare_in_background(self, entry: Entry) -> asyncio.Task[None]:
-        return self._background.run(self._prepare(entry), f"prepare {entry.spec.name}")
+        return self._background.start(self._prepare(entry), f"prepare {entry.spec.name}")
 
     async def _prepare(self, entry: Entry) -> None:
         def report(progress: BuildProgress) -> None:
@@ -384,7 +385,7 @@ class ControlPlane:
             entry.function.update(deployment, backend)
 
     def _own(self, function: Function) -> asyncio.Task[None]:
-        return self._background.run(function.run(), f"own {function.name}")
+        return self._background.start(function.run(), f"own {function.name}")
 
     async def _watch(self, backend: RuntimeBackend) -> None:
         """Tell functions of exits the backend sees, whatever happens to the backend."""

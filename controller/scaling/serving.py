@@ -17,10 +17,11 @@ from controller.errors import (
 )
 from controller.scaling.generation import GenerationRecord, GenerationRequest, TokenChunk
 from controller.scaling.lifecycle import Tier
+from controller.scaling.link import SequenceStream
 from controller.scaling.replica_set import Replica, Waiter
 from functions.spec import FunctionSpec
 from runtime.rpc import inference_pb2 as pb
-from runtime.rpc.client import Attachment, RuntimeRpcError, RuntimeUnavailable
+from runtime.rpc.client import RuntimeRpcError, RuntimeUnavailable
 
 FINISH_REASONS = {pb.FINISH_REASON_STOP: "stop", pb.FINISH_REASON_LENGTH: "length"}
 MAX_ATTEMPTS = 2
@@ -62,7 +63,7 @@ class Host(Protocol):
     def release(self, replica: Replica) -> None:
         """Give a lease back."""
 
-    def attachment(self, replica: Replica) -> Attachment:
+    def attachment(self, replica: Replica) -> SequenceStream:
         """Return a leased replica's stream."""
 
     def eta_s(self, tier: str, waited_s: float) -> float | None:
@@ -153,7 +154,7 @@ class FunctionGeneration:
         self._request = request
         self._ticket = Ticket(num_bytes=request.num_bytes)
         self._buffer: TokenBuffer | None = None
-        self._sequence: tuple[Attachment, int] | None = None
+        self._sequence: tuple[SequenceStream, int] | None = None
         self._num_attempts = 0
         self._is_done = False
         self._progress = (0, 0.0)
@@ -257,7 +258,7 @@ class FunctionGeneration:
             sequence_id = attachment.submit(
                 self._request.prompt_token_ids, self._request.sampling, buffer
             )
-        except RuntimeUnavailable as error:
+        except RuntimeRpcError as error:
             buffer.on_broken(error)
         else:
             self._sequence = (attachment, sequence_id)
@@ -296,6 +297,8 @@ class FunctionGeneration:
     def _translate(self, error: ApiError | RuntimeRpcError) -> ApiError:
         if isinstance(error, ApiError):
             return error
+        if not isinstance(error, RuntimeUnavailable):
+            return InternalError(f"the runtime did not take the sequence: {error}")
         return RuntimeDied(
             f"the replica of {self._host.name!r} went away while it answered: {error}; retry"
         )

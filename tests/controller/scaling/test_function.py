@@ -278,12 +278,12 @@ async def test_warm_park_and_stop_do_what_they_say() -> None:
     world = World()
     async with world.function() as function:
         await function.warm()
-        assert function.tier is Tier.READY
+        assert states(function) == {ReplicaState.READY}
         await function.park()
-        assert function.tier is Tier.PARKED
+        assert states(function) == {ReplicaState.PARKED}
         await function.warm()
         await function.stop()
-        assert function.tier is Tier.STOPPED
+        assert not states(function)
         assert not world.backend.machine.runtimes
 
 
@@ -372,12 +372,13 @@ async def test_shutdown_fails_the_queue_lets_streams_end_and_keeps_runtimes() ->
 
 async def test_two_functions_take_turns_on_one_gpu() -> None:
     world = World(num_gpus=1)
-    gpu = {"resources": {"gpus": 1}, "scaling": {"idle_timeout": 1, "max_replicas": 1}}
+    scaling = {"idle_timeout": 1, "max_replicas": 1}
+    spec = spec_of(resources={"gpus": 1}, scaling=scaling)
     async with (
-        world.function(spec_of(**gpu)) as first,
-        world.function(spec_of(**gpu).model_copy(update={"name": "other"})) as second,
+        world.function(spec) as first,
+        world.function(spec.model_copy(update={"name": "other"})) as second,
     ):
-        world.node.pool.on_release(lambda: (first.poke(), second.poke()))
+        world.node.pool.on_release(second.poke)
         assert await collect(first) == [3, 4, 5, 6]
         waiting = asyncio.create_task(collect(second))
         await asyncio.sleep(0.5)
