@@ -101,7 +101,7 @@ class Source:
     dtype: str
 
 
-@dataclass(frozen=True, kw_only=True)
+@dataclass(frozen=True, kw_only=True)  # no slots: the digest is cached
 class Manifest:
     """The whole content of one snapshot."""
 

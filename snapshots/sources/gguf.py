@@ -1,6 +1,5 @@
 """A GGUF file: weights unpacked block of rows by block of rows, metadata through transformers."""
 
-import logging
 import re
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
@@ -35,8 +34,6 @@ PLAIN_DTYPES = {"F32": "float32", "F16": "float16", "BF16": "bfloat16"}
 
 # What gguf and transformers raise for files that are cut short or make no sense.
 _PARSE_ERRORS = (ValueError, IndexError, KeyError, TypeError, OverflowError, NotImplementedError)
-
-log = logging.getLogger(__name__)
 
 
 class GgufSource:
@@ -73,7 +70,7 @@ class GgufCheckpoint:
         reader = _read(path)
         stored = {tensor.name: tensor for tensor in reader.tensors}
         architecture = _architecture(reader, path)
-        self.config: Mapping[str, Any] = _config(path, architecture, stored)
+        self.config: Mapping[str, Any] = _config(path, stored)
         shape = ModelShape.from_config(self.config)
         self._shape = shape
         self._is_interleaved = architecture.has_interleaved_gguf
@@ -140,9 +137,7 @@ def _architecture(reader: "GGUFReader", path: Path) -> Architecture:
     raise SourceUnsupported(f"no weight map for {found!r} in {path} (known: {known})")
 
 
-def _config(
-    path: Path, architecture: Architecture, stored: Mapping[str, "ReaderTensor"]
-) -> dict[str, Any]:
+def _config(path: Path, stored: Mapping[str, "ReaderTensor"]) -> dict[str, Any]:
     """Return the transformers config, without what depends on where the file lies."""
     from transformers import AutoConfig  # build only, takes seconds
 
@@ -160,7 +155,6 @@ def _config(
     if ROPE_FACTORS in stored:
         factors = stored[ROPE_FACTORS].data.tolist()
         config["rope_parameters"] = rope_parameters(factors, config)
-    log.debug("read %s as %s", path, architecture.name)
     return config
 
 
