@@ -190,13 +190,9 @@ def build_report(figures: Figures, *, by: GroupBy, default_rate: Decimal) -> Cos
 
 
 def _time_group(held: DeviceTime, by: GroupBy) -> str | None:
-    match by:
-        case GroupBy.FUNCTION:
-            return held.function
-        case GroupBy.DAY:
-            return _day(held.day)
-        case GroupBy.DEVICE:
-            return held.device
+    if by is GroupBy.FUNCTION:
+        return held.function
+    return _day(held.day) if by is GroupBy.DAY else held.device
 
 
 def _served_groups(figures: Figures, by: GroupBy) -> Iterable[tuple[str | None, Served]]:

@@ -61,10 +61,6 @@ class Intervals:
         self._connection.execute(delete(intervals).where(later))
         self._insert(successors)
 
-    def between(self, since_us: int, until_us: int) -> Sequence[Interval]:
-        """Return what overlaps [since_us, until_us), by device and start."""
-        return self._select(_overlaps(since_us, until_us))
-
     def device_times(self, since_us: int, until_us: int) -> Sequence[DeviceTime]:
         """Sum [since_us, until_us); what is open counts up to the heartbeat.
 

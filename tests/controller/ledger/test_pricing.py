@@ -22,10 +22,9 @@ def test_a_third_of_a_device_for_a_second() -> None:
 
 
 def test_money_is_rounded_once_and_not_per_piece() -> None:
-    pieces = [(1, Decimal("0.01"))] * 10_000_000
-    assert usd(pieces[:1]) == 0
-    assert usd([(10_000_000 * WHOLE_PPM, Decimal("0.01"))]) == Decimal("0.000027778")
-    assert usd([(WHOLE_PPM, Decimal("0.01"))] * 10_000) == Decimal("0.000000028")
+    piece = (WHOLE_PPM, Decimal("0.01"))  # a microsecond, worth 0.003 nano-dollars
+    assert usd([piece]) == 0
+    assert usd([piece] * 10_000) == Decimal("0.000000028")
 
 
 @given(st.lists(st.integers(0, 2**62), max_size=20))
@@ -33,11 +32,6 @@ def test_seconds_are_exact(times: list[int]) -> None:
     assert sum(map(device_seconds, times), Decimal(0)) * 10**12 == sum(times)
 
 
-@given(
-    st.lists(st.tuples(st.integers(0, 2**62), st.decimals(0, 1000, places=4)), max_size=20),
-    st.randoms(use_true_random=False),
-)
-def test_order_of_the_pieces_changes_no_money(
-    pieces: list[tuple[int, Decimal]], random: object
-) -> None:
+@given(st.lists(st.tuples(st.integers(0, 2**62), st.decimals(0, 1000, places=4)), max_size=20))
+def test_order_of_the_pieces_changes_no_money(pieces: list[tuple[int, Decimal]]) -> None:
     assert usd(pieces) == usd(reversed(pieces))

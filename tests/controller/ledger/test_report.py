@@ -16,6 +16,7 @@ DAY = 20_000
 START_US = DAY * DAY_US
 WHOLE_HOUR = HOUR_US * WHOLE_PPM
 S = LedgerState
+D = Decimal
 
 
 def held(
@@ -82,7 +83,7 @@ def report(
 
 def test_idle_and_active_money_are_told_apart() -> None:
     (row,) = report(times=(held(S.ACTIVE, 1), held(S.IDLE, 3), held(S.LOADING, 0.5))).rows
-    assert (row.active_usd, row.idle_usd, row.other_usd) == (2, 6, 1)
+    assert (row.active_usd, row.idle_usd, row.other_usd) == (D(2), D(6), D(1))
     assert row.cost_usd == 9
 
 
@@ -91,8 +92,8 @@ def test_parked_and_unallocated_time_costs_no_function() -> None:
         times=(held(S.PARKED, 5), held(S.UNALLOCATED, 2, function=None, replica=None))
     ).rows
     assert [(row.group, row.cost_usd, row.given_back_usd) for row in rows] == [
-        ("smol", 0, 10),
-        (None, 0, 4),
+        ("smol", D(0), D(10)),
+        (None, D(0), D(4)),
     ]
 
 
@@ -147,8 +148,8 @@ def test_revisions_add_up_each_at_its_own_rate() -> None:
 def test_days_split_always_on_at_midnight() -> None:
     told = report(by=GroupBy.DAY, hours=48, deployments=(deployed("smol", 18),))
     assert [(row.group, row.always_on_usd) for row in told.rows] == [
-        ("2024-10-04", 6 * 4),
-        ("2024-10-05", 24 * 4),
+        ("2024-10-04", D(6 * 4)),
+        ("2024-10-05", D(24 * 4)),
     ]
 
 
@@ -160,8 +161,8 @@ def test_days_group_time_and_requests() -> None:
         requests=(served("smol", "r1", 5), served("smol", None, 2, DAY + 1)),
     )
     assert [(row.seconds[S.ACTIVE], row.num_requests) for row in told.rows] == [
-        (3600, 5),
-        (7200, 2),
+        (D(3600), 5),
+        (D(7200), 2),
     ]
 
 
@@ -171,7 +172,7 @@ def test_always_on_of_a_device_is_all_its_time() -> None:
         times=(held(S.ACTIVE, 1), held(S.UNALLOCATED, 2, function=None, replica=None, rate="1.00")),
         deployments=(deployed("smol", 0),),
     )
-    assert [(row.group, row.always_on_usd) for row in told.rows] == [("gpu0", 2 + 2)]
+    assert [(row.group, row.always_on_usd) for row in told.rows] == [("gpu0", D(2 + 2))]
     assert told.rows[0].cost_usd + told.rows[0].given_back_usd == told.rows[0].always_on_usd
 
 

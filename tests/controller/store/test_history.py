@@ -1,0 +1,123 @@
+"""Transitions, cold starts and usage."""
+
+from dataclasses import replace
+
+from sqlalchemy import Connection
+
+from controller.ledger.intervals import DAY_US
+from controller.ledger.report import Served
+from controller.store.cold_starts import ColdStarts, StoredColdStart, StoredPhase
+from controller.store.transitions import StoredTransition, Transitions
+from controller.store.usage import StoredUsage, Usage
+
+TRANSITION = StoredTransition(
+    replica_id="r1",
+    function="smol",
+    at_us=10,
+    from_state=None,
+    to_state="starting",
+    reason="a request waits",
+    epoch=7,
+)
+COLD_START = StoredColdStart(
+    function="smol",
+    replica_id="r1",
+    started_us=10,
+    from_tier="stopped",
+    reason="request",
+    outcome="ready",
+    total_s=1.75,
+    phases=(StoredPhase(name="place", seconds=0.25), StoredPhase(name="load", seconds=1.5)),
+)
+USAGE = StoredUsage(
+    request_id="req-1",
+    function="smol",
+    replica_id="r1",
+    key_id=None,
+    started_us=10,
+    tier="parked",
+    queue_s=0.5,
+    first_token_s=0.75,
+    duration_s=2.0,
+    num_prompt_tokens=11,
+    num_cached_tokens=4,
+    num_output_tokens=5,
+    outcome="stop",
+)
+
+
+def test_transitions_come_back_newest_first(connection: Connection) -> None:
+    later = replace(TRANSITION, at_us=20, from_state="starting", to_state="loading")
+    Transitions(connection).add([TRANSITION, later])
+    assert list(Transitions(connection).latest(limit=5)) == [later, TRANSITION]
+    assert list(Transitions(connection).latest(limit=1)) == [later]
+
+
+def test_transitions_of_one_function_or_replica(connection: Connection) -> None:
+    other = replace(TRANSITION, function="other", replica_id="r2")
+    Transitions(connection).add([TRANSITION, other])
+    assert list(Transitions(connection).latest(function="other", limit=5)) == [other]
+    assert list(Transitions(connection).latest(replica_id="r1", limit=5)) == [TRANSITION]
+
+
+def test_cold_starts_come_back_with_their_phases_in_order(connection: Connection) -> None:
+    ColdStarts(connection).add([COLD_START, replace(COLD_START, started_us=20, function="other")])
+    newest, oldest = ColdStarts(connection).latest(limit=5)
+    assert (newest.started_us, oldest.started_us) == (20, 10)
+    assert replace(oldest, id=None) == COLD_START
+    assert newest.id != oldest.id
+
+
+def test_cold_starts_of_one_function(connection: Connection) -> None:
+    ColdStarts(connection).add([COLD_START, replace(COLD_START, function="other")])
+    (found,) = ColdStarts(connection).latest(function="other", limit=5)
+    assert found.function == "other"
+
+
+def test_usage_between_two_moments(connection: Connection) -> None:
+    rows = [replace(USAGE, started_us=at, request_id=f"req-{at}") for at in (5, 10, 20)]
+    Usage(connection).add(rows)
+    assert list(Usage(connection).between(5, 20)) == rows[:2]
+
+
+def test_usage_is_summed_by_function_replica_and_day(connection: Connection) -> None:
+    Usage(connection).add(
+        [
+            USAGE,
+            replace(USAGE, started_us=20),
+            replace(USAGE, started_us=DAY_US + 1),
+            replace(USAGE, replica_id=None, num_output_tokens=0),
+        ]
+    )
+    served = Usage(connection).served(0, 2 * DAY_US)
+
+    def line(replica: str | None, day: int, requests: int, output: int) -> Served:
+        return Served(
+            function="smol",
+            replica_id=replica,
+            day=day,
+            num_requests=requests,
+            num_prompt_tokens=11 * requests,
+            num_output_tokens=output,
+        )
+
+    expected = [line(None, 0, 1, 0), line("r1", 0, 2, 10), line("r1", 1, 1, 5)]
+    assert sorted(served, key=repr) == sorted(expected, key=repr)
+
+
+def test_adding_nothing_is_harmless(connection: Connection) -> None:
+    Transitions(connection).add([])
+    ColdStarts(connection).add([])
+    Usage(connection).add([])
+
+
+def test_old_history_can_be_forgotten(connection: Connection) -> None:
+    Transitions(connection).add([TRANSITION, replace(TRANSITION, at_us=20)])
+    ColdStarts(connection).add([COLD_START, replace(COLD_START, started_us=20)])
+    Usage(connection).add([USAGE, replace(USAGE, started_us=20)])
+    assert Transitions(connection).prune(20) == 1
+    assert ColdStarts(connection).prune(20) == 1
+    assert Usage(connection).prune(20) == 1
+    assert [one.at_us for one in Transitions(connection).latest(limit=5)] == [20]
+    assert [one.started_us for one in ColdStarts(connection).latest(limit=5)] == [20]
+    assert [one.started_us for one in Usage(connection).between(0, 100)] == [20]
