@@ -6,10 +6,12 @@ The zygote is started first, because its imports take seconds; the server's own 
 import argparse
 import asyncio
 import os
+import signal
 import socket
 import sys
 from collections.abc import Sequence
 from pathlib import Path
+from typing import NoReturn
 
 from runtime.spawn import ZygoteOptions, spawn_zygote
 
@@ -24,6 +26,9 @@ class UsageError(Exception):
 def main(argv: Sequence[str] | None = None) -> int:
     """Serve until SIGTERM or SIGINT; return the exit code."""
     options = _parse(argv)
+    # Until the server listens for them; as process 1 of a container we would not even be killed.
+    for number in (signal.SIGTERM, signal.SIGINT):
+        signal.signal(number, _exit)
     os.umask(0o077)  # the socket is for this user alone
     try:
         _prepare_socket(options.socket)
@@ -46,6 +51,10 @@ def main(argv: Sequence[str] | None = None) -> int:
     finally:
         options.socket.unlink(missing_ok=True)
     return 0
+
+
+def _exit(_number: int, _frame: object) -> NoReturn:
+    sys.exit(0)
 
 
 def _parse(argv: Sequence[str] | None) -> argparse.Namespace:

@@ -44,7 +44,8 @@ def spawn_zygote(options: ZygoteOptions) -> ZygoteProcess:
     control, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
     control.setblocking(False)
     output, their_output = os.pipe()
-    command = [sys.executable, "-m", "runtime.zygote"]
+    isolation = ["-P"] if sys.flags.safe_path else []  # looks for modules where we did
+    command = [sys.executable, *isolation, "-m", "runtime.zygote"]
     command += ["--control-fd", str(theirs.fileno()), "--parent-pid", str(os.getpid())]
     command += ["--runtime-id", options.runtime_id, "--store", str(options.store)]
     command += ["--engine-factory", options.engine_factory, "--log-level", options.log_level]

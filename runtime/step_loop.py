@@ -7,11 +7,11 @@ one is. It schedules nothing and touches no tensor; those are the engine's and t
 import time
 from collections import defaultdict
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
 
 import structlog
 from google.protobuf.message import DecodeError, Message
 
+from runtime.drains import Drains
 from runtime.engine.sequence import SequenceKey, StepResult
 from runtime.engine_api import Runner, StepEngine
 from runtime.errors import (
@@ -23,7 +23,7 @@ from runtime.errors import (
     encode_fault,
 )
 from runtime.ipc import Frame, FrameKind, FrameSocket
-from runtime.phases import PhaseLog, bring_up
+from runtime.residency import Residency
 from runtime.rpc import inference_pb2 as pb
 from runtime.translate import finished_message, load_figures, memory_message, sequence_request
 
@@ -31,14 +31,6 @@ HEARTBEAT_S = 1.0
 BUSY_REPORT_S = 0.1  # figures change with every step; more would only load the watchers
 
 log = structlog.get_logger()
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class _Drain:
-    """A drain under way; a monotonic deadline."""
-
-    call_id: int
-    deadline: float
 
 
 class StepLoop:
@@ -64,13 +56,10 @@ class StepLoop:
         self._connection = connection
         self._engine = engine
         self._runner = runner
-        self._device_uuids = list(device_uuids)
+        self._residency = Residency(engine, runner, device_uuids=device_uuids)
+        self._drains = Drains(engine)
         self._live: set[SequenceKey] = set()
         self._outbox: list[Frame] = []
-        self._is_parked = False
-        self._is_draining = False
-        self._drains: list[_Drain] = []
-        self._num_drained = 0
         self._last_active_unix_us = 0
         self._reported_at = 0.0
         self._reported_busy = False
@@ -84,8 +73,8 @@ class StepLoop:
                 self._handle(frame)
             if self._engine.has_work():
                 self._emit(self._engine.step())
-            if self._drains:
-                self._advance_drains()
+            for call_id in self._drains.advance(self._live):
+                self._reply(call_id, pb.DrainResponse(num_cancelled=self._drains.num_cancelled))
             self._report_if_due()
 
     def _patience_s(self) -> float:
@@ -100,15 +89,15 @@ class StepLoop:
             case FrameKind.CLOSE_STREAM:
                 self._engine.cancel_stream(frame.id)
             case FrameKind.PARK:
-                self._answer(frame, self._park)
+                self._answer(frame, self._residency.park)
             case FrameKind.WAKE:
-                self._answer(frame, self._wake)
+                request = pb.WakeRequest.FromString(frame.payload)
+                self._answer(frame, lambda: self._residency.wake(request, self._report_progress))
             case FrameKind.DRAIN:
-                self._start_drain(frame)
+                drain = pb.DrainRequest.FromString(frame.payload)
+                self._drains.start(frame.id, drain.timeout_s)
             case _:
                 raise AssertionError(f"{frame.kind!r} is never sent to a loaded engine")
-
-    # Sequences
 
     def _attach_request(self, frame: Frame) -> None:
         try:
@@ -133,18 +122,19 @@ class StepLoop:
         except RuntimeFault as fault:
             self._reject(key, submit, fault)
         except Exception as error:  # one request must not end the others
-            log.exception("submit_failed", stream_id=stream_id, sequence_id=submit.sequence_id)
+            log.exception("submit_failed", **key._asdict())
             self._reject(key, submit, as_fault(error))
 
     def _check_accepts(self, key: SequenceKey) -> None:
-        if self._is_parked:
+        if self._residency.is_parked:
             raise WrongState("the engine is parked: wake it first")
-        if self._is_draining:
+        if self._drains.has_begun:
             raise WrongState("the runtime is draining and takes no new sequence")
         if key in self._live:
             raise InvalidSequence(f"sequence {key.sequence_id} is already running on this stream")
 
     def _reject(self, key: SequenceKey, submit: pb.Submit, fault: RuntimeFault) -> None:
+        # Not the message: it may name token ids.
         log.info("sequence_refused", **key._asdict(), fault=type(fault).__name__)
         finished = pb.Finished(
             sequence_id=key.sequence_id,
@@ -174,71 +164,15 @@ class StepLoop:
         for stream_id, output in outputs.items():
             self._send(FrameKind.STEP_OUTPUT, stream_id, output.SerializeToString())
 
-    # Operations
-
-    def _answer(self, frame: Frame, operation: Callable[[bytes], Message]) -> None:
+    def _answer(self, frame: Frame, operation: Callable[[], Message]) -> None:
         try:
-            response = operation(frame.payload)
+            response = operation()
         except RuntimeFault as fault:
             log.warning("refused", operation=frame.kind.name, reason=str(fault))
             self._send(FrameKind.REFUSAL, frame.id, encode_fault(fault))
         else:
-            self._report()
-            self._send(FrameKind.REPLY, frame.id, response.SerializeToString())
-
-    def _park(self, _payload: bytes) -> pb.ParkResponse:
-        if self._is_parked:
-            raise WrongState("the engine is parked already")
-        if self._engine.has_work():
-            raise WrongState(f"{len(self._live)} sequences are in flight: drain or cancel first")
-        phase_log = PhaseLog()
-        with phase_log.measure("release"):
-            freed_bytes = self._runner.release()
-        self._is_parked = True
-        log.info("parked", freed_bytes=freed_bytes)
-        memory = memory_message(self._runner)
-        return pb.ParkResponse(freed_bytes=freed_bytes, phases=phase_log.phases, memory=memory)
-
-    def _wake(self, payload: bytes) -> pb.WakeResponse:
-        device_uuids = pb.WakeRequest.FromString(payload).device_uuids
-        if not self._is_parked:
-            raise WrongState("the engine is not parked")
-        if device_uuids and list(device_uuids) != self._device_uuids:
-            raise WrongState(
-                f"this engine is bound to devices {self._device_uuids}, not {list(device_uuids)}: "
-                "load the snapshot in another runtime"
-            )
-        phase_log = PhaseLog()
-        try:
-            bring_up(self._runner, phase_log, self._report_progress)
-        except Exception as error:
-            log.exception("wake_failed")
-            self._runner.release()
-            raise as_fault(error) from error
-        self._engine.reset_cache()
-        self._is_parked = False
-        log.info("woken")
-        return pb.WakeResponse(phases=phase_log.phases, memory=memory_message(self._runner))
-
-    def _start_drain(self, frame: Frame) -> None:
-        timeout_s = pb.DrainRequest.FromString(frame.payload).timeout_s
-        self._is_draining = True
-        self._drains.append(_Drain(call_id=frame.id, deadline=time.monotonic() + timeout_s))
-
-    def _advance_drains(self) -> None:
-        """Cancel what is left when a drain is out of time; answer all when nothing is left."""
-        now = time.monotonic()
-        if not self._engine.has_work():
-            response = pb.DrainResponse(num_cancelled=self._num_drained).SerializeToString()
-            for drain in self._drains:
-                self._send(FrameKind.REPLY, drain.call_id, response)
-            self._drains.clear()
-        elif self._num_drained == 0 and any(now >= drain.deadline for drain in self._drains):
-            self._num_drained = len(self._live)
-            for key in self._live:
-                self._engine.cancel(key)
-
-    # Status
+            self._report()  # first, so that the new state is never seen with the old memory
+            self._reply(frame.id, response)
 
     def _report_if_due(self) -> None:
         silence_s = time.monotonic() - self._reported_at
@@ -264,6 +198,9 @@ class StepLoop:
         if time.monotonic() - self._reported_at >= HEARTBEAT_S:
             self._report()
             self._flush()
+
+    def _reply(self, call_id: int, response: Message) -> None:
+        self._send(FrameKind.REPLY, call_id, response.SerializeToString())
 
     def _send(self, kind: FrameKind, id_: int, payload: bytes) -> None:
         self._outbox.append(Frame(kind, id_, payload))

@@ -126,7 +126,7 @@ async def test_parking_is_refused_while_a_sequence_runs(server: Process) -> None
     attachment = await server.client.attach()
     sink = submit(attachment, 1, max_tokens=ENDLESS)
     await sink.until(lambda sink: len(sink.tokens) > 0)
-    with pytest.raises(RuntimeRefused, match=r"FAILED_PRECONDITION: 1 sequences are in flight"):
+    with pytest.raises(RuntimeRefused, match=r"FAILED_PRECONDITION: sequences are in flight"):
         await server.client.park(timeout_s=TIMEOUT_S)
     assert (await server.status()).state == pb.RUNTIME_STATE_READY
     attachment.cancel(sink.sequence_id)

@@ -97,3 +97,13 @@ def test_a_file_in_the_place_of_the_socket_is_left_alone(home: Path) -> None:
     assert done.returncode == 2
     assert "is no socket" in done.stderr
     assert (home / "run" / "runtime.sock").read_text() == "precious"
+
+
+def test_a_server_told_to_stop_while_it_imports_stops(home: Path) -> None:
+    code = (
+        "import os, signal, sys, runtime.main\n"
+        "runtime.main.spawn_zygote = lambda options: os.kill(os.getpid(), signal.SIGTERM)\n"
+        "runtime.main.main(sys.argv[1:])"
+    )
+    done = run([sys.executable, "-c", code, *command(home)[3:]])
+    assert (done.returncode, done.stderr) == (0, "")
