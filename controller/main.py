@@ -8,9 +8,10 @@ import asyncio
 import fcntl
 import logging
 import signal
+import socket
 import sys
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import AsyncExitStack, contextmanager
 from decimal import Decimal
 from functools import partial
 from pathlib import Path
@@ -67,31 +68,38 @@ def serve(settings: Settings) -> None:
 async def run(settings: Settings) -> None:
     """Wire the parts, serve until a signal, and take them down in reverse."""
     clock, metrics, reaper = SystemClock(), Metrics(), Reaper()
-    database = Database.open(settings.database_url)
     devices = find_devices()
-    ledger = Ledger(
-        devices=device_rates(devices, settings.gpu_hour_usd),
-        clock=clock,
-        repository=LedgerStore(database),
-        on_closed=partial(count_device_time, metrics),
-    )
-    records = Records(database, ledger, clock)
-    journal = Journal(records.write)
-    node = Node(
-        clock=clock,
-        connect=RuntimeClient,
-        pool=DevicePool(devices),
-        ledger=ledger,
-        journal=journal,
-        metrics=metrics,
-        snapshot_store=settings.snapshot_store,
-        gpu_hour_usd=settings.gpu_hour_usd,
-        epoch=unix_us(clock.now()) // 1_000_000,
-    )
-    backends = open_backends(settings)
-    plane = ControlPlane(node, backends, records, reaper)
-    server = GatewayServer(settings, plane, records, node)
-    try:
+    async with AsyncExitStack() as stack:
+        listener = stack.enter_context(listen(settings.host, settings.port))
+        database = Database.open(settings.database_url)
+        stack.callback(database.close)
+        ledger = Ledger(
+            devices=device_rates(devices, settings.gpu_hour_usd),
+            clock=clock,
+            repository=LedgerStore(database),
+            on_closed=partial(count_device_time, metrics),
+        )
+        stack.push_async_callback(ledger.flush)
+        records = Records(database, ledger, clock)
+        journal = Journal(records.write)
+        stack.push_async_callback(journal.flush)
+        node = Node(
+            clock=clock,
+            connect=RuntimeClient,
+            pool=DevicePool(devices),
+            ledger=ledger,
+            journal=journal,
+            metrics=metrics,
+            snapshot_store=settings.snapshot_store,
+            gpu_hour_usd=settings.gpu_hour_usd,
+            epoch=unix_us(clock.now()) // 1_000_000,
+        )
+        backends = open_backends(settings)
+        for backend in backends.values():
+            stack.push_async_callback(backend.close)
+        plane = ControlPlane(node, backends, records, reaper)
+        stack.callback(reaper.stop)
+        stack.push_async_callback(plane.stop, stop_runtimes=settings.stop_runtimes_on_exit)
         await plane.start()
         reaper.every(settings.tick_s, "sweep", plane.sweep)
         reaper.every(settings.reconcile_s, "reconcile", plane.reconcile)
@@ -99,25 +107,33 @@ async def run(settings: Settings) -> None:
         reaper.every(FLUSH_S, "flush journal", journal.flush)
         reaper.every(COMPACT_S, "compact ledger", ledger.compact)
         reaper.start()
-        await server.serve_until_signal()
-    finally:
-        await plane.stop(stop_runtimes=settings.stop_runtimes_on_exit)
-        reaper.stop()
-        for backend in backends.values():
-            await backend.close()
-        await journal.flush()
-        await ledger.flush()
-        database.close()
+        await GatewayServer(settings, plane, records, node, listener).serve_until_signal()
+
+
+def listen(host: str, port: int) -> socket.socket:
+    """Return a listening TCP socket.
+
+    Raises:
+        OSError: The address is taken or not ours.
+    """
+    family = socket.AF_INET6 if ":" in host else socket.AF_INET
+    return socket.create_server((host, port), family=family, backlog=2048)
 
 
 class GatewayServer:
     """The HTTP server, with a shutdown in our order rather than uvicorn's."""
 
     def __init__(
-        self, settings: Settings, plane: ControlPlane, records: Records, node: Node
+        self,
+        settings: Settings,
+        plane: ControlPlane,
+        records: Records,
+        node: Node,
+        listener: socket.socket,
     ) -> None:
         self._settings = settings
         self._plane = plane
+        self._listener = listener
         self._stopping = asyncio.Event()
         app = create_app(
             plane,
@@ -134,8 +150,6 @@ class GatewayServer:
         self._server = _Server(
             uvicorn.Config(
                 app,
-                host=settings.host,
-                port=settings.port,
                 http="httptools",
                 lifespan="off",
                 access_log=False,
@@ -150,7 +164,9 @@ class GatewayServer:
         loop = asyncio.get_running_loop()
         for name in (signal.SIGINT, signal.SIGTERM):
             loop.add_signal_handler(name, self._stopping.set)
-        serving = asyncio.create_task(self._server.serve(), name="gateway")
+        host, port = self._listener.getsockname()[:2]
+        log.info("listening", url=f"http://{host}:{port}")
+        serving = asyncio.create_task(self._server.serve(sockets=[self._listener]), name="gateway")
         stopping = asyncio.create_task(self._stopping.wait(), name="signal")
         await asyncio.wait([serving, stopping], return_when=asyncio.FIRST_COMPLETED)
         log.info("stopping")

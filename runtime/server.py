@@ -7,7 +7,6 @@ controller parse them.
 import asyncio
 import signal
 from collections.abc import AsyncIterator, Awaitable, Callable
-from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
@@ -25,6 +24,7 @@ from runtime.rpc import inference_pb2 as pb
 from runtime.spawn import ZygoteOptions, ZygoteProcess
 from runtime.status_board import StatusBoard
 from runtime.supervisor import Supervisor
+from runtime.version import VERSION
 
 SERVICE = pb.DESCRIPTOR.services_by_name["RuntimeService"]
 SERVER_OPTIONS = (
@@ -131,7 +131,7 @@ async def serve(socket_path: Path, options: ZygoteOptions, zygote: ZygoteProcess
     stop = asyncio.Event()
     for number in (signal.SIGTERM, signal.SIGINT):
         asyncio.get_running_loop().add_signal_handler(number, stop.set)
-    board = StatusBoard(runtime_id=options.runtime_id, build=version("coldspark"))
+    board = StatusBoard(runtime_id=options.runtime_id, build=VERSION)
     supervisor = Supervisor(options, board)
     supervisor.start(zygote)
     server = await start_server(RuntimeServicer(supervisor, board), socket_path)

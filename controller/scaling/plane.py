@@ -242,6 +242,8 @@ class ControlPlane:
         if entry.function is not None and entry.owner is not None:
             entry.function.close()
             await asyncio.wait([entry.owner])
+        if entry.snapshot is not None:
+            self._snapshots.unpin(entry.snapshot, owner=name)
 
     async def warm(self, name: str) -> None:
         """Return once a replica is ready."""
@@ -346,6 +348,7 @@ class ControlPlane:
     ) -> None:
         entry = Entry(spec=spec, backend=backend, created_us=created_us)
         if previous is not None:
+            entry.snapshot = previous.snapshot
             # The old revision serves until the new one has its snapshot.
             entry.function, entry.owner = previous.function, previous.owner
             if previous.builder is not None:
@@ -376,6 +379,9 @@ class ControlPlane:
             entry.owner = self._own(entry.function)
 
     def _install(self, entry: Entry, deployment: Deployment) -> None:
+        self._snapshots.pin(deployment.snapshot, owner=deployment.spec.name)
+        if entry.snapshot not in (None, deployment.snapshot):
+            self._snapshots.unpin(entry.snapshot, owner=deployment.spec.name)
         entry.snapshot, entry.snapshot_state = deployment.snapshot, SnapshotState.READY
         backend = self._backends[entry.backend]
         if entry.function is None:
