@@ -7,6 +7,7 @@ controller parse them.
 import asyncio
 import signal
 from collections.abc import AsyncIterator, Awaitable, Callable
+from contextlib import aclosing
 from pathlib import Path
 from typing import Any
 
@@ -73,8 +74,9 @@ class RuntimeServicer:
         context: grpc.aio.ServicerContext[pb.WatchRequest, pb.RuntimeStatus],
     ) -> None:
         """Answer Watch until the client leaves."""
-        async for status in self._board.follow():
-            await context.write(status)
+        async with aclosing(self._board.follow()) as statuses:
+            async for status in statuses:
+                await context.write(status)
 
     async def attach(
         self,

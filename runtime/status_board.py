@@ -3,7 +3,7 @@
 import asyncio
 import contextlib
 import time
-from collections.abc import AsyncIterator, Iterable
+from collections.abc import AsyncGenerator, Iterable
 from typing import Any
 
 from runtime.rpc import inference_pb2 as pb
@@ -80,7 +80,7 @@ class StatusBoard:
         self._status.ClearField("load")
         self.update(engine_pid=0)
 
-    async def follow(self) -> AsyncIterator[pb.RuntimeStatus]:
+    async def follow(self) -> AsyncGenerator[pb.RuntimeStatus, None]:
         """Yield the status now, after every change, and after a silence, until `close`."""
         changed = asyncio.Event()
         self._followers.add(changed)

@@ -253,7 +253,7 @@ class RuntimeClient:
         with _translated():
             return await self._stub.Health(pb.HealthRequest(), timeout=timeout_s)
 
-    async def watch(self) -> AsyncGenerator[pb.RuntimeStatus]:
+    async def watch(self) -> AsyncGenerator[pb.RuntimeStatus, None]:
         """Yield a status now and after every change; never ends but by RuntimeUnavailable."""
         call = self._stub.Watch(pb.WatchRequest())
         try:

@@ -21,6 +21,7 @@ from tests.fakes.engine import Script
 
 FAKE_FACTORY = "tests.fakes.engine:FakeEngineFactory"
 TIMEOUT_S = 20.0
+ROOT = Path(__file__).parents[2]
 
 
 @dataclass
@@ -143,14 +144,19 @@ class Launch(Protocol):
     """Starts a runtime server that the test's end stops."""
 
     def __call__(
-        self, *, factory: str = ..., store: Path | None = ..., env: Mapping[str, str] = ...
+        self,
+        *,
+        factory: str = ...,
+        store: Path | None = ...,
+        env: Mapping[str, str] = ...,
+        cwd: Path = ...,
     ) -> Process: ...
 
 
 def command(home: Path, *, factory: str = FAKE_FACTORY, store: Path | None = None) -> list[str]:
     arguments = ["--runtime-id", "test-1", "--socket", str(home / "run" / "runtime.sock")]
     arguments += ["--store", str(store or home / "store"), "--engine-factory", factory]
-    return [sys.executable, "-m", "runtime.main", *arguments]
+    return [sys.executable, "-P", "-m", "runtime.main", *arguments]
 
 
 @pytest.fixture
@@ -163,13 +169,15 @@ async def launch(home: Path) -> AsyncIterator[Launch]:
         factory: str = FAKE_FACTORY,
         store: Path | None = None,
         env: Mapping[str, str] = MappingProxyType({}),
+        cwd: Path = ROOT,
     ) -> Process:
         with (home / "stderr").open("ab") as stderr:
             popen = subprocess.Popen(
                 command(home, factory=factory, store=store),
                 stdin=subprocess.DEVNULL,
                 stderr=stderr,
-                env={**os.environ, **env},
+                env={**os.environ, "PYTHONPATH": str(ROOT), **env},
+                cwd=cwd,
             )
         client = RuntimeClient(f"unix:{home / 'run' / 'runtime.sock'}")
         processes.append(Process(popen=popen, home=home, client=client))

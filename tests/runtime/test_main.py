@@ -105,5 +105,16 @@ def test_a_server_told_to_stop_while_it_imports_stops(home: Path) -> None:
         "runtime.main.spawn_zygote = lambda options: os.kill(os.getpid(), signal.SIGTERM)\n"
         "runtime.main.main(sys.argv[1:])"
     )
-    done = run([sys.executable, "-c", code, *command(home)[3:]])
+    done = run([sys.executable, "-c", code, *command(home)[4:]])
     assert (done.returncode, done.stderr) == (0, "")
+
+
+async def test_a_zygote_looks_for_modules_where_its_server_does(home: Path, launch: Launch) -> None:
+    """A directory that happens to be called like one of our packages must not be imported."""
+    decoy = home / "runtime"
+    decoy.mkdir()
+    (decoy / "__init__.py").write_text("raise SystemExit('the decoy was imported')")
+    server = launch(cwd=home)
+    await server.client.wait_reachable(TIMEOUT_S)
+    status = await server.until(lambda status: status.state != pb.RUNTIME_STATE_STARTING)
+    assert status.state == pb.RUNTIME_STATE_STANDBY, status.error
