@@ -7,9 +7,10 @@ TEST_DOCKER_RUNTIME_IMAGE, which is what `make image` builds.
 import os
 from typing import NoReturn
 
-import docker
 import pytest
 from docker.errors import DockerException, ImageNotFound
+
+from controller.backends.docker_engine import connect_from_environment
 
 
 def base_image() -> str:
@@ -24,8 +25,8 @@ def runtime_image() -> str:
 
 def _present(image: str) -> str:
     try:
-        client = docker.from_env(timeout=10)
-    except DockerException as error:
+        client = connect_from_environment()
+    except (DockerException, OSError) as error:
         _give_up(f"no Docker Engine answers: {error}")
     try:
         client.images.get(image)

@@ -136,6 +136,8 @@ class DockerBackend:
         options = container_options(spec, cluster=self._cluster, directory=directory)
         try:
             client.containers.create(self._image, entrypoint=self._entrypoint, **options)
+            # One of the same id, removed behind our back, has left it.
+            self._directories.socket(spec.runtime_id).unlink(missing_ok=True)
         except ImageNotFound as error:
             raise BackendError(
                 f"the engine has no image {self._image!r}; build it with `make image`"

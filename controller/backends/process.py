@@ -32,7 +32,7 @@ log = structlog.get_logger(__name__)
 
 RUNTIME_COMMAND = (sys.executable, "-P", "-m", "runtime.main")
 LOG_NAME = "log"
-MARK_NAME = "COLDSPARK_RUNTIME_DIR"
+MARK_NAME = "COLDSPARK_PROCESS_TREE"
 PASSED_ON = ("PATH", "LANG", "LC_ALL", "TZ", "LD_LIBRARY_PATH", "PYTHONPATH")
 """What a runtime inherits; anything else could hold a secret."""
 FOLLOW_PERIOD_S = 0.2

@@ -3,13 +3,15 @@
 import os
 import signal
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 
 from controller.backends import log_writer
 from controller.backends.processes import ProcessRef
 
 LOG_WRITER_COMMAND = (sys.executable, "-I", "-S", log_writer.__file__)
+
+STDERR = 2
 
 
 def spawn_logged(
@@ -44,12 +46,23 @@ def _spawn(
     command: Sequence[str], env: Mapping[str, str], file_actions: Sequence[tuple[object, ...]]
 ) -> int:
     """Start a session of its own, with no inherited files and with default signals."""
+    closing = [(os.POSIX_SPAWN_CLOSE, number) for number in _inherited_files()]
     return os.posix_spawnp(
         command[0],
         list(command),
         env,
-        file_actions=file_actions,
+        file_actions=[*closing, *file_actions],
         setsid=True,
         setsigmask=(),
         setsigdef=(signal.SIGPIPE, signal.SIGINT, signal.SIGTERM),
     )
+
+
+def _inherited_files() -> Iterator[int]:
+    """Yield the files, standard streams apart, that were left open for us and our children."""
+    for number in [int(path.name) for path in Path("/proc/self/fd").iterdir()]:
+        try:
+            if number > STDERR and os.get_inheritable(number):
+                yield number
+        except OSError:
+            continue  # the one that listed the directory

@@ -110,13 +110,14 @@ class SocketHarness:
             "import os, signal",
             "if os.fork() == 0:",
             "    os.setsid()",
-            "    os.write(1, b'held\\n')",
             "    while True:",
             "        signal.pause()",
+            "answer = 'held'",
         ]
         reader, writer = await connect(info)
         writer.write("\n".join(lines).encode())
         writer.write_eof()
+        assert await reader.readexactly(4) == b"held"
 
         async def gone() -> None:
             await reader.read()
@@ -183,3 +184,8 @@ async def connect(info: RuntimeInfo) -> tuple[asyncio.StreamReader, asyncio.Stre
 async def lines_of(logs: AsyncIterator[str]) -> list[str]:
     """Return all that a log has."""
     return [line async for line in logs]
+
+
+def names_in(directory: Path) -> list[str]:
+    """Return the names a directory holds."""
+    return sorted(path.name for path in directory.iterdir())
