@@ -1,7 +1,8 @@
 """A runner without tensors whose answers depend on every token it can reach through its blocks.
 
-Its KV cache holds token ids, and the next token is a checksum of all tokens of a sequence, read
-through the block table. Wrong sharing, early reuse or lost recomputation change the answer.
+Its KV cache holds a checksum of each token and all before it, read through the block table, as
+real keys and values depend on the whole prefix. The next token is a checksum of all of them.
+Wrong sharing, early reuse or lost recomputation change the answer.
 """
 
 import zlib
@@ -10,19 +11,19 @@ from collections.abc import Callable, Sequence
 from runtime.engine.engine import SampledTokens
 from runtime.engine.scheduler import ScheduledBatch, ScheduledSequence
 
-NOTHING = -1
 
-
-def next_token(token_ids: Sequence[int], vocab_size: int) -> int:
-    """Return what the runner samples after these tokens."""
-    return zlib.crc32(str(list(token_ids)).encode()) % vocab_size
+def checksum(values: Sequence[int]) -> int:
+    return zlib.crc32(str(list(values)).encode())
 
 
 def answer(prompt: Sequence[int], num_tokens: int, vocab_size: int) -> list[int]:
     """Return what a sequence alone would be answered: the naive reference."""
     token_ids = list(prompt)
     for _ in range(num_tokens):
-        token_ids.append(next_token(token_ids, vocab_size))
+        states: list[int] = []
+        for token_id in token_ids:
+            states.append(checksum([*states, token_id]))
+        token_ids.append(checksum(states) % vocab_size)
     return token_ids[len(prompt) :]
 
 
@@ -43,7 +44,7 @@ class TokenRunner:
         self.batches: list[ScheduledBatch] = []
         self.fail: Callable[[ScheduledBatch], str | None] = lambda batch: None
         self._block_size = block_size
-        self._slots = [NOTHING] * (num_kv_blocks * block_size)
+        self._states = [0] * (num_kv_blocks * block_size)
         self._last_tokens: dict[int, int] = {}
 
     def execute(self, batch: ScheduledBatch) -> SampledTokens:
@@ -60,13 +61,15 @@ class TokenRunner:
         return SampledTokens(token_ids=sampled, faults={})
 
     def _run(self, item: ScheduledSequence) -> int:
-        known = [*item.token_ids, *[self._last_tokens.get(item.number)] * item.num_pending_tokens]
-        for position, token_id in enumerate(known, start=item.start):
-            assert token_id is not None, "a pending token was sampled before"
-            self._slots[self._slot(item, position)] = token_id
-        reachable = [self._slots[self._slot(item, position)] for position in range(item.end)]
-        assert NOTHING not in reachable, "attended to a token that was never computed"
-        token_id = next_token(reachable, self.vocab_size)
+        assert item.num_tokens > 0, "nothing to sample from"
+        token_ids = [*item.token_ids]
+        if item.num_pending_tokens > 0:
+            token_ids.append(self._last_tokens[item.number])
+        states = [self._states[self._slot(item, position)] for position in range(item.start)]
+        for position, token_id in enumerate(token_ids, start=item.start):
+            states.append(checksum([*states, token_id]))
+            self._states[self._slot(item, position)] = states[-1]
+        token_id = checksum(states) % self.vocab_size
         if item.is_sampled:
             self._last_tokens[item.number] = token_id
         return token_id

@@ -14,7 +14,7 @@ from runtime.engine.sequence import FinishReason, Sequence
 from tests.fakes.token_runner import TokenRunner, answer
 from tests.runtime.engine.sequences import new_sequence
 
-NUM_BLOCKS = 9
+NUM_BLOCKS = 8
 BLOCK_SIZE = 2
 VOCAB_SIZE = 7
 MAX_IN_FLIGHT = 2
@@ -29,7 +29,7 @@ class EngineMachine(RuleBasedStateMachine):
     def __init__(self) -> None:
         super().__init__()
         self.blocks = BlockManager(NUM_BLOCKS, BLOCK_SIZE, enable_prefix_caching=True)
-        config = EngineConfig(max_num_batched_tokens=5, max_num_seqs=4)
+        config = EngineConfig(max_num_batched_tokens=8, max_num_seqs=4)
         self.scheduler = Scheduler(config, self.blocks)
         self.runner = TokenRunner(
             num_kv_blocks=NUM_BLOCKS, block_size=BLOCK_SIZE, vocab_size=VOCAB_SIZE
@@ -42,11 +42,13 @@ class EngineMachine(RuleBasedStateMachine):
 
     @rule(
         family=st.integers(0, 2),
-        num_shared_tokens=st.integers(0, 10),
+        num_shared_tokens=st.integers(0, 4),
         own_tokens=st.lists(st.integers(0, 1), min_size=1, max_size=3),
-        num_output_tokens=st.integers(1, 5),
+        num_output_tokens=st.integers(1, 9),
     )
-    def submit(self, num_shared_tokens: int, own_tokens: list[int], num_output_tokens: int) -> None:
+    def submit(
+        self, family: int, num_shared_tokens: int, own_tokens: list[int], num_output_tokens: int
+    ) -> None:
         prompt = [family] * num_shared_tokens + own_tokens
         sequence = new_sequence(prompt, max_tokens=len(prompt) + num_output_tokens)
         self.sequences.append(sequence)
@@ -125,14 +127,15 @@ class EngineMachine(RuleBasedStateMachine):
         assert numbers == sorted(numbers)
 
     def teardown(self) -> None:
+        num_steps_left = 100 * (1 + len(self.sequences))
         while self.scheduler.has_work() or self.in_flight:
-            before = len(self.in_flight)
-            if before < MAX_IN_FLIGHT:
+            num_steps_left -= 1
+            assert num_steps_left > 0, "no progress"
+            if len(self.in_flight) < MAX_IN_FLIGHT:
                 self.start_step()
-            if self.in_flight:
-                self.end_step()
-            else:  # only ends to report
+            if not self.in_flight:  # only ends to report
                 self.in_flight.append((ScheduledBatch(sequences=()), []))
+            self.end_step()
             self.every_block_is_in_one_place()
         assert self.blocks.num_used_blocks == 0
         for sequence in self.sequences:
