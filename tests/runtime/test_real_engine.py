@@ -17,12 +17,12 @@ PROMPT = [1, 4093, 198, 1780, 314, 260, 3575, 282, 4649, 47, 2, 198, 1, 520, 953
 
 
 @pytest.fixture
-async def server(launch: Launch, smollm2_snapshot: Path) -> Process:
-    """A runtime with the real model loaded."""
-    server = launch(factory=FACTORY, store=smollm2_snapshot.parent)
+async def server(launch: Launch, smollm2_snapshot_fp32: Path) -> Process:
+    """A runtime with the real model loaded, in fp32: no rounding makes answers differ."""
+    server = launch(factory=FACTORY, store=smollm2_snapshot_fp32.parent)
     await server.client.wait_reachable(LOAD_TIMEOUT_S)
     engine = pb.EngineConfig(max_model_len=512, kv_cache_bytes=64 << 20, enable_prefix_caching=True)
-    request = pb.LoadRequest(snapshot=smollm2_snapshot.name, engine=engine)
+    request = pb.LoadRequest(snapshot=smollm2_snapshot_fp32.name, engine=engine)
     response = await server.client.load(request, timeout_s=LOAD_TIMEOUT_S)
     assert response.max_model_len == 512
     return server
