@@ -3,40 +3,28 @@
 Everything here is text or numbers ready to be shown; escaping is the templates' business.
 """
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from datetime import datetime, timedelta
+from datetime import timedelta
 from decimal import Decimal
 from enum import StrEnum
 from typing import Any
 
-from controller.dashboard.charts import BarChart, Series
+from controller.dashboard.charts import BarChart
 from controller.dashboard.format import (
     NOTHING,
-    human_age,
     human_bytes,
     human_count,
     human_seconds,
     human_share,
     human_usd,
 )
+from controller.dashboard.money import CostLine
+from controller.dashboard.waterfall import ColdStartLine
 
 Json = Mapping[str, Any]
 
-MAX_BARS = 12
-_STARTING = ("starting_s", "loading_s", "draining_s", "failed_s")
-_GIVEN_BACK = ("parked_s", "unallocated_s")
-_TIME_UNITS = ((172_800.0, 86_400.0, "days"), (7200.0, 3600.0, "hours"), (120.0, 60.0, "minutes"))
 _TIER_GLYPHS = {"ready": "●", "parked": "◐", "standby": "◔", "stopped": "○"}
-_PHASE_KINDS = {
-    "queue": "wait",
-    "place": "wait",
-    "container_start": "start",
-    "runtime_import": "import",
-    "first_token": "first",
-    "prefill": "first",
-}
-_SHOWN_PHASE_SHARE = 0.01
 
 
 class Window(StrEnum):
@@ -64,14 +52,6 @@ _WINDOWS = {
     Window.WEEK: (timedelta(days=7), "7 days"),
     Window.MONTH: (timedelta(days=30), "30 days"),
 }
-
-
-class Grouping(StrEnum):
-    """What a bar stands for."""
-
-    FUNCTION = "function"
-    DAY = "day"
-    DEVICE = "device"
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -104,53 +84,6 @@ class FunctionLine:
     building: str
     percent: int | None
     error: str
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class CostLine:
-    """One row of the cost table."""
-
-    group: str
-    active: str
-    idle: str
-    starting: str
-    given_back: str
-    requests: str
-    tokens: str
-    cost: str
-    idle_cost: str
-    always_on: str
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class PhaseBar:
-    """One phase of a waterfall; positions in thousandths of the longest cold start shown."""
-
-    name: str
-    seconds: float
-    duration: str
-    kind: str
-    x: float
-    width: float
-    is_listed: bool
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class ColdStartLine:
-    """One row of the cold starts."""
-
-    id: str
-    function: str
-    started_at: str
-    clock: str
-    age: str
-    from_tier: str
-    reason: str
-    outcome: str
-    is_failed: bool
-    total: str
-    phases: Sequence[PhaseBar]
-    rest: str
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -277,172 +210,3 @@ def device_lines(devices: Sequence[Json]) -> Sequence[DeviceLine]:
         )
         for device in devices
     ]
-
-
-def cost_lines(report: Json) -> Sequence[CostLine]:
-    """Return the rows of the cost table, the total last."""
-    return [_cost_line(row["group"] or "nobody", row) for row in report["rows"]] + [
-        _cost_line("Total", report["total"])
-    ]
-
-
-def _cost_line(group: str, row: Json) -> CostLine:
-    return CostLine(
-        group=group,
-        active=human_seconds(float(row["active_s"])),
-        idle=human_seconds(float(row["idle_s"])),
-        starting=human_seconds(sum(float(row[name]) for name in _STARTING)),
-        given_back=human_seconds(sum(float(row[name]) for name in _GIVEN_BACK)),
-        requests=human_count(int(row["requests"])),
-        tokens=human_count(int(row["prompt_tokens"]) + int(row["output_tokens"])),
-        cost=human_usd(Decimal(row["cost_usd"])),
-        idle_cost=human_usd(Decimal(row["idle_cost_usd"])),
-        always_on=human_usd(Decimal(row["always_on_cost_usd"])),
-    )
-
-
-def charts(report: Json, grouping: Grouping) -> tuple[Sequence[BarChart], int]:
-    """Return the charts of a cost report, and how many rows did not fit into them."""
-    rows = [row for row in report["rows"] if row["group"] is not None]
-    if grouping is Grouping.DAY:
-        shown = rows[-MAX_BARS:]
-    else:
-        shown = sorted(rows, key=lambda row: -Decimal(row["cost_usd"]))[:MAX_BARS]
-    if not shown:
-        return (), 0
-    return (_time_chart(shown), _money_chart(shown)), len(rows) - len(shown)
-
-
-def _time_chart(rows: Sequence[Json]) -> BarChart:
-    columns = {
-        "active": ("Active", [float(row["active_s"]) for row in rows]),
-        "idle": ("Idle", [float(row["idle_s"]) for row in rows]),
-        "other": ("Starting", [sum(float(row[name]) for name in _STARTING) for row in rows]),
-    }
-    longest = max(map(sum, zip(*(values for _, values in columns.values()), strict=True)))
-    divisor, unit = _time_unit(longest)
-    described = "; ".join(
-        f"{row['group']}: active {human_seconds(float(row['active_s']))}, "
-        f"idle {human_seconds(float(row['idle_s']))}"
-        for row in rows
-    )
-    return BarChart(
-        id="time",
-        title=f"Device time, {unit}",
-        description=described,
-        bars=[row["group"] for row in rows],
-        series=[
-            Series(
-                kind=kind,
-                label=label,
-                values=[value / divisor for value in values],
-                texts=[human_seconds(value) for value in values],
-            )
-            for kind, (label, values) in columns.items()
-        ],
-    )
-
-
-def _time_unit(longest_s: float) -> tuple[float, str]:
-    for threshold, divisor, unit in _TIME_UNITS:
-        if longest_s >= threshold:
-            return divisor, unit
-    return 1.0, "seconds"
-
-
-def _money_chart(rows: Sequence[Json]) -> BarChart:
-    """Two bars a row: what it cost, and what always-on would have cost."""
-    spent = {
-        "active": ("Active", [Decimal(row["active_cost_usd"]) for row in rows]),
-        "idle": ("Idle", [Decimal(row["idle_cost_usd"]) for row in rows]),
-        "other": ("Starting", [_other_usd(row) for row in rows]),
-    }
-    always_on = [Decimal(row["always_on_cost_usd"]) for row in rows]
-    described = "; ".join(
-        f"{row['group']}: {human_usd(Decimal(row['cost_usd']))}, of it idle "
-        f"{human_usd(Decimal(row['idle_cost_usd']))}, always on "
-        f"{human_usd(Decimal(row['always_on_cost_usd']))}"
-        for row in rows
-    )
-    series = [
-        _paired(kind, label, [(amount, None) for amount in amounts])
-        for kind, (label, amounts) in spent.items()
-    ]
-    return BarChart(
-        id="money",
-        title="Money, US dollars",
-        description=described,
-        bars=[name for row in rows for name in (row["group"], "if always on")],
-        series=[*series, _paired("always-on", "Always on", [(None, usd) for usd in always_on])],
-    )
-
-
-def _paired(
-    kind: str, label: str, pairs: Iterable[tuple[Decimal | None, Decimal | None]]
-) -> Series:
-    amounts = [amount for pair in pairs for amount in pair]
-    return Series(
-        kind=kind,
-        label=label,
-        values=[None if amount is None else float(amount) for amount in amounts],
-        texts=["" if amount is None else human_usd(amount) for amount in amounts],
-    )
-
-
-def _other_usd(row: Json) -> Decimal:
-    spent = Decimal(row["active_cost_usd"]) + Decimal(row["idle_cost_usd"])
-    return Decimal(row["cost_usd"]) - spent
-
-
-def cold_start_lines(starts: Sequence[Json], now: datetime) -> Sequence[ColdStartLine]:
-    """Return the rows of the cold starts, all to one scale."""
-    longest_s = max((float(start["total_s"]) for start in starts), default=0.0)
-    return [_cold_start_line(start, longest_s, now) for start in starts]
-
-
-def _cold_start_line(start: Json, longest_s: float, now: datetime) -> ColdStartLine:
-    at = datetime.fromisoformat(start["started_at"])
-    phases = _phase_bars(start["phases"], float(start["total_s"]), longest_s)
-    unlisted_s = [phase.seconds for phase in phases if not phase.is_listed]
-    return ColdStartLine(
-        id=str(start["id"]),
-        function=start["function"],
-        started_at=at.isoformat(),
-        clock=f"{at:%Y-%m-%d %H:%M:%S} UTC",
-        age=human_age(at, now),
-        from_tier=start["from_tier"],
-        reason=start.get("reason") or "",
-        outcome=start["outcome"],
-        is_failed=start["outcome"] == "failed",
-        total=human_seconds(float(start["total_s"])),
-        phases=phases,
-        rest=human_seconds(sum(unlisted_s)) if unlisted_s else "",
-    )
-
-
-def _phase_bars(phases: Sequence[Json], total_s: float, longest_s: float) -> Sequence[PhaseBar]:
-    bars: list[PhaseBar] = []
-    x = 0.0
-    for phase in phases:
-        seconds = max(float(phase["seconds"]), 0.0)
-        width = 1000 * seconds / longest_s if longest_s > 0 else 0.0
-        bars.append(
-            PhaseBar(
-                name=str(phase["name"]).replace("_", " "),
-                seconds=seconds,
-                duration=human_seconds(seconds),
-                kind=phase_kind(str(phase["name"])),
-                x=round(x, 2),
-                width=round(width, 2),
-                is_listed=seconds >= _SHOWN_PHASE_SHARE * total_s,
-            )
-        )
-        x += width
-    return bars
-
-
-def phase_kind(name: str) -> str:
-    """Return the stylesheet's name for a phase's colour."""
-    if name.startswith("weights_"):
-        return "weights"
-    return _PHASE_KINDS.get(name, "prepare")

@@ -18,17 +18,9 @@ from jinja2 import Environment, FileSystemLoader, StrictUndefined
 from controller.clock import Clock
 from controller.dashboard.charts import HATCH_ID
 from controller.dashboard.format import human_seconds
-from controller.dashboard.page import (
-    Books,
-    Grouping,
-    Window,
-    charts,
-    cold_start_lines,
-    cost_lines,
-    device_lines,
-    function_lines,
-    tiles,
-)
+from controller.dashboard.money import Grouping, charts, cost_lines
+from controller.dashboard.page import Books, Window, device_lines, function_lines, tiles
+from controller.dashboard.waterfall import cold_start_lines
 from controller.errors import NotFound
 from controller.store.errors import StoreError
 

@@ -136,7 +136,7 @@ class DeviceTimeline:
         closed: list[Interval] = []
         for slot, old in self._open.items():
             new = planned.get(slot)
-            if new is not None and replace(new, start_us=old.start_us) == old:
+            if new is not None and _goes_on(old, new):
                 planned[slot] = old
             else:
                 closed.extend(_close(old, at_us))
@@ -167,6 +167,16 @@ class DeviceTimeline:
                 share_ppm=equal + (remainder if index == 0 else 0),
                 rate_usd_per_hour=claim.rate_usd_per_hour,
             )
+
+
+def _goes_on(old: Interval, new: Interval) -> bool:
+    """Say whether the new plan for a slot is what goes on there anyway."""
+    return (
+        old.state is new.state
+        and old.share_ppm == new.share_ppm
+        and old.function == new.function
+        and old.rate_usd_per_hour == new.rate_usd_per_hour
+    )
 
 
 def _close(interval: Interval, end_us: int) -> Iterator[Interval]:

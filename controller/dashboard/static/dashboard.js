@@ -20,25 +20,21 @@
     }
   };
 
-  const keepScroll = (before, after) => {
-    const boxes = after.querySelectorAll("[data-scrolls]");
-    before.querySelectorAll("[data-scrolls]").forEach((box, index) => {
-      if (boxes[index]) boxes[index].scrollLeft = box.scrollLeft;
-    });
-  };
-
   const replace = (html) => {
     const fresh = new DOMParser().parseFromString(html, "text/html");
     for (const section of fresh.querySelectorAll("section[id]")) {
       const old = document.getElementById(section.id);
       if (!old) continue;
       keepOpen(old, section);
-      if (old.outerHTML === section.outerHTML || old.contains(document.activeElement)) continue;
-      const scrolled = old.cloneNode(false);
-      scrolled.append(...old.childNodes);
-      const adopted = document.adoptNode(section);
-      old.replaceWith(adopted);
-      keepScroll(scrolled, adopted);
+      if (old.outerHTML === section.outerHTML) continue;
+      const focused = old.contains(document.activeElement) ? document.activeElement : null;
+      if (focused && !focused.id) continue; // it could not be found again
+      const positions = [...old.querySelectorAll(".scroll")].map((box) => box.scrollLeft);
+      old.replaceWith(document.adoptNode(section));
+      section.querySelectorAll(".scroll").forEach((box, index) => {
+        box.scrollLeft = positions[index] ?? 0;
+      });
+      if (focused) document.getElementById(focused.id)?.focus({ preventScroll: true });
     }
   };
 
