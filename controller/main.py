@@ -100,6 +100,9 @@ async def run(settings: Settings) -> None:
         plane = ControlPlane(node, backends, records, reaper)
         stack.callback(reaper.stop)
         stack.push_async_callback(plane.stop, stop_runtimes=settings.stop_runtimes_on_exit)
+        first_key = settings.home / "bootstrap.key"
+        if settings.require_api_keys and await records.bootstrap_key(first_key):
+            log.warning("API keys are required and there were none", first_key_in=str(first_key))
         await plane.start()
         reaper.every(settings.tick_s, "sweep", plane.sweep)
         reaper.every(settings.reconcile_s, "reconcile", plane.reconcile)

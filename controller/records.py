@@ -1,11 +1,15 @@
 """Between what the parts say and what the database keeps: one adapter for all aggregates."""
 
+import asyncio
 import secrets
 import uuid
 from collections.abc import Sequence
 from datetime import UTC, datetime
+from pathlib import Path
 from typing import Any
 
+import structlog
+from pydantic import ValidationError
 from sqlalchemy import Connection
 
 from controller.clock import Clock, unix_us
@@ -24,6 +28,8 @@ from controller.store.keys import Keys, StoredKey
 from controller.store.transitions import StoredTransition, Transitions
 from controller.store.usage import StoredUsage, Usage
 from functions.spec import FunctionSpec, revision
+
+log = structlog.get_logger(__name__)
 
 KEY_PREFIX = "sk-"
 KEY_BYTES = 32
@@ -50,7 +56,14 @@ class Records:
     async def load(self) -> list[StoredFunction]:
         """Return every deployed function with its current revision."""
         deployed = await self._database.run(lambda connection: Functions(connection).list())
-        return [_stored_function(function) for function in deployed]
+        functions = []
+        for function in deployed:
+            try:
+                functions.append(_stored_function(function))
+            except ValidationError as error:
+                # One spec of another version must not keep all the others from being served.
+                log.error("stored spec not valid", function=function.name, error=str(error))
+        return functions
 
     async def put(self, function: StoredFunction) -> None:
         """Make a revision the current one."""
@@ -118,6 +131,14 @@ class Records:
             is_revoked=stored.revoked_us is not None,
         )
 
+    async def bootstrap_key(self, path: Path) -> bool:
+        """Write a first key to a private file unless there are keys; says whether it did."""
+        if await self.keys():
+            return False
+        key = await self.create_key("bootstrap", expires_in_s=None)
+        await asyncio.to_thread(_write_private, path, key["key"] + "\n")
+        return True
+
     async def create_key(self, name: str, *, expires_in_s: float | None) -> dict[str, Any]:
         """Make a key; its secret is in the answer and nowhere else."""
         secret = KEY_PREFIX + secrets.token_urlsafe(KEY_BYTES)
@@ -152,6 +173,12 @@ class Records:
             )
         except NotStored as error:
             raise NotFound(f"no API key has the id {key_id!r}") from error
+
+
+def _write_private(path: Path, text: str) -> None:
+    path.unlink(missing_ok=True)
+    path.touch(mode=0o600)
+    path.write_text(text)
 
 
 def _stored_function(function: DeployedFunction) -> StoredFunction:

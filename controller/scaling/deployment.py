@@ -34,7 +34,8 @@ def deployment_of(spec: FunctionSpec, backend: str, snapshot: Path) -> Deploymen
     """Join a spec with its snapshot directory.
 
     Raises:
-        InvalidSpec: The spec asks for more context than the model has.
+        InvalidSpec: The spec asks for more context than the model has, or the snapshot does not
+            say how much that is.
     """
     limit = _context_length(snapshot)
     max_model_len = spec.model.max_model_len or limit
@@ -54,8 +55,14 @@ def deployment_of(spec: FunctionSpec, backend: str, snapshot: Path) -> Deploymen
 
 
 def _context_length(snapshot: Path) -> int:
-    config = json.loads((snapshot / "config.json").read_text())
-    return int(config["max_position_embeddings"])
+    try:
+        config = json.loads((snapshot / "config.json").read_text())
+        return int(config["max_position_embeddings"])
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise InvalidSpec(
+            f"the config.json of snapshot {snapshot.name!r} has no usable max_position_embeddings: "
+            f"{error!r}; build the snapshot again"
+        ) from error
 
 
 def _runtime_hash(spec: FunctionSpec, backend: str, snapshot: str) -> str:

@@ -172,6 +172,8 @@ class Function:
                 self._turn()
                 await self._wait_for_change()
         finally:
+            if self._warming is not None:
+                self._warming.cancel()
             await self._effects.close()
 
     def poke(self) -> None:

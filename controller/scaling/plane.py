@@ -28,7 +28,12 @@ from controller.scaling.entry import Entry, SnapshotState
 from controller.scaling.function import Function
 from controller.scaling.node import Node
 from controller.scaling.placement import Unschedulable
-from controller.scaling.preparation import BuildProgress, PreparationFailed, build_snapshot
+from controller.scaling.preparation import (
+    BuildProgress,
+    PreparationFailed,
+    SnapshotBuilder,
+    build_snapshot,
+)
 from controller.scaling.reaper import Reaper
 from controller.scaling.reconcile import (
     adopted_claims,
@@ -96,6 +101,7 @@ class ControlPlane:
         backends: By name.
         store: The desired state.
         reaper: Runs the schedules; started and stopped by the caller.
+        build: Builds a spec's snapshot and returns its directory name.
     """
 
     def __init__(
@@ -104,11 +110,13 @@ class ControlPlane:
         backends: Mapping[str, RuntimeBackend],
         store: FunctionStore,
         reaper: Reaper,
+        build: SnapshotBuilder = build_snapshot,
     ) -> None:
         self.node = node
         self._backends = backends
         self._store = store
         self._reaper = reaper
+        self._build = build
         self._snapshots = SnapshotStore(node.snapshot_store)
         self._entries: dict[str, Entry] = {}
         self._background = _Background()
@@ -340,7 +348,10 @@ class ControlPlane:
             tensor_parallel_size=spec.engine.tensor_parallel_size,
         )
         if snapshot is not None:
-            self._install(entry, deployment_of(spec, stored.backend, snapshot.path))
+            try:
+                self._install(entry, deployment_of(spec, stored.backend, snapshot.path))
+            except ApiError as error:
+                log.error("snapshot not usable", function=spec.name, error=error.message)
         return entry
 
     def _accept(
@@ -365,7 +376,7 @@ class ControlPlane:
             entry.build = progress
 
         try:
-            ref = await build_snapshot(entry.spec, self.node.snapshot_store, report)
+            ref = await self._build(entry.spec, self.node.snapshot_store, report)
             path = self.node.snapshot_store / ref
             deployment = await asyncio.to_thread(deployment_of, entry.spec, entry.backend, path)
             self._install(entry, deployment)

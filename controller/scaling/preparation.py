@@ -6,6 +6,7 @@ import sys
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Protocol
 
 import structlog
 
@@ -27,6 +28,15 @@ class BuildProgress:
     phase: str
     done_bytes: int
     total_bytes: int
+
+
+class SnapshotBuilder(Protocol):
+    """Builds the snapshot of a spec's model; see `build_snapshot`."""
+
+    async def __call__(
+        self, spec: FunctionSpec, store: Path, on_progress: Callable[[BuildProgress], None]
+    ) -> str:
+        """Return the directory name of the snapshot, or raise PreparationFailed."""
 
 
 async def build_snapshot(

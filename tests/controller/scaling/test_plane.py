@@ -1,0 +1,261 @@
+"""Deploying, deleting and restarting, on fake machines with a real snapshot directory."""
+
+import asyncio
+from collections.abc import AsyncIterator, Callable
+from contextlib import asynccontextmanager
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from controller.errors import ActivationFailed, Conflict, InvalidSpec, ModelNotFound, NotFound
+from controller.scaling.plane import ControlPlane, StoredFunction
+from controller.scaling.preparation import BuildProgress, PreparationFailed
+from controller.scaling.reaper import Reaper
+from functions.spec import FunctionSpec
+from snapshots.store import SnapshotStore
+from tests.fakes.runtime import FakeRuntime
+from tests.fakes.world import World, collect, spec_of
+
+pytestmark = [pytest.mark.looptime, pytest.mark.model]
+
+
+class MemoryStore:
+    """The desired state in a dictionary."""
+
+    def __init__(self) -> None:
+        self.functions: dict[str, StoredFunction] = {}
+
+    async def load(self) -> list[StoredFunction]:
+        return list(self.functions.values())
+
+    async def put(self, function: StoredFunction) -> None:
+        self.functions[function.spec.name] = function
+
+    async def delete(self, name: str) -> None:
+        del self.functions[name]
+
+
+class Machine:
+    """What outlives a controller: store, snapshots and the backend's runtimes."""
+
+    def __init__(self, snapshot: Path) -> None:
+        self.store = MemoryStore()
+        self.snapshot = snapshot
+        self.world = World()
+        self.world.node = replace(self.world.node, snapshot_store=snapshot.parent)
+        self.build_error = ""
+        self.may_build = asyncio.Event()
+        self.may_build.set()
+
+    def restart(self) -> None:
+        """Forget everything a controller keeps in memory."""
+        old, self.world = self.world, World()
+        self.world.backend, self.world.runtimes = old.backend, old.runtimes
+        self.world.node = replace(self.world.node, snapshot_store=self.snapshot.parent)
+
+    async def build(
+        self, spec: FunctionSpec, store: Path, on_progress: Callable[[BuildProgress], None]
+    ) -> str:
+        """Pretend to build what is already there."""
+        on_progress(BuildProgress(phase="convert", done_bytes=43, total_bytes=100))
+        await self.may_build.wait()
+        if self.build_error:
+            raise PreparationFailed(self.build_error)
+        return self.snapshot.name
+
+    @asynccontextmanager
+    async def controller(self) -> AsyncIterator[ControlPlane]:
+        """Run a controller on this machine."""
+        backends = {"fake": self.world.backend}
+        plane = ControlPlane(self.world.node, backends, self.store, Reaper(), build=self.build)
+        await plane.start()
+        try:
+            yield plane
+        finally:
+            await plane.stop(stop_runtimes=False)
+
+
+async def until_built(plane: ControlPlane, name: str = "tiny") -> dict[str, Any]:
+    for _ in range(100):
+        if (view := plane.view(name))["snapshot_state"] != "building":
+            return view
+        await asyncio.sleep(0.1)
+    raise AssertionError("still building")
+
+
+async def test_a_deployed_function_serves_under_its_names(smollm2_snapshot: Path) -> None:
+    machine = Machine(smollm2_snapshot)
+    async with machine.controller() as plane:
+        spec = spec_of(model={"source": "./model", "served_names": ["tiny", "gpt-x"]})
+        assert await plane.deploy(spec, "fake")
+        await until_built(plane)
+        assert await collect(plane.resolve("gpt-x")) == [3, 4, 5, 6]
+        assert plane.resolve("tiny") is plane.resolve("gpt-x")
+        assert "tiny" in SnapshotStore(machine.snapshot.parent).pins(machine.snapshot.name)
+
+
+async def test_the_same_spec_again_changes_nothing(smollm2_snapshot: Path) -> None:
+    machine = Machine(smollm2_snapshot)
+    async with machine.controller() as plane:
+        await plane.deploy(spec_of(), "fake")
+        await until_built(plane)
+        await collect(plane.resolve("tiny"))
+        assert not await plane.deploy(spec_of(), "fake")
+        assert await collect(plane.resolve("tiny")) == [3, 4, 5, 6]
+        assert len(machine.world.backend.created) == 1
+
+
+async def test_while_the_snapshot_is_built_requests_are_told_so(smollm2_snapshot: Path) -> None:
+    machine = Machine(smollm2_snapshot)
+    async with machine.controller() as plane:
+        machine.may_build.clear()
+        await plane.deploy(spec_of(), "fake")
+        await asyncio.sleep(0.1)
+        assert plane.view("tiny")["build"]["done_bytes"] == 43
+        with pytest.raises(ActivationFailed, match=r"being built \(convert, 43 %\)") as told:
+            plane.resolve("tiny")
+        assert told.value.retry_after_s is not None
+        machine.may_build.set()
+        await until_built(plane)
+        assert await collect(plane.resolve("tiny")) == [3, 4, 5, 6]
+
+
+async def test_a_failed_build_is_told_and_tried_again_by_the_next_deploy(
+    smollm2_snapshot: Path,
+) -> None:
+    machine = Machine(smollm2_snapshot)
+    async with machine.controller() as plane:
+        machine.build_error = "no such directory './model'"
+        await plane.deploy(spec_of(), "fake")
+        view = await until_built(plane)
+        assert view["snapshot_state"] == "failed"
+        with pytest.raises(ActivationFailed, match="no such directory"):
+            plane.resolve("tiny")
+        machine.build_error = ""
+        await plane.deploy(spec_of(), "fake")
+        assert (await until_built(plane))["snapshot_state"] == "ready"
+
+
+async def test_too_much_context_is_refused_with_the_models_limit(smollm2_snapshot: Path) -> None:
+    machine = Machine(smollm2_snapshot)
+    async with machine.controller() as plane:
+        spec = spec_of(model={"source": "./model", "max_model_len": 1 << 20})
+        await plane.deploy(spec, "fake")
+        view = await until_built(plane)
+        assert view["snapshot_state"] == "failed"
+        assert "8192" in view["last_error"]
+
+
+@pytest.mark.parametrize(
+    ("spec", "backend", "message"),
+    [
+        (spec_of(), "nomad", "unknown backend 'nomad'"),
+        (spec_of(resources={"gpus": 1}), "fake", "this machine has 0"),
+    ],
+)
+async def test_what_can_never_run_is_refused(
+    smollm2_snapshot: Path, spec: FunctionSpec, backend: str, message: str
+) -> None:
+    machine = Machine(smollm2_snapshot)
+    async with machine.controller() as plane:
+        with pytest.raises(InvalidSpec, match=message):
+            await plane.deploy(spec, backend)
+        assert plane.views() == []
+
+
+async def test_two_functions_cannot_serve_one_name(smollm2_snapshot: Path) -> None:
+    machine = Machine(smollm2_snapshot)
+    async with machine.controller() as plane:
+        await plane.deploy(spec_of(), "fake")
+        thief = spec_of(model={"source": "./model", "served_names": ["tiny"]})
+        with pytest.raises(Conflict, match="'tiny' already serves"):
+            await plane.deploy(thief.model_copy(update={"name": "thief"}), "fake")
+
+
+async def test_a_deleted_function_is_gone_with_its_runtimes(smollm2_snapshot: Path) -> None:
+    machine = Machine(smollm2_snapshot)
+    async with machine.controller() as plane:
+        await plane.deploy(spec_of(), "fake")
+        await until_built(plane)
+        await collect(plane.resolve("tiny"))
+        await plane.delete("tiny")
+        assert not machine.world.backend.machine.runtimes
+        with pytest.raises(ModelNotFound, match="no function serves"):
+            plane.resolve("tiny")
+        with pytest.raises(NotFound):
+            await plane.delete("tiny")
+        assert "tiny" not in SnapshotStore(machine.snapshot.parent).pins(machine.snapshot.name)
+
+
+async def test_an_unknown_model_names_its_neighbours(smollm2_snapshot: Path) -> None:
+    machine = Machine(smollm2_snapshot)
+    async with machine.controller() as plane:
+        await plane.deploy(spec_of(), "fake")
+        with pytest.raises(ModelNotFound, match="did you mean 'tiny'"):
+            plane.resolve("tinny")
+
+
+async def test_a_new_controller_adopts_what_fits_and_removes_the_rest(
+    smollm2_snapshot: Path,
+) -> None:
+    machine = Machine(smollm2_snapshot)
+    (built,) = (
+        s for s in SnapshotStore(smollm2_snapshot.parent).list() if s.path == smollm2_snapshot
+    )
+    async with machine.controller() as plane:
+        await plane.deploy(spec_of(model={"source": built.manifest.source.location}), "fake")
+        await until_built(plane)
+        await collect(plane.resolve("tiny"))
+    (kept,) = machine.world.backend.created
+    stranger = replace(kept, runtime_id="stranger", revision="old")
+    await machine.world.backend.create(stranger)
+    machine.restart()
+    async with machine.controller() as plane:
+        assert list(machine.world.backend.machine.runtimes) == [kept.runtime_id]
+        assert plane.view("tiny")["tier"] == "ready"
+        assert await collect(plane.resolve("tiny")) == [3, 4, 5, 6]
+        assert machine.world.backend.created == [kept, stranger]
+
+
+async def test_orphans_are_removed_and_replicas_are_not(smollm2_snapshot: Path) -> None:
+    machine = Machine(smollm2_snapshot)
+    async with machine.controller() as plane:
+        await plane.deploy(spec_of(), "fake")
+        await until_built(plane)
+        await collect(plane.resolve("tiny"))
+        (ours,) = machine.world.backend.created
+        await machine.world.backend.create(replace(ours, runtime_id="orphan"))
+        await plane.reconcile()
+        assert list(machine.world.backend.machine.runtimes) == [ours.runtime_id]
+
+
+async def test_a_silent_engine_is_replaced(smollm2_snapshot: Path) -> None:
+    machine = Machine(smollm2_snapshot)
+    async with machine.controller() as plane:
+        await plane.deploy(spec_of(), "fake")
+        await until_built(plane)
+        await collect(plane.resolve("tiny"))
+        machine.world.runtime.heartbeat_age_s = 60.0
+        await plane.reconcile()
+        await asyncio.sleep(0.1)
+        assert await collect(plane.resolve("tiny")) == [3, 4, 5, 6]
+        assert len(machine.world.backend.created) == 2
+
+
+async def test_an_exit_seen_by_the_backend_ends_the_start(smollm2_snapshot: Path) -> None:
+    machine = Machine(smollm2_snapshot)
+    machine.world.make_runtime = _slow_runtime
+    async with machine.controller() as plane:
+        await plane.deploy(spec_of(), "fake")
+        await until_built(plane)
+        waiting = asyncio.create_task(collect(plane.resolve("tiny")))
+        await asyncio.sleep(0.5)
+        machine.world.backend.exit(machine.world.backend.created[0].runtime_id, exit_code=3)
+        with pytest.raises(ActivationFailed, match="status 3"):
+            await waiting
+
+
+def _slow_runtime() -> FakeRuntime:
+    return FakeRuntime(load_s=1000.0)
