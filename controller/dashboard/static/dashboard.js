@@ -44,10 +44,12 @@
     try {
       const answer = await fetch(live.dataset.src, { cache: "no-store" });
       if (!answer.ok) throw new Error(`status ${answer.status}`);
-      replace(await answer.text());
+      const html = await answer.text();
+      if (isPaused) return;
+      replace(html);
       show("live", "Live");
     } catch (error) {
-      show("lost", "No connection, trying again");
+      if (!isPaused) show("lost", "No connection, trying again");
     } finally {
       isFetching = false;
     }
