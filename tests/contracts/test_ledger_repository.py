@@ -187,3 +187,22 @@ async def test_compacting_again_takes_only_new_hours(books: LedgerRepository) ->
 
 async def test_compacting_empty_books_does_nothing(books: LedgerRepository) -> None:
     assert await books.compact(START_US) == 0
+
+
+async def test_compacting_leaves_an_hour_alone_that_has_nothing_to_merge(
+    books: LedgerRepository,
+) -> None:
+    await save(
+        books, HOUR_US, [held(S.IDLE, 0, HOUR_US // 2), held(S.ACTIVE, HOUR_US // 2, HOUR_US)]
+    )
+    before = await times(books)
+    assert await books.compact(START_US + HOUR_US) == 0
+    assert await times(books) == before
+
+
+async def test_empty_batch_only_moves_the_heartbeat(books: LedgerRepository) -> None:
+    await save(books, 10)
+    await save(books, 20, replaces_from=10)
+    known = await books.last_known()
+    assert known.heartbeat_us == START_US + 20
+    assert await times(books) == {}

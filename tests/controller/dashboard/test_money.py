@@ -58,6 +58,16 @@ async def test_time_is_shown_in_a_fitting_unit() -> None:
     assert time.title == "Device time, minutes"
 
 
+async def test_little_time_is_shown_in_seconds() -> None:
+    house = FakeHouse()
+    house.hours = {"smol": (0.001, 0.0)}
+    told = await report(house)
+    told["rows"][0]["loading_s"] = "0"
+    (time, _), _ = charts(told, Grouping.FUNCTION)
+    assert time.title == "Device time, seconds"
+    assert time.series[0].values == [3.6]
+
+
 async def test_money_chart_has_always_on_beside_each_cost() -> None:
     (_, money), _ = charts(await report(), Grouping.FUNCTION)
     by_kind = {series.kind: list(series.values) for series in money.series}
