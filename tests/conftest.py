@@ -1,6 +1,7 @@
 """Fixtures that several parts need: the small real model and its snapshots."""
 
 import asyncio
+import os
 from pathlib import Path
 
 import pytest
@@ -8,6 +9,10 @@ import pytest
 # A synchronous test has no event loop, and says so: looptime would otherwise have asyncio create
 # one that nobody closes.
 asyncio.set_event_loop(None)
+
+# Read when torch is first imported. Threads that spin for each other make a step ten times as
+# slow as soon as anything else wants a core.
+os.environ.setdefault("OMP_WAIT_POLICY", "passive")
 
 REPOSITORY = Path(__file__).resolve().parent.parent
 SMOLLM2_GGUF = REPOSITORY / "models" / "smollm2" / "SmolLM2-135M-Instruct.Q4_1.gguf"

@@ -42,7 +42,8 @@ class Llama:
         self._rope = Rope(config.rope, config.head_dim)
         self._norm = builder.norm("norm", config.rms_norm_eps)
         self._head = builder.linear("embed_tokens" if config.tie_word_embeddings else "lm_head")
-        self.packables = [builder.take_packables()]
+        head_packables = builder.take_packables()
+        self.packables = [head_packables] if head_packables else []
         self._layers = []
         for index in range(config.num_layers):
             self._layers.append(_Layer(config, builder, f"layers.{index}"))

@@ -1,0 +1,214 @@
+import json
+import math
+from pathlib import Path
+
+import pytest
+import torch
+
+from runtime.config import EngineConfig
+from runtime.engine.engine import Engine
+from runtime.engine.model_runner import ModelRunner
+from runtime.engine.sequence import FinishedSequence, FinishReason, SamplingParams
+from runtime.errors import LoadFailed, SnapshotDamaged
+from runtime.linux import resident_bytes
+from runtime.memory.weights import SnapshotWeights
+from runtime.model.config import ModelConfig
+from runtime.model.linear import is_packing_faster
+from snapshots.builder import BuildOptions, build
+from snapshots.sources.directory import DirectorySource
+from snapshots.store import SnapshotStore
+from tests.checkpoints import TinyLlama, write_tiny_llama
+from tests.runtime.engine.sequences import new_request
+from tests.runtime.model.oracle import (
+    TensorWeights,
+    engine_tensors,
+    new_runner,
+    random_llama,
+    reference_logits,
+)
+
+needs_packing = pytest.mark.skipif(
+    not is_packing_faster(torch.bfloat16), reason="this processor multiplies bf16 itself"
+)
+PROMPT = [5, 17, 93, 2, 41, 8, 60]
+
+
+@pytest.fixture(scope="module")
+def tiny_snapshot(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    home = tmp_path_factory.mktemp("tiny")
+    write_tiny_llama(home / "checkpoint", TinyLlama(is_tied=True))
+    store = SnapshotStore(home / "store")
+    options = BuildOptions(dtype="bfloat16")
+    return build(DirectorySource(home / "checkpoint"), store, options).snapshot.path
+
+
+def generate(
+    runner: ModelRunner, *, num_tokens: int = 12, prompt: list[int] = PROMPT
+) -> tuple[list[int], FinishedSequence]:
+    engine = Engine(EngineConfig(), runner, frozenset())
+    engine.submit(new_request(1, prompt, max_tokens=num_tokens))
+    tokens: list[int] = []
+    finished: list[FinishedSequence] = []
+    while engine.has_work():
+        result = engine.step()
+        tokens += [token_id for _, token_id in result.tokens]
+        finished += result.finished
+    return tokens, finished[0]
+
+
+def test_greedy_tokens_equal_transformers() -> None:
+    model = random_llama()
+    token_ids = [*PROMPT]
+    for _ in range(12):
+        token_ids.append(int(reference_logits(model, token_ids)[-1].argmax()))
+    assert generate(new_runner(model))[0] == token_ids[len(PROMPT) :]
+
+
+def test_seeded_tokens_are_the_same_in_any_batch() -> None:
+    model = random_llama()
+    sampling = SamplingParams(temperature=1.5, top_p=0.95, seed=3, max_tokens=20)
+    answers = []
+    for num_others in (0, 5):
+        engine = Engine(EngineConfig(), new_runner(model), frozenset())
+        for id in range(2, 2 + num_others):
+            engine.submit(new_request(id, [id] * id, max_tokens=30))
+        engine.submit(new_request(1, PROMPT, sampling=sampling))
+        tokens = []
+        while engine.has_work():
+            tokens += [id for key, id in engine.step().tokens if key.sequence_id == 1]
+        answers.append(tokens)
+    assert answers[0] == answers[1]
+    assert len(set(answers[0])) > 5
+
+
+def test_nan_fails_its_sequence_alone_and_its_blocks_are_clean_again() -> None:
+    model = random_llama(tie_word_embeddings=False)
+    expected, _ = generate(new_runner(model), num_tokens=8)
+    poison = next(id for id in range(50, 100) if id not in [*expected, *PROMPT])
+    tensors = engine_tensors(model)
+    embedding = tensors["embed_tokens.weight"].clone()
+    embedding[poison] = math.nan
+    runner = ModelRunner(
+        ModelConfig.from_hf(model.config.to_dict()),
+        EngineConfig(kv_cache_bytes=1 << 15, max_model_len=32),
+        TensorWeights(tensors | {"embed_tokens.weight": embedding}),
+    )
+    runner.load_weights()
+    runner.allocate_kv()
+    engine = Engine(EngineConfig(), runner, frozenset())
+    engine.submit(new_request(1, PROMPT, max_tokens=8))
+    engine.submit(new_request(2, [poison, 3, 4], max_tokens=8))
+    ends: dict[int, FinishedSequence] = {}
+    tokens = []
+    while engine.has_work():
+        result = engine.step()
+        ends |= {end.key.sequence_id: end for end in result.finished}
+        tokens += [id for key, id in result.tokens if key.sequence_id == 1]
+    assert ends[2].reason is FinishReason.ERROR
+    assert "not finite" in ends[2].error
+    assert ends[1].reason is FinishReason.LENGTH
+    assert tokens == expected
+    # Every block of this small cache is used again, masked places included.
+    for id in range(3, 3 + runner.num_kv_blocks):
+        engine.submit(new_request(id, [id] * 17, max_tokens=1))
+    while engine.has_work():
+        for end in engine.step().finished:
+            assert end.reason is FinishReason.LENGTH
+
+
+@needs_packing
+def test_packing_between_steps_does_not_change_tokens_and_gives_weights_back(
+    tiny_snapshot: Path,
+) -> None:
+    runner = ModelRunner.open(tiny_snapshot, EngineConfig())
+    runner.load_weights()
+    runner.allocate_kv()
+    loaded_bytes = runner.weights_bytes
+    first, _ = generate(runner)
+    assert not runner._is_packing, "three steps pack a head and two layers"
+    assert generate(runner)[0] == first
+    assert runner.weights_bytes != loaded_bytes
+
+
+def test_released_runner_can_load_again_and_answers_the_same(tiny_snapshot: Path) -> None:
+    runner = ModelRunner.open(tiny_snapshot, EngineConfig())
+    assert runner.weights_bytes == runner.kv_cache_bytes == 0
+    answers = []
+    for _ in range(2):
+        runner.load_weights()
+        assert runner.allocate_kv() == runner.num_kv_blocks
+        assert runner.weights_bytes > 0
+        assert runner.kv_cache_bytes > 0
+        answers.append(generate(runner)[0])
+        runner.release()
+        assert runner.weights_bytes == runner.kv_cache_bytes == 0
+    assert answers[0] == answers[1]
+
+
+@pytest.mark.parametrize(
+    ("files", "expected"),
+    [
+        ({"generation_config.json": {"eos_token_id": [5, 6]}}, {5, 6}),
+        ({"generation_config.json": {"eos_token_id": 7}}, {7}),
+        ({"generation_config.json": {}}, {2}),
+        ({}, {2}),
+    ],
+)
+def test_end_tokens_come_from_the_generation_config_first(
+    tiny_snapshot: Path, tmp_path: Path, files: dict[str, object], expected: set[int]
+) -> None:
+    copy = tmp_path / tiny_snapshot.name
+    copy.mkdir()
+    for path in tiny_snapshot.iterdir():
+        if path.name != "generation_config.json":
+            (copy / path.name).symlink_to(path)
+    for name, content in files.items():
+        (copy / name).write_text(json.dumps(content))
+    assert ModelRunner.open(copy, EngineConfig()).eos_token_ids == expected
+
+
+def test_dtype_other_than_the_snapshots_is_refused(tiny_snapshot: Path) -> None:
+    with pytest.raises(LoadFailed, match="holds bfloat16, the engine is to run float32"):
+        ModelRunner.open(tiny_snapshot, EngineConfig(dtype="float32"))
+
+
+def test_tensor_parallelism_is_refused_on_the_cpu(tiny_snapshot: Path) -> None:
+    with pytest.raises(LoadFailed, match="tensor_parallel_size"):
+        ModelRunner.open(tiny_snapshot, EngineConfig(tensor_parallel_size=2))
+
+
+def test_unreadable_configuration_is_a_damaged_snapshot(tmp_path: Path) -> None:
+    (tmp_path / "config.json").write_text("{")
+    with pytest.raises(SnapshotDamaged, match=r"config\.json"):
+        ModelRunner.open(tmp_path, EngineConfig())
+
+
+def test_flipped_byte_is_a_damaged_snapshot_and_holds_nothing(
+    tiny_snapshot: Path, tmp_path: Path
+) -> None:
+    copy = tmp_path / tiny_snapshot.name
+    copy.mkdir()
+    for path in tiny_snapshot.iterdir():
+        if path.name != "tp1":
+            (copy / path.name).symlink_to(path)
+    data = bytearray((tiny_snapshot / "tp1" / "rank0.safetensors").read_bytes())
+    data[-100_000] ^= 1
+    (copy / "tp1").mkdir()
+    (copy / "tp1" / "rank0.safetensors").write_bytes(data)
+    weights = SnapshotWeights(copy)
+    with pytest.raises(SnapshotDamaged, match="wrong bytes"):
+        weights.load(None)
+    assert weights.held_bytes == 0
+
+
+@pytest.mark.model
+def test_release_shrinks_the_process_by_what_it_held(smollm2_snapshot: Path) -> None:
+    runner = ModelRunner.open(smollm2_snapshot, EngineConfig())
+    runner.load_weights()
+    runner.allocate_kv()
+    generate(runner, num_tokens=3)
+    held = runner.weights_bytes
+    before = resident_bytes()
+    freed = runner.release()
+    assert freed > 0.9 * held
+    assert before - resident_bytes() > 0.9 * held
