@@ -109,6 +109,7 @@ async def run(settings: Settings) -> None:
         reaper.every(FLUSH_S, "flush ledger", ledger.flush)
         reaper.every(FLUSH_S, "flush journal", journal.flush)
         reaper.every(COMPACT_S, "compact ledger", ledger.compact)
+        reaper.every(COMPACT_S, "prune history", partial(records.prune, settings.history_days))
         reaper.start()
         await GatewayServer(settings, plane, records, node, listener).serve_until_signal()
 

@@ -15,6 +15,7 @@ from sqlalchemy import Connection
 from controller.clock import Clock, unix_us
 from controller.errors import NotFound
 from controller.gateway.auth import ApiKey, hash_key
+from controller.ledger.intervals import DAY_US
 from controller.ledger.ledger import Ledger
 from controller.ledger.report import GroupBy
 from controller.scaling.activation import ColdStart
@@ -99,6 +100,16 @@ class Records:
             Usage(connection).add(
                 _stored_usage(entry) for entry in entries if isinstance(entry, UsageEntry)
             )
+
+        await self._database.run(work)
+
+    async def prune(self, history_days: int) -> None:
+        """Forget requests, cold starts and transitions that are older; the ledger stays."""
+        before_us = unix_us(self._clock.now()) - history_days * DAY_US
+
+        def work(connection: Connection) -> None:
+            for aggregate in (Transitions, ColdStarts, Usage):
+                aggregate(connection).prune(before_us)
 
         await self._database.run(work)
 

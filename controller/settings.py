@@ -49,6 +49,9 @@ class Settings(BaseSettings):
     gpu_hour_usd: Decimal = Field(
         default=Decimal("2.50"), ge=0, description="Price of a device-hour nobody holds."
     )
+    history_days: int = Field(
+        default=90, ge=1, description="Days that requests, cold starts and transitions are kept."
+    )
     docker_image: str = Field(
         default="coldspark-runtime:latest", description="Image of the docker backend."
     )

@@ -134,11 +134,12 @@ class StepLoop:
             raise InvalidSequence(f"sequence {key.sequence_id} is already running on this stream")
 
     def _reject(self, key: SequenceKey, submit: pb.Submit, fault: RuntimeFault) -> None:
+        is_invalid = isinstance(fault, InvalidSequence)
         # Not the message: it may name token ids.
         log.info("sequence_refused", **key._asdict(), fault=type(fault).__name__)
         finished = pb.Finished(
             sequence_id=key.sequence_id,
-            reason=pb.FINISH_REASON_ERROR,
+            reason=pb.FINISH_REASON_REFUSED if is_invalid else pb.FINISH_REASON_ERROR,
             num_prompt_tokens=len(submit.prompt_token_ids),
             error=str(fault),
         )

@@ -3,6 +3,7 @@
 Pure ASGI, in front of everything that reads a body.
 """
 
+import base64
 import hashlib
 import secrets
 from dataclasses import dataclass
@@ -61,10 +62,10 @@ class ApiKeys:
         await self._app(scope, receive, send)
 
     async def _check(self, headers: Headers) -> str:
-        scheme, _, secret = headers.get("authorization", "").partition(" ")
-        if scheme.lower() != "bearer" or not secret.strip():
+        secret = _secret(headers.get("authorization", ""))
+        if not secret:
             raise Unauthorized("no API key; send it as 'Authorization: Bearer sk-…'")
-        key_hash = hash_key(secret.strip())
+        key_hash = hash_key(secret)
         key = await self._key_store.find(key_hash)
         if key is None or not secrets.compare_digest(key.key_hash, key_hash):
             raise Unauthorized("this API key is not known; ask the operator for one")
@@ -75,6 +76,19 @@ class ApiKeys:
                 f"the API key {key.name!r} expired at {key.expires_at.isoformat()}; ask for a new one"
             )
         return key.id
+
+
+def _secret(authorization: str) -> str:
+    """Return the key of a bearer header, or of a browser's login with the key as its password."""
+    scheme, _, credentials = authorization.partition(" ")
+    if scheme.lower() == "bearer":
+        return credentials.strip()
+    if scheme.lower() == "basic":
+        try:
+            return base64.b64decode(credentials, validate=True).decode().partition(":")[2]
+        except ValueError:
+            return ""
+    return ""
 
 
 def hash_key(secret: str) -> str:

@@ -55,7 +55,8 @@ def error_response(error: ApiError) -> JSONResponse:
     if error.retry_after_s is not None:
         headers["retry-after"] = str(math.ceil(error.retry_after_s))
     if isinstance(error, Unauthorized):
-        headers["www-authenticate"] = "Bearer"
+        # A browser asks for a login on Basic, so that the dashboard can be seen.
+        headers["www-authenticate"] = 'Bearer, Basic realm="Coldspark API key as password"'
     if isinstance(error, BodyTooLarge | RequestTimedOut):
         headers["connection"] = "close"  # the rest of the body is still on its way
     return JSONResponse(error.envelope(), status_code=error.status, headers=headers)

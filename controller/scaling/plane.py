@@ -227,6 +227,11 @@ class ControlPlane:
             self.node.pool.check(spec.resources.gpus)
         except Unschedulable as error:
             raise InvalidSpec(str(error), param="resources.gpus") from error
+        if spec.resources.gpus:
+            raise InvalidSpec(
+                "this version's engine computes on the CPU; set resources.gpus to 0",
+                param="resources.gpus",
+            )
         async with self._deploying:
             self._check_names(spec)
             previous = self._entries.get(spec.name)

@@ -26,7 +26,7 @@ class Reaper:
             job_defaults={"coalesce": True, "max_instances": 1, "misfire_grace_time": None}
         )
 
-    def every(self, seconds: float, name: str, job: Callable[[], Awaitable[None]]) -> None:
+    def every(self, seconds: float, name: str, job: Callable[[], Awaitable[object]]) -> None:
         """Run a job again and again; a run that fails is logged and the next one comes."""
 
         async def guarded() -> None:

@@ -115,7 +115,7 @@ class Attachment:
     ) -> int:
         """Queue a sequence and return its id; never waits.
 
-        An invalid sequence ends with FINISH_REASON_ERROR.
+        An invalid sequence ends with FINISH_REASON_REFUSED.
 
         Raises:
             RuntimeUnavailable: The stream is broken.

@@ -84,7 +84,7 @@ async def test_an_invalid_sequence_fails_alone(attachment: Attachment) -> None:
     sink = Recorder()
     attachment.submit([], pb.SamplingParams(max_tokens=1), sink)
     finished = await sink.end()
-    assert finished.reason == pb.FINISH_REASON_ERROR
+    assert finished.reason == pb.FINISH_REASON_REFUSED
     assert finished.error == "the prompt is empty"
     seen = len(running.tokens)
     await running.until(lambda sink: len(sink.tokens) > seen)

@@ -70,7 +70,7 @@ async def test_many_sequences_and_bad_ones_share_a_batch(server: Process) -> Non
     ]
     for sink in bad:
         finished = await sink.end()
-        assert finished.reason == pb.FINISH_REASON_ERROR
+        assert finished.reason == pb.FINISH_REASON_REFUSED
         assert finished.error
     for sink in sinks:
         await sink.end()

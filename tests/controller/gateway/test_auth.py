@@ -1,3 +1,4 @@
+import base64
 from datetime import UTC, datetime, timedelta
 
 import pytest
@@ -17,6 +18,10 @@ def key(secret: str, **fields: object) -> ApiKey:
     return ApiKey(**{**known, **fields})  # type: ignore[arg-type]  # fields of the key
 
 
+def basic(secret: str) -> str:
+    return "Basic " + base64.b64encode(f"anybody:{secret}".encode()).decode()
+
+
 KEYS = (
     key(SECRET, expires_at=NOW + timedelta(hours=1)),
     key("sk-old", expires_at=NOW - timedelta(seconds=1)),
@@ -32,6 +37,12 @@ async def test_good_key_is_let_through_and_pays(make_app: AppMaker, function: Fa
     assert function.generations[0].request.key_id == "id-sk-good"
 
 
+async def test_a_browser_may_send_the_key_as_its_password(make_app: AppMaker) -> None:
+    async with client_of(make_app(keys=KEYS, require_api_keys=True)) as client:
+        response = await client.get("/metrics", headers={"authorization": basic(SECRET)})
+    assert response.status_code == 200
+
+
 @pytest.mark.parametrize(
     ("authorization", "hint"),
     [
@@ -40,6 +51,8 @@ async def test_good_key_is_let_through_and_pays(make_app: AppMaker, function: Fa
         ("Bearer", "no API key"),
         ("Bearer ", "no API key"),
         (f"Basic {SECRET}", "no API key"),
+        ("Basic bm9ib2R5Og==", "no API key"),
+        (basic("sk-guess"), "not known"),
         ("Bearer sk-guess", "not known"),
         (f"Bearer {hash_key(SECRET)}", "not known"),
         ("Bearer sk-old", "expired"),
@@ -54,7 +67,7 @@ async def test_bad_key_is_401_with_the_reason(
         for path in ("/v1/chat/completions", "/v1/nothing"):
             response = await client.post(path, json=HELLO, headers=headers)
             assert response.status_code == 401
-            assert response.headers["www-authenticate"] == "Bearer"
+            assert response.headers["www-authenticate"].startswith("Bearer, Basic ")
             assert response.json()["error"]["code"] == "invalid_api_key"
             assert hint in response.json()["error"]["message"]
             assert "x-request-id" in response.headers
