@@ -19,8 +19,8 @@ from controller.ledger.intervals import DAY_US
 from controller.ledger.ledger import Ledger
 from controller.ledger.report import GroupBy
 from controller.scaling.activation import ColdStart
+from controller.scaling.entry import StoredFunction
 from controller.scaling.journal import Entry, TransitionEntry, UsageEntry
-from controller.scaling.plane import StoredFunction
 from controller.store.cold_starts import ColdStarts, StoredColdStart, StoredPhase
 from controller.store.database import Database
 from controller.store.errors import NotStored

@@ -12,7 +12,7 @@ from controller.scaling.activation import Activation
 from controller.scaling.generation import GenerationRecord
 from controller.scaling.journal import TransitionEntry, UsageEntry
 from controller.scaling.lifecycle import ReplicaState, Tier, Transition
-from controller.scaling.replica_set import Replica
+from controller.scaling.replica import Replica
 
 if TYPE_CHECKING:
     from controller.scaling.function import Function

@@ -14,7 +14,7 @@ import structlog
 from controller.backends.base import BackendError, RuntimeSpec
 from controller.scaling.lifecycle import ENDING, ReplicaState, Tier
 from controller.scaling.link import RuntimeLink
-from controller.scaling.replica_set import Replica
+from controller.scaling.replica import Replica
 from functions.spec import FunctionSpec
 from runtime.rpc import inference_pb2 as pb
 from runtime.rpc.client import RuntimeRefused, RuntimeRpcError

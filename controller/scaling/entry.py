@@ -3,6 +3,7 @@
 import asyncio
 from dataclasses import dataclass
 from enum import StrEnum
+from typing import Protocol
 
 from controller.scaling.function import Function
 from controller.scaling.preparation import BuildProgress
@@ -31,3 +32,25 @@ class Entry:
     function: Function | None = None
     builder: asyncio.Task[None] | None = None
     owner: asyncio.Task[None] | None = None
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class StoredFunction:
+    """A function as the store keeps it."""
+
+    spec: FunctionSpec
+    backend: str
+    created_us: int
+
+
+class FunctionStore(Protocol):
+    """The desired state on disk."""
+
+    async def load(self) -> list[StoredFunction]:
+        """Return every function that is not deleted, with its current revision."""
+
+    async def put(self, function: StoredFunction) -> None:
+        """Make a revision the current one."""
+
+    async def delete(self, name: str) -> None:
+        """Mark a function deleted; its history stays."""

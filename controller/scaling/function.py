@@ -22,15 +22,15 @@ from controller.scaling.lifecycle import COMING, ENDING, Lifecycle, ReplicaState
 from controller.scaling.link import RuntimeLink, SequenceStream
 from controller.scaling.node import Home, Node
 from controller.scaling.policy import replica_floor
-from controller.scaling.replica_set import (
+from controller.scaling.replica import (
     Instruction,
     ParkReplica,
     Replica,
-    ReplicaSet,
     StartReplica,
     Waiter,
     WakeReplica,
 )
+from controller.scaling.replica_set import ReplicaSet
 from controller.scaling.serving import FunctionGeneration, Ticket
 from functions.spec import ColdPolicy, FunctionSpec
 

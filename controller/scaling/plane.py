@@ -5,10 +5,9 @@ It keeps the desired state in the store, has snapshots built, and gives each fun
 
 import asyncio
 import difflib
-from collections.abc import AsyncIterator, Callable, Coroutine, Mapping, Sequence
-from dataclasses import dataclass, field
+from collections.abc import AsyncIterator, Callable, Mapping, Sequence
 from importlib.metadata import version
-from typing import Any, Protocol
+from typing import Any
 
 import structlog
 
@@ -22,9 +21,10 @@ from controller.errors import (
     ModelNotFound,
     NotFound,
 )
+from controller.scaling.background import Background
 from controller.scaling.deployment import Deployment, deployment_of
 from controller.scaling.devices import used_bytes
-from controller.scaling.entry import Entry, SnapshotState
+from controller.scaling.entry import Entry, FunctionStore, SnapshotState, StoredFunction
 from controller.scaling.function import Function
 from controller.scaling.node import Node
 from controller.scaling.placement import Unschedulable
@@ -49,48 +49,6 @@ log = structlog.get_logger(__name__)
 
 WATCH_RETRY_S = 1.0
 BUILD_RETRY_AFTER_S = 5.0
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class StoredFunction:
-    """A function as the store keeps it."""
-
-    spec: FunctionSpec
-    backend: str
-    created_us: int
-
-
-class FunctionStore(Protocol):
-    """The desired state on disk."""
-
-    async def load(self) -> list[StoredFunction]:
-        """Return every function that is not deleted, with its current revision."""
-
-    async def put(self, function: StoredFunction) -> None:
-        """Make a revision the current one."""
-
-    async def delete(self, name: str) -> None:
-        """Mark a function deleted; its history stays."""
-
-
-@dataclass(slots=True)
-class _Background:
-    """Tasks of the plane that end with it."""
-
-    tasks: set[asyncio.Task[None]] = field(default_factory=set)
-
-    def start(self, work: Coroutine[Any, Any, None], name: str) -> asyncio.Task[None]:
-        task = asyncio.create_task(work, name=name)
-        self.tasks.add(task)
-        task.add_done_callback(self.tasks.discard)
-        return task
-
-    async def cancel(self) -> None:
-        tasks = list(self.tasks)
-        for task in tasks:
-            task.cancel()
-        if tasks:
-            await asyncio.wait(tasks)
 
 
 class ControlPlane:
@@ -119,7 +77,7 @@ class ControlPlane:
         self._build = build
         self._snapshots = SnapshotStore(node.snapshot_store)
         self._entries: dict[str, Entry] = {}
-        self._background = _Background()
+        self._background = Background()
         self._deploying = asyncio.Lock()
         node.pool.on_release(self.poke_all)
         self._started_at = node.clock.monotonic()

@@ -18,7 +18,7 @@ from controller.errors import (
 from controller.scaling.generation import GenerationRecord, GenerationRequest, TokenChunk
 from controller.scaling.lifecycle import Tier
 from controller.scaling.link import SequenceStream
-from controller.scaling.replica_set import Replica, Waiter
+from controller.scaling.replica import Replica, Waiter
 from functions.spec import FunctionSpec
 from runtime.rpc import inference_pb2 as pb
 from runtime.rpc.client import RuntimeRpcError, RuntimeUnavailable

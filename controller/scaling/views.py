@@ -5,7 +5,7 @@ from typing import Any
 from controller.scaling.entry import Entry
 from controller.scaling.function import Function
 from controller.scaling.lifecycle import ReplicaState, Tier
-from controller.scaling.replica_set import Replica
+from controller.scaling.replica import Replica
 from functions.spec import revision
 
 

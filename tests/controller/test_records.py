@@ -13,9 +13,9 @@ from controller.gateway.auth import hash_key
 from controller.ledger.ledger import Ledger
 from controller.records import Records
 from controller.scaling.activation import ColdStart, PhaseTiming
+from controller.scaling.entry import StoredFunction
 from controller.scaling.generation import GenerationRecord
 from controller.scaling.journal import Entry, Journal, TransitionEntry, UsageEntry
-from controller.scaling.plane import StoredFunction
 from controller.store.database import Database
 from controller.store.ledger import LedgerStore
 from tests.fakes.clock import FakeClock

@@ -10,7 +10,8 @@ from typing import Any
 import pytest
 
 from controller.errors import ActivationFailed, Conflict, InvalidSpec, ModelNotFound, NotFound
-from controller.scaling.plane import ControlPlane, StoredFunction
+from controller.scaling.entry import StoredFunction
+from controller.scaling.plane import ControlPlane
 from controller.scaling.preparation import BuildProgress, PreparationFailed
 from controller.scaling.reaper import Reaper
 from functions.spec import FunctionSpec

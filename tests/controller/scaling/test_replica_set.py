@@ -7,16 +7,16 @@ import pytest
 
 from controller.errors import ActivationFailed, QueueFull
 from controller.scaling.lifecycle import COMING, ENDING, ReplicaState, Tier
-from controller.scaling.replica_set import (
+from controller.scaling.replica import (
     Instruction,
     ParkReplica,
     Replica,
-    ReplicaSet,
     StartReplica,
     StopReplica,
     Waiter,
     WakeReplica,
 )
+from controller.scaling.replica_set import ReplicaSet
 from functions.spec import FunctionSpec
 
 S = ReplicaState

@@ -1,0 +1,85 @@
+"""One replica, one waiting request, and the four things that can be done to a replica."""
+
+from dataclasses import dataclass
+
+from controller.errors import ApiError
+from controller.scaling.lifecycle import Lifecycle, ReplicaState
+
+
+@dataclass(slots=True, eq=False, kw_only=True)
+class Replica:
+    """One replica as the decisions see it.
+
+    Attributes:
+        id: The runtime's id.
+        runtime_hash: Hash of the spec's parts that a running runtime cannot change.
+        lifecycle: Its state and history.
+        in_flight: Leases out.
+        idle_since: Monotonic second of the last byte of the last response.
+        is_cordoned: Takes no new lease and is put away once the last one is back.
+    """
+
+    id: str
+    runtime_hash: str
+    lifecycle: Lifecycle
+    in_flight: int = 0
+    idle_since: float = 0.0
+    is_cordoned: bool = False
+
+    @property
+    def state(self) -> ReplicaState:
+        """The lifecycle's state."""
+        return self.lifecycle.state
+
+
+@dataclass(slots=True, eq=False, kw_only=True)
+class Waiter:
+    """A request that wants a lease. `replica` is set when it has one."""
+
+    num_bytes: int
+    replica: Replica | None = None
+    failure: ApiError | None = None
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class StartReplica:
+    """Create a runtime and load the snapshot."""
+
+    replica: Replica
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class WakeReplica:
+    """Bring a parked runtime back."""
+
+    replica: Replica
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ParkReplica:
+    """Take a runtime's memory away and keep its process."""
+
+    replica: Replica
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class StopReplica:
+    """Remove a runtime, after its leases are back or the drain timeout has passed."""
+
+    replica: Replica
+
+
+Instruction = StartReplica | WakeReplica | ParkReplica | StopReplica
+
+
+@dataclass(slots=True, kw_only=True)
+class Backoff:
+    """When the next start may be tried after failures."""
+
+    num_failures: int = 0
+    retry_at: float = 0.0
+    reason: str = ""
+
+    def holds(self, now: float) -> bool:
+        """Return whether starting is still forbidden."""
+        return self.num_failures > 0 and now < self.retry_at
