@@ -218,17 +218,21 @@ class DockerBackend:
         self._is_tidy = True
 
     async def _watch(self, tracker: ExitTracker) -> AsyncIterator[RuntimeInfo]:
-        delay_s = RECONNECT_MIN_S
+        delay_s, is_lost = RECONNECT_MIN_S, False
         while True:
             try:
                 async for containers in self._changes():
-                    delay_s = RECONNECT_MIN_S
+                    if is_lost:
+                        log.info("the Docker engine is back")
+                    delay_s, is_lost = RECONNECT_MIN_S, False
                     for container in tracker.update(containers):
                         yield container.info
             except BackendUnavailable as error:
                 if not tracker.has_begun:
                     raise
-                log.warning("lost the Docker engine", error=str(error))
+                if not is_lost:
+                    log.warning("lost the Docker engine", error=str(error))
+                is_lost = True
             await asyncio.sleep(delay_s)
             delay_s = min(2 * delay_s, RECONNECT_MAX_S)
 
