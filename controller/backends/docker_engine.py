@@ -186,10 +186,17 @@ def translated() -> Iterator[None]:
         message = f"the Docker engine refused: {error.explanation or error}"
         raise BackendError(message, temporary=is_temporary) from error
     except (DockerException, RequestException, OSError) as error:
-        raise BackendUnavailable(_advice(error), temporary=True) from error
+        raise BackendUnavailable(_advice(_root_of(error)), temporary=True) from error
 
 
-def _advice(error: Exception) -> str:
+def _root_of(error: BaseException) -> BaseException:
+    """Return what the client library wrapped, some three times."""
+    while (inner := error.__cause__ or error.__context__) is not None:
+        error = inner
+    return error
+
+
+def _advice(error: BaseException) -> str:
     if isinstance(error, PermissionError):
         return "this user may not use the Docker engine; add it to the group 'docker'"
     host = os.environ.get("DOCKER_HOST") or "/var/run/docker.sock"

@@ -11,6 +11,7 @@ from typing import Any
 import docker
 import pytest
 from docker.errors import NotFound
+from requests.exceptions import RequestException
 
 from controller.backends.base import (
     BackendError,
@@ -208,6 +209,22 @@ async def test_what_was_intended_and_never_created_is_tidied_away(
     harness.backend = harness.reopen()
     assert await harness.backend.list() == [info]
     assert names_in(runtimes_dir) == ["r-1"]
+
+
+async def test_an_engine_out_of_reach_is_told_apart_from_one_that_is_away(
+    runtimes_dir: Path,
+) -> None:
+    def refuse() -> docker.DockerClient:
+        try:
+            raise PermissionError(13, "Permission denied")
+        except PermissionError as error:
+            raise RequestException("Connection aborted") from error
+
+    engine = DockerEngine(refuse)
+    backend = DockerBackend(runtimes_dir, cluster="test", image="i", engine=engine)
+    with pytest.raises(BackendUnavailable, match="add it to the group 'docker'"):
+        await backend.list()
+    await backend.close()
 
 
 @pytest.mark.parametrize(
