@@ -156,7 +156,9 @@ async def test_a_reused_process_number_is_not_mistaken_for_the_runtime(
     info = await harness.backend.create(spec())
     await harness.backend.close()
     await harness.exit(info, 0)
-    change_record(runtimes_dir, lambda record: record["process"].update(pid=bystander.pid))
+    change_record(
+        runtimes_dir, lambda record: record["process"].update(pid=bystander.pid, start_ticks=1)
+    )
 
     harness.backend = harness.reopen()
     assert (await harness.backend.inspect("r-1")).phase is RuntimePhase.EXITED
