@@ -6,7 +6,13 @@ from dataclasses import dataclass
 
 import structlog
 
-from controller.backends.base import BackendError, RuntimeBackend, RuntimeInfo, RuntimePhase
+from controller.backends.base import (
+    BackendError,
+    BackendUnavailable,
+    RuntimeBackend,
+    RuntimeInfo,
+    RuntimePhase,
+)
 from controller.ledger.intervals import AdoptedClaim, LedgerState
 from controller.scaling.function import Function
 from controller.scaling.lifecycle import ReplicaState
@@ -107,6 +113,9 @@ async def remove_orphans(
                     log.warning("removing an orphan", runtime_id=info.runtime_id)
                     await backend.delete(info.runtime_id)
                     num_removed += 1
+        except BackendUnavailable:
+            # Said at the start already; a machine without Docker needs no warning every time.
+            continue
         except BackendError as error:
             log.warning("cannot look for orphans", backend=backend.name, error=str(error))
     return num_removed
