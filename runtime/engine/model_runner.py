@@ -62,6 +62,7 @@ class ModelRunner:
         self._model: Llama | None = None
         self._packed_bytes = 0
         self._num_packed_groups = 0
+        self._has_answered = False
         self._kv_slab: HostSlab | None = None
         self._kv_cache = torch.empty(0)
         self._num_cores = usable_cores()
@@ -136,6 +137,7 @@ class ModelRunner:
         with torch.inference_mode():
             self._model = Llama(self._model_config, tensors, is_packed=self._is_packed)
         self._num_packed_groups = 0
+        self._has_answered = False
         return report
 
     def allocate_kv(self) -> int:
@@ -173,9 +175,10 @@ class ModelRunner:
         with torch.inference_mode():
             if self._is_packing:
                 torch.set_num_threads(self._num_cores)
-                sampled = self._execute(batch)
-                self._pack_some()
-                return sampled
+                if self._has_answered:
+                    self._pack_some()
+                self._has_answered = True
+                return self._execute(batch)
             num_threads = self._tuner.choose(batch.num_tokens)
             torch.set_num_threads(num_threads)
             started = time.perf_counter()
@@ -228,7 +231,7 @@ class ModelRunner:
         self._kv_cache[:, indices] = self._kv_cache[:, indices].nan_to_num_(0.0, 0.0, 0.0)
 
     def _pack_some(self) -> None:
-        """Pack the next layer: the first token has not waited for it, later ones gain."""
+        """Pack the next layer: the first token does not wait for it, later ones gain."""
         assert self._model is not None, "weights are loaded"
         group = self._model.packables[self._num_packed_groups]
         self._num_packed_groups += 1

@@ -37,12 +37,14 @@ class _DecodeGroup:
     """Sequences with one token each, of similar length, padded to the longest.
 
     Attributes:
-        rows: Their tokens in the batch, int64 [group_size].
+        rows: Their tokens in the batch, int64 [group_size], or a slice where they are adjacent.
+        size: Their number.
         block_ids: int64 [group_size * max_blocks]; a sequence is padded with its own blocks.
         mask: 0 where there is a token, else -inf; [group_size, 1, 1, max_blocks * block_size].
     """
 
-    rows: Tensor
+    rows: Tensor | slice
+    size: int
     block_ids: Tensor
     mask: Tensor
 
@@ -128,8 +130,11 @@ def paged_attention(q: Tensor, kv: Tensor, kv_cache: Tensor, plan: AttentionPlan
     heads = q.view(num_tokens, num_kv_heads, -1, head_dim)
     output = q.new_empty(heads.shape)
     for group in plan.decode_groups:
-        k, v = _gather(blocks, group.block_ids, len(group.rows), kv_cache)
-        output[group.rows] = F.scaled_dot_product_attention(heads[group.rows], k, v, group.mask)
+        k, v = _gather(blocks, group.block_ids, group.size, kv_cache)
+        attended = F.scaled_dot_product_attention(heads[group.rows], k, v, group.mask)
+        if group.size == num_tokens:
+            return attended.reshape(num_tokens, num_heads * head_dim)
+        output[group.rows] = attended
     for chunk in plan.chunks:
         k, v = _gather(blocks, chunk.block_ids, 1, kv_cache)
         output[chunk.rows] = _attend_chunk(heads[chunk.rows], k, v, chunk)
@@ -189,6 +194,7 @@ def _by_length(
 def _decode_group(
     decodes: list[tuple[int, AttentionSpan]], block_size: int, dtype: torch.dtype
 ) -> _DecodeGroup:
+    decodes = sorted(decodes, key=lambda decode: decode[0])
     lengths = [span.start + 1 for _, span in decodes]
     max_blocks = -(-max(lengths) // block_size)
     block_ids: list[int] = []
@@ -199,8 +205,11 @@ def _decode_group(
     mask = torch.zeros(len(decodes), 1, 1, max_blocks * block_size, dtype=dtype)
     is_padding = torch.arange(max_blocks * block_size) >= torch.tensor(lengths)[:, None]
     mask.masked_fill_(is_padding[:, None, None], -torch.inf)
+    rows = [row for row, _ in decodes]
+    is_adjacent = rows[-1] - rows[0] == len(rows) - 1
     return _DecodeGroup(
-        rows=torch.tensor([row for row, _ in decodes]),
+        rows=slice(rows[0], rows[-1] + 1) if is_adjacent else torch.tensor(rows),
+        size=len(rows),
         block_ids=torch.tensor(block_ids),
         mask=mask,
     )

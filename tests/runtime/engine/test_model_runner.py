@@ -20,11 +20,13 @@ from snapshots.store import SnapshotStore
 from tests.checkpoints import TinyLlama, write_tiny_llama
 from tests.runtime.engine.sequences import new_request
 from tests.runtime.model.oracle import (
+    TeacherForced,
     TensorWeights,
     engine_tensors,
     new_runner,
     random_llama,
     reference_logits,
+    run_forced,
 )
 
 needs_packing = pytest.mark.skipif(
@@ -124,8 +126,11 @@ def test_packing_between_steps_does_not_change_tokens_and_gives_weights_back(
     runner.load_weights()
     runner.allocate_kv()
     loaded_bytes = runner.weights_bytes
+    first_token, _ = generate(runner, num_tokens=1)
+    assert runner.weights_bytes == loaded_bytes, "the first token does not wait for packing"
     first, _ = generate(runner)
-    assert not runner._is_packing, "three steps pack a head and two layers"
+    assert first[:1] == first_token
+    assert not runner._is_packing, "twelve steps are enough for a head and two layers"
     assert generate(runner)[0] == first
     assert runner.weights_bytes != loaded_bytes
 
@@ -199,6 +204,19 @@ def test_flipped_byte_is_a_damaged_snapshot_and_holds_nothing(
     with pytest.raises(SnapshotDamaged, match="wrong bytes"):
         weights.load(None)
     assert weights.held_bytes == 0
+
+
+def test_processor_with_bfloat16_products_runs_in_bfloat16(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr("runtime.engine.model_runner.is_packing_faster", lambda dtype: False)
+    model = random_llama()
+    torch.nn.Module.to(model, torch.bfloat16)
+    targets = {1: list(range(40)), 2: list(range(60, 20, -1))}
+    forced = TeacherForced(new_runner(model), targets)
+    run_forced(forced, targets, EngineConfig(max_num_batched_tokens=9), num_prompt_tokens=30)
+    torch.nn.Module.to(model, torch.float32)
+    assert forced.largest_error(model) < 0.05 * reference_logits(model, targets[1]).abs().max()
 
 
 @pytest.mark.model
