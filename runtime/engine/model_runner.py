@@ -7,7 +7,6 @@ import json
 import os
 import time
 from collections.abc import Sequence
-from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any, Self
 
@@ -26,8 +25,9 @@ from runtime.memory.slab import HostSlab, trim_malloc
 from runtime.memory.weights import OnProgress, SnapshotWeights, Weights
 from runtime.model.attention import AttentionPlan, AttentionSpan
 from runtime.model.config import ModelConfig
-from runtime.model.linear import is_packing_faster, pack_all
+from runtime.model.linear import is_packing_faster
 from runtime.model.llama import Llama
+from runtime.model.packing import Packer
 from snapshots.loader import LoadReport
 
 MAX_STEP_TOKENS = 256  # products are at full speed, and decodes wait for one such step at most
@@ -60,8 +60,7 @@ class ModelRunner:
         self._dtype = torch.float32 if self._is_packed else weights.dtype
         self._kv_plan = plan_kv(config, self._kv_sizes())
         self._model: Llama | None = None
-        self._packed_bytes = 0
-        self._num_packed_groups = 0
+        self._packer: Packer | None = None
         self._has_answered = False
         self._kv_slab: HostSlab | None = None
         self._kv_cache = torch.empty(0)
@@ -95,7 +94,8 @@ class ModelRunner:
     @property
     def weights_bytes(self) -> int:
         """Memory held for weights, packed copies included, now."""
-        return self._weights.held_bytes + self._packed_bytes
+        packed_bytes = 0 if self._packer is None else self._packer.packed_bytes
+        return self._weights.held_bytes + packed_bytes
 
     @property
     def kv_cache_bytes(self) -> int:
@@ -122,10 +122,6 @@ class ModelRunner:
         """Blocks in the KV cache."""
         return self._kv_plan.num_blocks
 
-    @property
-    def _is_packing(self) -> bool:
-        return self._model is not None and self._num_packed_groups < len(self._model.packables)
-
     def load_weights(self, on_progress: OnProgress | None = None) -> LoadReport:
         """Read and verify weights, on all cores.
 
@@ -135,8 +131,13 @@ class ModelRunner:
         torch.set_num_threads(self._num_cores)
         tensors, report = self._weights.load(on_progress)
         with torch.inference_mode():
-            self._model = Llama(self._model_config, tensors, is_packed=self._is_packed)
-        self._num_packed_groups = 0
+            model = Llama(self._model_config, tensors, is_packed=self._is_packed)
+        self._model = model
+        self._packer = Packer(
+            model.packables,
+            num_threads=self._num_cores,
+            discard=lambda weight: self._discard(weight, model.embedding),
+        )
         self._has_answered = False
         return report
 
@@ -161,7 +162,7 @@ class ModelRunner:
         """Give weights and KV memory back; return by how many bytes the process shrank."""
         resident_before = resident_bytes()
         self._model = None
-        self._packed_bytes = 0
+        self._packer = None
         self._weights.release()
         self._kv_cache = torch.empty(0)
         if self._kv_slab is not None:
@@ -172,13 +173,15 @@ class ModelRunner:
 
     def execute(self, batch: ScheduledBatch) -> SampledTokens:
         """Run a batch; sequences whose logits are not finite are reported as faults."""
+        assert self._packer is not None, "weights are loaded"
         with torch.inference_mode():
-            if self._is_packing:
+            if not self._packer.is_done:
                 torch.set_num_threads(self._num_cores)
                 if self._has_answered:
-                    self._pack_some()
-                self._has_answered = True
-                return self._execute(batch)
+                    self._packer.pack_group()
+                sampled = self._execute(batch)
+                self._has_answered |= bool(sampled.token_ids)
+                return sampled
             num_threads = self._tuner.choose(batch.num_tokens)
             torch.set_num_threads(num_threads)
             started = time.perf_counter()
@@ -230,16 +233,9 @@ class ModelRunner:
         indices = torch.tensor(block_ids)
         self._kv_cache[:, indices] = self._kv_cache[:, indices].nan_to_num_(0.0, 0.0, 0.0)
 
-    def _pack_some(self) -> None:
-        """Pack the next layer: the first token does not wait for it, later ones gain."""
-        assert self._model is not None, "weights are loaded"
-        group = self._model.packables[self._num_packed_groups]
-        self._num_packed_groups += 1
-        with ThreadPoolExecutor(self._num_cores, "pack") as executor:
-            for weight in pack_all(group, executor):
-                if weight.data_ptr() != self._model.embedding.data_ptr():
-                    self._weights.discard(weight)
-        self._packed_bytes += sum(linear.packed_bytes for linear in group)
+    def _discard(self, weight: Tensor, embedding: Tensor) -> None:
+        if weight.data_ptr() != embedding.data_ptr():  # a tied head's weight is still looked up
+            self._weights.discard(weight)
 
     def _bytes_per_token(self) -> int:
         return self._model_config.kv_elements_per_token * self._dtype.itemsize

@@ -47,9 +47,8 @@ class PlainLinear:
 class PackedLinear:
     """FBGEMM's product: fp32 activations, fp16 weights.
 
-    Packing takes longer than reading the weights, so a woken engine answers first and packs
-    between its next steps. Until then the weight is converted piece by piece on every use, which
-    gives the same result up to the order of summation.
+    Until it is packed the weight is converted piece by piece on every use, which gives the same
+    result up to the order of summation.
 
     Args:
         weight: [out_features, in_features], two bytes an element; used until `pack_all`.
