@@ -12,7 +12,7 @@ from controller.backends.process import ProcessBackend
 from tests.fakes.backend import FakeBackend, FakeMachine
 
 STAND_IN = (Path(__file__).parents[1] / "fakes" / "stand_in.py").read_text()
-REACHABLE_S = 20.0
+REACHABLE_S = 50.0
 
 
 class Harness(Protocol):
