@@ -1,33 +1,20 @@
 """The step loop's body: join scheduler and runner, keep one sequence's fault from the others."""
 
 import secrets
-from collections.abc import Sequence as SequenceOf
 from dataclasses import dataclass, replace
 from typing import Protocol
 
 import structlog
 
 from runtime.config import EngineConfig
+from runtime.engine.batch import SampledTokens, ScheduledBatch, ScheduledSequence
 from runtime.engine.block_manager import BlockManager
-from runtime.engine.scheduler import ScheduledBatch, ScheduledSequence, Scheduler
+from runtime.engine.scheduler import Scheduler
 from runtime.engine.sequence import Sequence, SequenceKey, SequenceRequest, StepResult
 from runtime.engine.validation import check_request
 from runtime.errors import InvalidSequence
 
 log = structlog.get_logger()
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class SampledTokens:
-    """What a batch yields, for its sequences with `is_sampled`, in batch order.
-
-    Attributes:
-        token_ids: The sampled tokens; meaningless where the sequence is faulty.
-        faults: What is wrong with a sequence, by its index in the batch.
-    """
-
-    token_ids: SequenceOf[int]
-    faults: dict[int, str]
 
 
 class StepRunner(Protocol):

@@ -14,9 +14,8 @@ import torch
 from torch import Tensor
 
 from runtime.config import EngineConfig
-from runtime.engine.engine import SampledTokens
+from runtime.engine.batch import SampledTokens, ScheduledBatch, ScheduledSequence
 from runtime.engine.sampler import SamplingRow, sample
-from runtime.engine.scheduler import ScheduledBatch, ScheduledSequence
 from runtime.engine.threads import ThreadTuner, usable_cores
 from runtime.errors import LoadFailed, SnapshotDamaged
 from runtime.linux import resident_bytes

@@ -14,63 +14,15 @@ from collections.abc import Sequence as SequenceOf
 from dataclasses import dataclass
 
 from runtime.config import EngineConfig
+from runtime.engine.batch import ScheduledBatch, ScheduledSequence
 from runtime.engine.block_manager import BlockManager
 from runtime.engine.sequence import (
     FinishedSequence,
     FinishReason,
-    SamplingParams,
     Sequence,
     SequenceKey,
     StepResult,
 )
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class ScheduledSequence:
-    """What one step does for one sequence.
-
-    Attributes:
-        number: The sequence's; stable as long as it lives.
-        start: Position of the first token to run; all before it are in the KV cache.
-        token_ids: Tokens to run, from `start` on.
-        num_pending_tokens: Tokens to run after those, which the steps in flight still sample.
-        block_ids: Block table, long enough for all tokens to run.
-        is_sampled: Whether the step yields the next token; False in the midst of a prompt.
-        num_preemptions: The sequence's when this was scheduled.
-    """
-
-    key: SequenceKey
-    number: int
-    start: int
-    token_ids: tuple[int, ...]
-    num_pending_tokens: int
-    block_ids: tuple[int, ...]
-    is_sampled: bool
-    sampling: SamplingParams
-    seed: int
-    num_preemptions: int
-
-    @property
-    def num_tokens(self) -> int:
-        """Tokens to run."""
-        return len(self.token_ids) + self.num_pending_tokens
-
-    @property
-    def end(self) -> int:
-        """Position after the last token to run: that of the token to sample."""
-        return self.start + self.num_tokens
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class ScheduledBatch:
-    """One step: decodes first, then pieces of prompts, each group by arrival."""
-
-    sequences: tuple[ScheduledSequence, ...]
-
-    @property
-    def num_tokens(self) -> int:
-        """Tokens to run."""
-        return sum(item.num_tokens for item in self.sequences)
 
 
 @dataclass(slots=True, kw_only=True)

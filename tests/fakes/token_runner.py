@@ -8,8 +8,7 @@ Wrong sharing, early reuse or lost recomputation change the answer.
 import zlib
 from collections.abc import Callable, Sequence
 
-from runtime.engine.engine import SampledTokens
-from runtime.engine.scheduler import ScheduledBatch, ScheduledSequence
+from runtime.engine.batch import SampledTokens, ScheduledBatch, ScheduledSequence
 
 
 def checksum(values: Sequence[int]) -> int:

@@ -3,8 +3,8 @@ from collections import defaultdict
 import pytest
 
 from runtime.config import EngineConfig
-from runtime.engine.engine import Engine, SampledTokens
-from runtime.engine.scheduler import ScheduledBatch
+from runtime.engine.batch import SampledTokens, ScheduledBatch
+from runtime.engine.engine import Engine
 from runtime.engine.sequence import (
     FinishedSequence,
     FinishReason,

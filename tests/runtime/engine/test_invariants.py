@@ -8,8 +8,9 @@ from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, invariant, precondition, rule
 
 from runtime.config import EngineConfig
+from runtime.engine.batch import ScheduledBatch
 from runtime.engine.block_manager import BlockManager
-from runtime.engine.scheduler import ScheduledBatch, Scheduler
+from runtime.engine.scheduler import Scheduler
 from runtime.engine.sequence import FinishReason, Sequence
 from tests.fakes.token_runner import TokenRunner, answer
 from tests.runtime.engine.sequences import new_sequence

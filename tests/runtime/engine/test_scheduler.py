@@ -1,8 +1,9 @@
 import pytest
 
 from runtime.config import EngineConfig
+from runtime.engine.batch import ScheduledBatch
 from runtime.engine.block_manager import BlockManager
-from runtime.engine.scheduler import ScheduledBatch, Scheduler
+from runtime.engine.scheduler import Scheduler
 from runtime.engine.sequence import FinishReason, StepResult
 from tests.runtime.engine.sequences import new_sequence
 

@@ -8,9 +8,9 @@ from torch import Tensor
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from runtime.config import EngineConfig
-from runtime.engine.engine import Engine, SampledTokens
+from runtime.engine.batch import SampledTokens, ScheduledBatch
+from runtime.engine.engine import Engine
 from runtime.engine.model_runner import ModelRunner
-from runtime.engine.scheduler import ScheduledBatch
 from runtime.engine.sequence import FinishedSequence, SamplingParams, SequenceKey, SequenceRequest
 from runtime.memory.weights import OnProgress
 from runtime.model.config import ModelConfig
