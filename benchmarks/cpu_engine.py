@@ -92,14 +92,15 @@ def main() -> int:
     runner.load_weights()
     runner.allocate_kv()
     vocab_size = reference.config.vocab_size
-    results = [
-        compare(workload, reference, runner, num_rounds=options.rounds)
-        for workload in workloads(vocab_size, options.output_tokens)
-    ]
+    if not options.json:
+        print_header(options)
+    results = []
+    for workload in workloads(vocab_size, options.output_tokens):
+        results.append(compare(workload, reference, runner, num_rounds=options.rounds))
+        if not options.json:
+            print_row(results[-1])
     if options.json:
         print(json.dumps([asdict(result) for result in results], indent=2))
-    else:
-        print_table(results, options)
     return 0 if all(result.ratio >= result.target for result in results) else 1
 
 
@@ -217,15 +218,18 @@ def _rows(tensors: dict[str, torch.Tensor], name: str, shape: torch.Size) -> tor
     return tensors[name][: shape[0]]
 
 
-def print_table(results: Sequence[Result], options: argparse.Namespace) -> None:
+def print_header(options: argparse.Namespace) -> None:
     print(f"{options.gguf.name} in {options.dtype}, {usable_cores()} cores of {_processor()}")
     print(f"torch {torch.__version__}; medians of {options.rounds} interleaved runs; output tok/s")
-    print(f"{'':<22}{'transformers':>14}{'coldspark':>12}{'ratio':>8}{'target':>8}")
-    for result in results:
-        print(
-            f"{result.workload:<22}{statistics.median(result.transformers):>14.1f}"
-            f"{statistics.median(result.engine):>12.1f}{result.ratio:>8.2f}{result.target:>8.1f}"
-        )
+    print(f"{'':<22}{'transformers':>14}{'coldspark':>12}{'ratio':>8}{'target':>8}", flush=True)
+
+
+def print_row(result: Result) -> None:
+    print(
+        f"{result.workload:<22}{statistics.median(result.transformers):>14.1f}"
+        f"{statistics.median(result.engine):>12.1f}{result.ratio:>8.2f}{result.target:>8.1f}",
+        flush=True,
+    )
 
 
 def _processor() -> str:
