@@ -26,10 +26,10 @@ from transformers import AutoConfig, LlamaForCausalLM
 from transformers.utils import logging as transformers_logging
 
 from runtime.config import EngineConfig
+from runtime.cpu.runner import CpuRunner
+from runtime.cpu.threads import usable_cores
 from runtime.engine.engine import Engine
-from runtime.engine.model_runner import ModelRunner
 from runtime.engine.sequence import SamplingParams, SequenceKey, SequenceRequest
-from runtime.engine.threads import usable_cores
 from snapshots.builder import BuildOptions, build
 from snapshots.loader import load_rank, open_rank, views
 from snapshots.sources.gguf import GgufSource
@@ -88,7 +88,7 @@ def main() -> int:
     build_options = BuildOptions(dtype=options.dtype)
     snapshot = build(GgufSource(options.gguf), SnapshotStore(STORE), build_options).snapshot.path
     reference = load_reference(snapshot)
-    runner = ModelRunner.open(snapshot, EngineConfig())
+    runner = CpuRunner.open(snapshot, EngineConfig())
     runner.load_weights()
     runner.allocate_kv()
     vocab_size = reference.config.vocab_size
@@ -125,7 +125,7 @@ def workloads(vocab_size: int, num_output_tokens: int) -> list[Workload]:
 
 
 def compare(
-    workload: Workload, reference: LlamaForCausalLM, runner: ModelRunner, *, num_rounds: int
+    workload: Workload, reference: LlamaForCausalLM, runner: CpuRunner, *, num_rounds: int
 ) -> Result:
     """Run both by turns, after one turn that does not count."""
     speeds: dict[str, list[float]] = {"transformers": [], "engine": []}
@@ -170,7 +170,7 @@ def run_transformers(model: LlamaForCausalLM, requests: Sequence[Request]) -> No
     assert output.shape == (len(requests), longest + num_tokens)
 
 
-def run_engine(runner: ModelRunner, requests: Sequence[Request]) -> None:
+def run_engine(runner: CpuRunner, requests: Sequence[Request]) -> None:
     """Generate in one engine; no prefix of an earlier run is reused."""
     config = EngineConfig(enable_prefix_caching=False)
     engine = Engine(config, runner, runner.eos_token_ids)

@@ -1,9 +1,10 @@
 """What scheduler and runner pass each other: a batch to run, and what it yields. No torch."""
 
 from collections.abc import Sequence as SequenceOf
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+from typing import Protocol
 
-from runtime.engine.sequence import SamplingParams, SequenceKey
+from runtime.engine.sequence import SamplingParams, SequenceKey, TokenLogprobs
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -18,6 +19,8 @@ class ScheduledSequence:
         block_ids: Block table, long enough for all tokens to run.
         is_sampled: Whether the step yields the next token; False in the midst of a prompt.
         num_preemptions: The sequence's when this was scheduled.
+        all_token_ids: The sequence's own list of all tokens, prompt and output; it grows.
+        num_prompt_tokens: How many of those are the prompt.
     """
 
     key: SequenceKey
@@ -25,6 +28,8 @@ class ScheduledSequence:
     start: int
     token_ids: tuple[int, ...]
     num_pending_tokens: int
+    all_token_ids: SequenceOf[int] = ()
+    num_prompt_tokens: int = 0
     block_ids: tuple[int, ...]
     is_sampled: bool
     sampling: SamplingParams
@@ -44,9 +49,15 @@ class ScheduledSequence:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ScheduledBatch:
-    """One step: decodes first, then pieces of prompts, each group by arrival."""
+    """One step: decodes first, then pieces of prompts, each group by arrival.
+
+    Attributes:
+        retired: Numbers of sequences that have lost their blocks since the batch before; one that
+            was preempted may come back.
+    """
 
     sequences: tuple[ScheduledSequence, ...]
+    retired: tuple[int, ...] = ()
 
     @property
     def num_tokens(self) -> int:
@@ -61,7 +72,20 @@ class SampledTokens:
     Attributes:
         token_ids: The sampled tokens; meaningless where the sequence is faulty.
         faults: What is wrong with a sequence, by its index in the batch.
+        logprobs: Of the sequences that ask for it, by their index in the batch.
     """
 
     token_ids: SequenceOf[int]
     faults: dict[int, str]
+    logprobs: dict[int, TokenLogprobs] = field(default_factory=dict)
+
+    def wait(self) -> "SampledTokens":
+        """Return itself: a runner that has finished already is not waited for."""
+        return self
+
+
+class PendingTokens(Protocol):
+    """What a launched batch will yield."""
+
+    def wait(self) -> SampledTokens:
+        """Return it when the device is done with the batch."""

@@ -1,16 +1,28 @@
 """The step loop's body: join scheduler and runner, keep one sequence's fault from the others."""
 
 import secrets
+from collections import deque
 from dataclasses import dataclass, replace
 from typing import Protocol
 
 import structlog
 
 from runtime.config import EngineConfig
-from runtime.engine.batch import SampledTokens, ScheduledBatch, ScheduledSequence
+from runtime.engine.batch import (
+    PendingTokens,
+    SampledTokens,
+    ScheduledBatch,
+    ScheduledSequence,
+)
 from runtime.engine.block_manager import BlockManager
 from runtime.engine.scheduler import Scheduler
-from runtime.engine.sequence import Sequence, SequenceKey, SequenceRequest, StepResult
+from runtime.engine.sequence import (
+    Sequence,
+    SequenceKey,
+    SequenceRequest,
+    StepResult,
+    TokenLogprobs,
+)
 from runtime.engine.validation import check_request
 from runtime.errors import InvalidSequence
 
@@ -36,8 +48,15 @@ class StepRunner(Protocol):
     def vocab_size(self) -> int:
         """Token ids are below this."""
 
-    def execute(self, batch: ScheduledBatch) -> SampledTokens:
-        """Run a batch. Running the same batch again gives the same result."""
+    @property
+    def max_in_flight(self) -> int:
+        """Batches to launch before the first is waited for; 2 prepares one while one runs."""
+
+    def launch(self, batch: ScheduledBatch) -> PendingTokens:
+        """Run a batch after those launched before, waiting for none.
+
+        Running the same batch again gives the same result.
+        """
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -72,6 +91,7 @@ class Engine:
         self._runner = runner
         self._eos_token_ids = eos_token_ids
         self._num_submitted = 0
+        self._in_flight: deque[tuple[ScheduledBatch, PendingTokens]] = deque()
         self._blocks = self._new_blocks()
         self._scheduler = Scheduler(self._config, self._blocks)
 
@@ -117,17 +137,28 @@ class Engine:
 
     def has_work(self) -> bool:
         """Return whether a step would compute or report anything."""
-        return self._scheduler.has_work()
+        return bool(self._in_flight) or self._scheduler.has_work()
 
     def step(self) -> StepResult:
-        """Run one batch and report its tokens and all sequences that ended."""
-        batch = self._scheduler.schedule()
-        sampled = self._execute(batch)
+        """Keep the runner busy, take over its oldest batch, report tokens and ends."""
+        while len(self._in_flight) < self._runner.max_in_flight:
+            batch = self._scheduler.schedule()
+            if not batch.sequences:
+                break
+            self._in_flight.append((batch, self._launch(batch)))
+        if not self._in_flight:
+            return self._scheduler.commit(ScheduledBatch(sequences=()), ())
+        batch, pending = self._in_flight.popleft()
+        sampled = pending.wait()
         for index, error in sampled.faults.items():
             item = batch.sequences[index]
             log.error("sequence_failed", **item.key._asdict(), error=error)
             self._scheduler.fail(item.key, error)
-        return self._scheduler.commit(batch, sampled.token_ids)
+        result = self._scheduler.commit(batch, sampled.token_ids)
+        if not sampled.logprobs:
+            return result
+        logprobs = {batch.sequences[i].key: found for i, found in sampled.logprobs.items()}
+        return replace(result, logprobs=logprobs)
 
     def figures(self) -> EngineFigures:
         """Return load and counts."""
@@ -146,6 +177,7 @@ class Engine:
 
     def reset_cache(self) -> None:
         """Forget cached prefixes and take over the runner's present KV cache."""
+        assert not self._in_flight, "launched batches would write to the new cache"
         self._blocks = self._new_blocks()
         self._scheduler.replace_blocks(self._blocks)
 
@@ -156,26 +188,27 @@ class Engine:
             enable_prefix_caching=self._config.enable_prefix_caching,
         )
 
-    def _execute(self, batch: ScheduledBatch) -> SampledTokens:
-        """Run a batch; when it raises, run its sequences alone to find the faulty ones."""
-        if not batch.sequences:
-            return SampledTokens(token_ids=(), faults={})
+    def _launch(self, batch: ScheduledBatch) -> PendingTokens:
+        """Launch a batch; when that raises, run its sequences alone to find the faulty ones."""
         try:
-            return self._runner.execute(batch)
+            return self._runner.launch(batch)
         except Exception:
             log.exception("batch_failed", num_sequences=len(batch.sequences))
         token_ids: list[int] = []
         faults: dict[int, str] = {}
+        logprobs: dict[int, TokenLogprobs] = {}
         for index, item in enumerate(batch.sequences):
-            alone = self._execute_alone(item)
+            alone = self._run_alone(item)
             token_ids += alone.token_ids
             if alone.faults:
                 faults[index] = alone.faults[0]
-        return SampledTokens(token_ids=token_ids, faults=faults)
+            if alone.logprobs:
+                logprobs[index] = alone.logprobs[0]
+        return SampledTokens(token_ids=token_ids, faults=faults, logprobs=logprobs)
 
-    def _execute_alone(self, item: ScheduledSequence) -> SampledTokens:
+    def _run_alone(self, item: ScheduledSequence) -> SampledTokens:
         try:
-            return self._runner.execute(ScheduledBatch(sequences=(item,)))
+            return self._runner.launch(ScheduledBatch(sequences=(item,))).wait()
         except Exception as error:
             log.exception("sequence_raised", **item.key._asdict())
             message = f"the engine could not run this sequence: {type(error).__name__}: {error}"

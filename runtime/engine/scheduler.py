@@ -51,6 +51,7 @@ class Scheduler:
         self._waiting: OrderedDict[SequenceKey, Sequence] = OrderedDict()
         self._running: OrderedDict[SequenceKey, Sequence] = OrderedDict()
         self._finished: list[FinishedSequence] = []
+        self._retired: list[int] = []
         self.counters = SchedulerCounters()
 
     @property
@@ -109,8 +110,11 @@ class Scheduler:
                 break
             batch.append(self._advance(admitted, budget))
             budget -= batch[-1].num_tokens
-        self.counters.num_steps += bool(batch)
-        return ScheduledBatch(sequences=tuple(batch))
+        if not batch:
+            return ScheduledBatch(sequences=())
+        self.counters.num_steps += 1
+        retired, self._retired = self._retired, []
+        return ScheduledBatch(sequences=tuple(batch), retired=tuple(retired))
 
     def commit(self, batch: ScheduledBatch, token_ids: SequenceOf[int]) -> StepResult:
         """Take over what a batch has computed.
@@ -162,6 +166,7 @@ class Scheduler:
     def _preempt(self, sequence: Sequence) -> None:
         del self._running[sequence.key]
         self._blocks.release(sequence)
+        self._retired.append(sequence.number)
         sequence.num_preemptions += 1
         self.counters.num_preemptions += 1
         self._waiting[sequence.key] = sequence
@@ -205,6 +210,8 @@ class Scheduler:
             start=start,
             token_ids=token_ids,
             num_pending_tokens=num_tokens - len(token_ids),
+            all_token_ids=sequence.token_ids,
+            num_prompt_tokens=sequence.num_prompt_tokens,
             block_ids=tuple(sequence.block_ids),
             is_sampled=is_sampled,
             sampling=sequence.sampling,
@@ -223,6 +230,7 @@ class Scheduler:
         self._running.pop(sequence.key, None)
         self._waiting.pop(sequence.key, None)
         self._blocks.release(sequence)
+        self._retired.append(sequence.number)
         self._finished.append(sequence.finished(reason, error))
 
     def _find(self, key: SequenceKey) -> Sequence | None:

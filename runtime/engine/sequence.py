@@ -10,6 +10,7 @@ number is known, their ids are not. There are no prefill and decode phases, only
 catching up with tokens.
 """
 
+from collections.abc import Mapping
 from collections.abc import Sequence as SequenceOf
 from dataclasses import dataclass, field
 from enum import StrEnum
@@ -41,6 +42,13 @@ class SamplingParams:
         top_p: Keep the smallest set of tokens with at least this mass; 1 is off.
         top_k: Keep this many most likely tokens; 0 is off.
         min_p: Keep tokens at least this likely relative to the likeliest; 0 is off.
+        repetition_penalty: Divides positive and multiplies negative logits of tokens that are in
+            the prompt or the output; 1 is off.
+        frequency_penalty: Taken from a token's logit for each time it is in the output.
+        presence_penalty: Taken once from the logit of every token that is in the output.
+        logit_bias: Added to the logits of these tokens, before the penalties.
+        num_logprobs: Report the log-probability of each token, and of this many of the likeliest
+            ones, before bias, penalties and temperature; None reports none.
         seed: None for a random one, chosen when the sequence is submitted.
         max_tokens: Most tokens to generate.
         stop_token_ids: Tokens that end the sequence, beside the model's own.
@@ -51,10 +59,38 @@ class SamplingParams:
     top_p: float = 1.0
     top_k: int = 0
     min_p: float = 0.0
+    repetition_penalty: float = 1.0
+    frequency_penalty: float = 0.0
+    presence_penalty: float = 0.0
+    logit_bias: Mapping[int, float] = field(default_factory=dict)
+    num_logprobs: int | None = None
     seed: int | None = None
     max_tokens: int = 16
     stop_token_ids: frozenset[int] = frozenset()
     ignore_eos: bool = False
+
+    @property
+    def has_penalties(self) -> bool:
+        """Whether a token's chance depends on which tokens there are already."""
+        return (
+            self.repetition_penalty != 1.0
+            or self.frequency_penalty != 0.0
+            or self.presence_penalty != 0.0
+        )
+
+
+class TokenLogprobs(NamedTuple):
+    """How likely a token was, and which were likeliest, by the model alone.
+
+    Attributes:
+        logprob: Natural logarithm of the chosen token's probability.
+        top_token_ids: The likeliest tokens, likeliest first.
+        top_logprobs: Theirs.
+    """
+
+    logprob: float
+    top_token_ids: SequenceOf[int]
+    top_logprobs: SequenceOf[float]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -86,10 +122,15 @@ class FinishedSequence:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class StepResult:
-    """What one engine step produced; a stop token is reported like any other."""
+    """What one engine step produced; a stop token is reported like any other.
+
+    Attributes:
+        logprobs: Of the tokens whose sequences asked for it.
+    """
 
     tokens: list[tuple[SequenceKey, int]]
     finished: list[FinishedSequence]
+    logprobs: Mapping[SequenceKey, TokenLogprobs] = field(default_factory=dict)
 
 
 @dataclass(slots=True, kw_only=True, eq=False)

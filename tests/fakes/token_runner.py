@@ -35,18 +35,20 @@ class TokenRunner:
         max_model_len: int = 32,
         vocab_size: int = 50,
         max_step_tokens: int = 1 << 20,
+        max_in_flight: int = 1,
     ) -> None:
         self.num_kv_blocks = num_kv_blocks
         self.max_model_len = max_model_len
         self.vocab_size = vocab_size
         self.max_step_tokens = max_step_tokens
+        self.max_in_flight = max_in_flight
         self.batches: list[ScheduledBatch] = []
         self.fail: Callable[[ScheduledBatch], str | None] = lambda batch: None
         self._block_size = block_size
         self._states = [0] * (num_kv_blocks * block_size)
         self._last_tokens: dict[int, int] = {}
 
-    def execute(self, batch: ScheduledBatch) -> SampledTokens:
+    def launch(self, batch: ScheduledBatch) -> SampledTokens:
         self.batches.append(batch)
         error = self.fail(batch)
         if error is not None:

@@ -18,7 +18,17 @@ from tests.runtime.engine.sequences import new_request
 VOCAB_SIZE = 50
 
 
+MAX_IN_FLIGHT = 1
+
+
+@pytest.fixture(autouse=True, params=[1, 2], ids=["in step", "overlapped"])
+def _max_in_flight(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Run every test with a runner that is waited for, and with one that is kept ahead."""
+    monkeypatch.setattr(f"{__name__}.MAX_IN_FLIGHT", request.param)
+
+
 def new_engine(runner: TokenRunner, *, eos: frozenset[int] = frozenset()) -> Engine:
+    runner.max_in_flight = MAX_IN_FLIGHT
     return Engine(EngineConfig(block_size=4), runner, eos)
 
 
@@ -144,8 +154,8 @@ class FaultyRunner(TokenRunner):
 
     faulty_id = 2
 
-    def execute(self, batch: ScheduledBatch) -> SampledTokens:
-        sampled = super().execute(batch)
+    def launch(self, batch: ScheduledBatch) -> SampledTokens:
+        sampled = super().launch(batch)
         faults = {
             index: "not finite"
             for index, item in enumerate(batch.sequences)
@@ -196,9 +206,9 @@ def test_cancelled_sequence_frees_its_blocks_before_the_next_step() -> None:
     engine.submit(new_request(2, [2] * 8, max_tokens=5))
     engine.step()
     engine.cancel(SequenceKey(1, 1))
-    result = engine.step()
-    assert [key.sequence_id for key, _ in result.tokens] == [2]
-    assert [end.key.sequence_id for end in result.finished] == [1]
+    results = [engine.step() for _ in range(MAX_IN_FLIGHT)]
+    assert [key.sequence_id for result in results for key, _ in result.tokens] == [2]
+    assert [end.key.sequence_id for result in results for end in result.finished] == [1]
 
 
 def test_figures_follow_the_load() -> None:

@@ -14,19 +14,19 @@ import torch
 from torch import Tensor
 
 from runtime.config import EngineConfig
+from runtime.cpu.attention import AttentionPlan, AttentionSpan
+from runtime.cpu.linear import is_packing_faster
+from runtime.cpu.llama import Llama
+from runtime.cpu.packing import Packer
+from runtime.cpu.sampler import SamplingRow, sample
+from runtime.cpu.threads import ThreadTuner, usable_cores
 from runtime.engine.batch import SampledTokens, ScheduledBatch, ScheduledSequence
-from runtime.engine.sampler import SamplingRow, sample
-from runtime.engine.threads import ThreadTuner, usable_cores
 from runtime.errors import LoadFailed, SnapshotDamaged
 from runtime.linux import resident_bytes
 from runtime.memory.kv_plan import KvSizes, plan_kv
 from runtime.memory.slab import HostSlab, trim_malloc
 from runtime.memory.weights import OnProgress, SnapshotWeights, Weights
-from runtime.model.attention import AttentionPlan, AttentionSpan
 from runtime.model.config import ModelConfig
-from runtime.model.linear import is_packing_faster
-from runtime.model.llama import Llama
-from runtime.model.packing import Packer
 from snapshots.loader import LoadReport
 
 MAX_STEP_TOKENS = 256  # products are at full speed, and decodes wait for one such step at most
@@ -34,7 +34,7 @@ ACTIVATION_COPIES = 4  # of the widest intermediate result, all alive at once
 NOT_FINITE = "the model computed logits that are not finite"
 
 
-class ModelRunner:
+class CpuRunner:
     """Brings a model into memory and out again, and runs batches in between.
 
     Args:
@@ -170,7 +170,12 @@ class ModelRunner:
         trim_malloc()
         return max(0, resident_before - resident_bytes())
 
-    def execute(self, batch: ScheduledBatch) -> SampledTokens:
+    @property
+    def max_in_flight(self) -> int:
+        """One: a launched batch has run when `launch` returns."""
+        return 1
+
+    def launch(self, batch: ScheduledBatch) -> SampledTokens:
         """Run a batch; sequences whose logits are not finite are reported as faults."""
         assert self._packer is not None, "weights are loaded"
         with torch.inference_mode():

@@ -6,20 +6,19 @@ import pytest
 import torch
 
 from runtime.config import EngineConfig
+from runtime.cpu.linear import is_packing_faster
+from runtime.cpu.runner import CpuRunner
 from runtime.engine.engine import Engine
-from runtime.engine.model_runner import ModelRunner
 from runtime.engine.sequence import FinishedSequence, FinishReason, SamplingParams
 from runtime.errors import LoadFailed, SnapshotDamaged
 from runtime.linux import resident_bytes
 from runtime.memory.weights import SnapshotWeights
 from runtime.model.config import ModelConfig
-from runtime.model.linear import is_packing_faster
 from snapshots.builder import BuildOptions, build
 from snapshots.sources.directory import DirectorySource
 from snapshots.store import SnapshotStore
 from tests.checkpoints import TinyLlama, write_tiny_llama
-from tests.runtime.engine.sequences import new_request
-from tests.runtime.model.oracle import (
+from tests.runtime.cpu.oracle import (
     TeacherForced,
     TensorWeights,
     engine_tensors,
@@ -28,6 +27,7 @@ from tests.runtime.model.oracle import (
     reference_logits,
     run_forced,
 )
+from tests.runtime.engine.sequences import new_request
 
 needs_packing = pytest.mark.skipif(
     not is_packing_faster(torch.bfloat16), reason="this processor multiplies bf16 itself"
@@ -45,7 +45,7 @@ def tiny_snapshot(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def generate(
-    runner: ModelRunner, *, num_tokens: int = 12, prompt: list[int] = PROMPT
+    runner: CpuRunner, *, num_tokens: int = 12, prompt: list[int] = PROMPT
 ) -> tuple[list[int], FinishedSequence]:
     engine = Engine(EngineConfig(), runner, frozenset())
     engine.submit(new_request(1, prompt, max_tokens=num_tokens))
@@ -90,7 +90,7 @@ def test_nan_fails_its_sequence_alone_and_its_blocks_are_clean_again() -> None:
     tensors = engine_tensors(model)
     embedding = tensors["embed_tokens.weight"].clone()
     embedding[poison] = math.nan
-    runner = ModelRunner(
+    runner = CpuRunner(
         ModelConfig.from_hf(model.config.to_dict()),
         EngineConfig(kv_cache_bytes=1 << 15, max_model_len=32),
         TensorWeights(tensors | {"embed_tokens.weight": embedding}),
@@ -122,7 +122,7 @@ def test_nan_fails_its_sequence_alone_and_its_blocks_are_clean_again() -> None:
 def test_packing_between_steps_does_not_change_tokens_and_gives_weights_back(
     tiny_snapshot: Path,
 ) -> None:
-    runner = ModelRunner.open(tiny_snapshot, EngineConfig())
+    runner = CpuRunner.open(tiny_snapshot, EngineConfig())
     runner.load_weights()
     runner.allocate_kv()
     loaded_bytes = runner.weights_bytes
@@ -137,7 +137,7 @@ def test_packing_between_steps_does_not_change_tokens_and_gives_weights_back(
 
 
 def test_released_runner_can_load_again_and_answers_the_same(tiny_snapshot: Path) -> None:
-    runner = ModelRunner.open(tiny_snapshot, EngineConfig())
+    runner = CpuRunner.open(tiny_snapshot, EngineConfig())
     assert runner.weights_bytes == runner.kv_cache_bytes == 0
     answers = []
     for _ in range(2):
@@ -170,23 +170,23 @@ def test_end_tokens_come_from_the_generation_config_first(
             (copy / path.name).symlink_to(path)
     for name, content in files.items():
         (copy / name).write_text(json.dumps(content))
-    assert ModelRunner.open(copy, EngineConfig()).eos_token_ids == expected
+    assert CpuRunner.open(copy, EngineConfig()).eos_token_ids == expected
 
 
 def test_dtype_other_than_the_snapshots_is_refused(tiny_snapshot: Path) -> None:
     with pytest.raises(LoadFailed, match="holds bfloat16, the engine is to run float32"):
-        ModelRunner.open(tiny_snapshot, EngineConfig(dtype="float32"))
+        CpuRunner.open(tiny_snapshot, EngineConfig(dtype="float32"))
 
 
 def test_tensor_parallelism_is_refused_on_the_cpu(tiny_snapshot: Path) -> None:
     with pytest.raises(LoadFailed, match="tensor_parallel_size"):
-        ModelRunner.open(tiny_snapshot, EngineConfig(tensor_parallel_size=2))
+        CpuRunner.open(tiny_snapshot, EngineConfig(tensor_parallel_size=2))
 
 
 def test_unreadable_configuration_is_a_damaged_snapshot(tmp_path: Path) -> None:
     (tmp_path / "config.json").write_text("{")
     with pytest.raises(SnapshotDamaged, match=r"config\.json"):
-        ModelRunner.open(tmp_path, EngineConfig())
+        CpuRunner.open(tmp_path, EngineConfig())
 
 
 def test_flipped_byte_is_a_damaged_snapshot_and_holds_nothing(
@@ -210,7 +210,7 @@ def test_flipped_byte_is_a_damaged_snapshot_and_holds_nothing(
 def test_processor_with_bfloat16_products_runs_in_bfloat16(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    monkeypatch.setattr("runtime.engine.model_runner.is_packing_faster", lambda dtype: False)
+    monkeypatch.setattr("runtime.cpu.runner.is_packing_faster", lambda dtype: False)
     model = random_llama()
     torch.nn.Module.to(model, torch.bfloat16)
     targets = {1: list(range(40)), 2: list(range(60, 20, -1))}
@@ -222,7 +222,7 @@ def test_processor_with_bfloat16_products_runs_in_bfloat16(
 
 @pytest.mark.model
 def test_release_shrinks_the_process_by_what_it_held(smollm2_snapshot: Path) -> None:
-    runner = ModelRunner.open(smollm2_snapshot, EngineConfig())
+    runner = CpuRunner.open(smollm2_snapshot, EngineConfig())
     runner.load_weights()
     runner.allocate_kv()
     generate(runner, num_tokens=3)

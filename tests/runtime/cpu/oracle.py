@@ -8,9 +8,9 @@ from torch import Tensor
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from runtime.config import EngineConfig
+from runtime.cpu.runner import CpuRunner
 from runtime.engine.batch import SampledTokens, ScheduledBatch
 from runtime.engine.engine import Engine
-from runtime.engine.model_runner import ModelRunner
 from runtime.engine.sequence import FinishedSequence, SamplingParams, SequenceKey, SequenceRequest
 from runtime.memory.weights import OnProgress
 from runtime.model.config import ModelConfig
@@ -82,9 +82,9 @@ def engine_tensors(model: LlamaForCausalLM) -> dict[str, Tensor]:
     return tensors
 
 
-def new_runner(model: LlamaForCausalLM, config: EngineConfig | None = None) -> ModelRunner:
+def new_runner(model: LlamaForCausalLM, config: EngineConfig | None = None) -> CpuRunner:
     """Return a runner of a model, everything in memory."""
-    runner = ModelRunner(
+    runner = CpuRunner(
         ModelConfig.from_hf(model.config.to_dict()),
         config or EngineConfig(kv_cache_bytes=1 << 22),
         TensorWeights(engine_tensors(model)),
@@ -104,17 +104,18 @@ def reference_logits(model: LlamaForCausalLM, token_ids: Sequence[int]) -> Tenso
 class TeacherForced:
     """A runner that samples given tokens and keeps the logits of every token it computes."""
 
-    def __init__(self, runner: ModelRunner, targets: Mapping[int, Sequence[int]]) -> None:
+    def __init__(self, runner: CpuRunner, targets: Mapping[int, Sequence[int]]) -> None:
         self.num_kv_blocks = runner.num_kv_blocks
         self.max_model_len = runner.max_model_len
         self.max_step_tokens = runner.max_step_tokens
+        self.max_in_flight = runner.max_in_flight
         self.vocab_size = runner.vocab_size
         self.logits: dict[int, dict[int, Tensor]] = {id: {} for id in targets}
         self.batch_sizes: list[int] = []
         self._runner = runner
         self._targets = targets
 
-    def execute(self, batch: ScheduledBatch) -> SampledTokens:
+    def launch(self, batch: ScheduledBatch) -> SampledTokens:
         rows = iter(self._runner.all_logits(batch))
         for item in batch.sequences:
             for position in range(item.start, item.end):

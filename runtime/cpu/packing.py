@@ -9,7 +9,7 @@ from concurrent.futures import ThreadPoolExecutor
 
 from torch import Tensor
 
-from runtime.model.linear import PackedLinear, pack_all
+from runtime.cpu.linear import PackedLinear, pack_all
 
 
 class Packer:

@@ -6,7 +6,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from runtime.config import EngineConfig
-from tests.runtime.model.oracle import TeacherForced, new_runner, random_llama, run_forced
+from tests.runtime.cpu.oracle import TeacherForced, new_runner, random_llama, run_forced
 
 MAX_ERROR = 1e-3
 LLAMA3_ROPE = {

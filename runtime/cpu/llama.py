@@ -10,10 +10,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from runtime.cpu.attention import AttentionPlan, paged_attention
+from runtime.cpu.linear import Linear, PackedLinear, PlainLinear
 from runtime.errors import LoadFailed
-from runtime.model.attention import AttentionPlan, paged_attention
 from runtime.model.config import ModelConfig
-from runtime.model.linear import Linear, PackedLinear, PlainLinear
 from runtime.model.rope import Rope, rotate
 
 

@@ -3,7 +3,7 @@ from pathlib import Path
 
 import pytest
 
-from runtime.engine.threads import TRIAL_INTERVAL, ThreadTuner, thread_choices, usable_cores
+from runtime.cpu.threads import TRIAL_INTERVAL, ThreadTuner, thread_choices, usable_cores
 
 
 def run(tuner: ThreadTuner, num_steps: int, cost: Callable[[int], float]) -> list[int]:

@@ -9,12 +9,12 @@ from tokenizers import Tokenizer
 from transformers import LlamaForCausalLM
 
 from runtime.config import EngineConfig
+from runtime.cpu.runner import CpuRunner
 from runtime.engine.engine import Engine
-from runtime.engine.model_runner import ModelRunner
 from runtime.model.config import ModelConfig
 from snapshots.loader import load_rank, open_rank, views
+from tests.runtime.cpu.oracle import TeacherForced, run_forced
 from tests.runtime.engine.sequences import new_request
-from tests.runtime.model.oracle import TeacherForced, run_forced
 
 pytestmark = [pytest.mark.model, pytest.mark.slow, pytest.mark.timeout(300)]
 
@@ -80,8 +80,8 @@ def unfused(tensors: dict[str, torch.Tensor], model: LlamaForCausalLM) -> dict[s
 
 
 @pytest.fixture(scope="module")
-def runner(smollm2_snapshot_fp32: Path) -> Iterator[ModelRunner]:
-    runner = ModelRunner.open(smollm2_snapshot_fp32, EngineConfig(kv_cache_bytes=64 << 20))
+def runner(smollm2_snapshot_fp32: Path) -> Iterator[CpuRunner]:
+    runner = CpuRunner.open(smollm2_snapshot_fp32, EngineConfig(kv_cache_bytes=64 << 20))
     runner.load_weights()
     runner.allocate_kv()
     yield runner
@@ -94,7 +94,7 @@ def tokenizer(smollm2_snapshot_fp32: Path) -> Tokenizer:
 
 
 def test_logits_equal_transformers_in_chunks_mixes_and_prefix_hits(
-    reference: LlamaForCausalLM, runner: ModelRunner, tokenizer: Tokenizer
+    reference: LlamaForCausalLM, runner: CpuRunner, tokenizer: Tokenizer
 ) -> None:
     token_ids = tokenizer.encode(TEXT).ids
     assert len(token_ids) > 40
@@ -115,7 +115,7 @@ def test_logits_equal_transformers_after_preemptions(
     targets = {1: token_ids, 2: token_ids[::-1]}
     bytes_per_block = 30 * 2 * 3 * 64 * 4 * 8
     config = EngineConfig(block_size=8, max_model_len=40, kv_cache_bytes=8 * bytes_per_block)
-    runner = ModelRunner.open(smollm2_snapshot_fp32, config)
+    runner = CpuRunner.open(smollm2_snapshot_fp32, config)
     runner.load_weights()
     runner.allocate_kv()
     forced = TeacherForced(runner, targets)
@@ -126,7 +126,7 @@ def test_logits_equal_transformers_after_preemptions(
 
 
 def test_greedy_text_equals_transformers(
-    reference: LlamaForCausalLM, runner: ModelRunner, tokenizer: Tokenizer
+    reference: LlamaForCausalLM, runner: CpuRunner, tokenizer: Tokenizer
 ) -> None:
     prompts = {
         id: tokenizer.encode(CHAT.format(question=question)).ids
@@ -142,7 +142,7 @@ def test_greedy_text_equals_transformers(
 
 
 def test_bfloat16_snapshot_says_the_same(smollm2_snapshot: Path, tokenizer: Tokenizer) -> None:
-    runner = ModelRunner.open(smollm2_snapshot, EngineConfig(kv_cache_bytes=64 << 20))
+    runner = CpuRunner.open(smollm2_snapshot, EngineConfig(kv_cache_bytes=64 << 20))
     runner.load_weights()
     runner.allocate_kv()
     prompt = tokenizer.encode(CHAT.format(question=QUESTIONS[0])).ids
@@ -153,7 +153,7 @@ def test_bfloat16_snapshot_says_the_same(smollm2_snapshot: Path, tokenizer: Toke
 
 
 def generate(
-    runner: ModelRunner, prompts: dict[int, list[int]], *, max_tokens: int
+    runner: CpuRunner, prompts: dict[int, list[int]], *, max_tokens: int
 ) -> dict[int, list[int]]:
     engine = Engine(EngineConfig(), runner, runner.eos_token_ids)
     answers: dict[int, list[int]] = {id: [] for id in prompts}
