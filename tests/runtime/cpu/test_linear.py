@@ -3,8 +3,8 @@ from concurrent.futures import Executor, ThreadPoolExecutor
 import pytest
 import torch
 
-from runtime.cpu.linear import PackedLinear, PlainLinear, pack_all
 from runtime.cpu import linear
+from runtime.cpu.linear import PackedLinear, PlainLinear, pack_all
 
 needs_fbgemm = pytest.mark.skipif(
     "fbgemm" not in torch.backends.quantized.supported_engines, reason="not an x86 processor"

@@ -8,8 +8,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from numpy.typing import NDArray
 
-from runtime.cpu.sampler import SamplingRow, sample, uniform
 from runtime.cpu import sampler
+from runtime.cpu.sampler import SamplingRow, sample, uniform
 from runtime.engine.sequence import SamplingParams
 
 NUM_DRAWS = 4000
