@@ -46,6 +46,9 @@ class Runner(Protocol):
     def allocate_kv(self) -> int:
         """Allocate the KV cache; return its number of blocks."""
 
+    def warm_up(self) -> None:
+        """Compile what is compiled; the first request is then as fast as the next."""
+
     def release(self) -> int:
         """Give weights and KV memory back; return the bytes freed."""
 

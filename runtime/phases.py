@@ -35,4 +35,7 @@ def bring_up(runner: Runner, phase_log: PhaseLog, on_progress: OnProgress) -> in
     phase_log.add("weights_read", report.read_s)
     phase_log.add("weights_verify", report.verify_s)
     with phase_log.measure("kv_alloc"):
-        return runner.allocate_kv()
+        num_kv_blocks = runner.allocate_kv()
+    with phase_log.measure("warm_up"):
+        runner.warm_up()
+    return num_kv_blocks

@@ -14,6 +14,10 @@ asyncio.set_event_loop(None)
 # slow as soon as anything else wants a core.
 os.environ.setdefault("OMP_WAIT_POLICY", "passive")
 
+# Read when a Triton kernel is defined: without a GPU, kernels run in its interpreter.
+if not Path("/dev/nvidiactl").exists():
+    os.environ.setdefault("TRITON_INTERPRET", "1")
+
 REPOSITORY = Path(__file__).resolve().parent.parent
 SMOLLM2_GGUF = REPOSITORY / "models" / "smollm2" / "SmolLM2-135M-Instruct.Q4_1.gguf"
 SNAPSHOT_STORE = REPOSITORY / ".coldspark" / "test-snapshots"

@@ -3,12 +3,11 @@
 Knows nothing of requests beyond the batch it is given.
 """
 
-import json
 import os
 import time
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, Self
+from typing import Self
 
 import torch
 from torch import Tensor
@@ -21,12 +20,12 @@ from runtime.cpu.packing import Packer
 from runtime.cpu.sampler import SamplingRow, sample
 from runtime.cpu.threads import ThreadTuner, usable_cores
 from runtime.engine.batch import SampledTokens, ScheduledBatch, ScheduledSequence
-from runtime.errors import LoadFailed, SnapshotDamaged
 from runtime.linux import resident_bytes
 from runtime.memory.kv_plan import KvSizes, plan_kv
 from runtime.memory.slab import HostSlab, trim_malloc
 from runtime.memory.weights import OnProgress, SnapshotWeights, Weights
 from runtime.model.config import ModelConfig
+from runtime.model.description import check_dtype, read_model
 from snapshots.loader import LoadReport
 
 MAX_STEP_TOKENS = 256  # products are at full speed, and decodes wait for one such step at most
@@ -75,20 +74,10 @@ class CpuRunner:
             SnapshotDamaged: A file is missing or not what the manifest says.
             OutOfMemory: The memory limits leave no room for a KV cache.
         """
-        if config.tensor_parallel_size != 1:
-            raise LoadFailed("tensor parallelism needs GPUs: set tensor_parallel_size to 1")
-        model_config = _read_json(snapshot_dir / "config.json")
-        generation_path = snapshot_dir / "generation_config.json"
-        generation_config = _read_json(generation_path) if generation_path.exists() else {}
+        description = read_model(snapshot_dir)
         weights = SnapshotWeights(snapshot_dir)
-        dtype_name = str(weights.dtype).removeprefix("torch.")
-        if config.dtype not in ("auto", dtype_name):
-            raise LoadFailed(
-                f"the snapshot holds {dtype_name}, the engine is to run {config.dtype}: "
-                "build a snapshot of that dtype"
-            )
-        eos_token_ids = _token_ids(generation_config) or _token_ids(model_config)
-        return cls(ModelConfig.from_hf(model_config), config, weights, eos_token_ids)
+        check_dtype(config, weights.dtype)
+        return cls(description.config, config, weights, description.eos_token_ids)
 
     @property
     def weights_bytes(self) -> int:
@@ -156,6 +145,9 @@ class CpuRunner:
             shape.head_dim,
         )
         return self.num_kv_blocks
+
+    def warm_up(self) -> None:
+        """Do nothing: on the CPU, nothing is compiled."""
 
     def release(self) -> int:
         """Give weights and KV memory back; return by how many bytes the process shrank."""
@@ -277,18 +269,3 @@ def _sampled_rows(
             rows.append(end - 1)
             sampled.append((index, item))
     return rows, sampled
-
-
-def _read_json(path: Path) -> dict[str, Any]:
-    try:
-        return json.loads(path.read_text())
-    except (OSError, ValueError) as error:
-        raise SnapshotDamaged(f"{path.name} of the snapshot cannot be read: {error}") from error
-
-
-def _token_ids(config: dict[str, Any]) -> frozenset[int]:
-    """Return `eos_token_id`, which may be one, several or missing."""
-    value = config.get("eos_token_id")
-    if value is None:
-        return frozenset()
-    return frozenset(value) if isinstance(value, list) else frozenset((value,))

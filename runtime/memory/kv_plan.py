@@ -7,7 +7,16 @@ from runtime.errors import LoadFailed, OutOfMemory
 
 USABLE_SHARE = 0.9  # of the memory limit; the rest is for what nobody counts
 PROCESS_BYTES = 512 << 20  # interpreter, libraries and the allocator's slack
+DEVICE_RESERVE_BYTES = 512 << 20  # kernels, CUDA graphs and library workspaces
 MAX_DEFAULT_BYTES = 4 << 30  # without any limit, at most this and a quarter of the machine
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class DeviceMemory:
+    """A GPU's memory before the engine takes any of it but its context."""
+
+    total_bytes: int
+    free_bytes: int
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -20,6 +29,7 @@ class KvSizes:
         activation_bytes: Peak of a step's intermediate results.
         machine_bytes: Physical memory.
         model_max_len: The model's own limit on a sequence, in tokens.
+        device: Where the engine computes; None on the CPU.
     """
 
     bytes_per_token: int
@@ -27,6 +37,7 @@ class KvSizes:
     activation_bytes: int
     machine_bytes: int
     model_max_len: int
+    device: DeviceMemory | None = None
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -61,7 +72,7 @@ def plan_kv(config: EngineConfig, sizes: KvSizes) -> KvPlan:
         needed_bytes = -(-needed_len // config.block_size) * bytes_per_block
         raise OutOfMemory(
             f"the KV cache may use {max(0, budget)} bytes, but a sequence of {needed_len} tokens "
-            f"takes {needed_bytes}: {_advice(config, needed_bytes - budget)}"
+            f"takes {needed_bytes}: {_advice(config, sizes, needed_bytes - budget)}"
         )
     max_model_len = min(wanted_len, fitting_len)
     blocks_per_sequence = -(-max_model_len // config.block_size)
@@ -74,15 +85,27 @@ def plan_kv(config: EngineConfig, sizes: KvSizes) -> KvPlan:
 def _budget_bytes(config: EngineConfig, sizes: KvSizes) -> int:
     if config.kv_cache_bytes:
         return config.kv_cache_bytes
+    if sizes.device is not None:
+        taken_bytes = sizes.device.total_bytes - sizes.device.free_bytes
+        usable = int(config.gpu_memory_utilization * sizes.device.total_bytes) - taken_bytes
+        return usable - sizes.weights_bytes - sizes.activation_bytes - DEVICE_RESERVE_BYTES
     if not config.memory_limit_bytes:
         return min(MAX_DEFAULT_BYTES, sizes.machine_bytes // 4)
     usable = int(USABLE_SHARE * config.memory_limit_bytes)
     return usable - sizes.weights_bytes - sizes.activation_bytes - PROCESS_BYTES
 
 
-def _advice(config: EngineConfig, missing_bytes: int) -> str:
+def _advice(config: EngineConfig, sizes: KvSizes, missing_bytes: int) -> str:
     if config.kv_cache_bytes:
         return f"raise kv_cache_bytes by {missing_bytes} or lower max_model_len"
+    if sizes.device is not None:
+        total, free = sizes.device.total_bytes, sizes.device.free_bytes
+        return (
+            f"the GPU has {total} bytes, of which {free} were free, the weights take "
+            f"{sizes.weights_bytes}, and gpu_memory_utilization is "
+            f"{config.gpu_memory_utilization}: raise it, lower max_model_len or max_num_seqs, or "
+            "use a larger GPU"
+        )
     if not config.memory_limit_bytes:
         return "set kv_cache_bytes or lower max_model_len"
     missing_limit = int(missing_bytes / USABLE_SHARE) + 1

@@ -6,11 +6,27 @@ Pages are taken when they are first written.
 
 import ctypes
 import mmap
+from typing import Protocol
 
 import torch
 from torch import Tensor
 
 PAGE_BYTES = mmap.PAGESIZE
+
+
+class Slab(Protocol):
+    """Memory that goes back to whoever gave it, all at once."""
+
+    @property
+    def num_bytes(self) -> int:
+        """Size."""
+
+    @property
+    def tensor(self) -> Tensor:
+        """All of it, uint8 [num_bytes]; views of it die with `release`."""
+
+    def release(self) -> None:
+        """Give all of it back."""
 
 
 class HostSlab:
@@ -22,11 +38,16 @@ class HostSlab:
     """
 
     def __init__(self, num_bytes: int, *, huge_pages: bool) -> None:
-        self.num_bytes = num_bytes
+        self._num_bytes = num_bytes
         self._mapping = mmap.mmap(-1, max(num_bytes, 1), flags=mmap.MAP_PRIVATE)
         if huge_pages:
             self._mapping.madvise(mmap.MADV_HUGEPAGE)
         self._tensor: Tensor | None = torch.frombuffer(self._mapping, dtype=torch.uint8)
+
+    @property
+    def num_bytes(self) -> int:
+        """Size of the slab."""
+        return self._num_bytes
 
     @property
     def tensor(self) -> Tensor:

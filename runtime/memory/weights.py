@@ -89,7 +89,17 @@ class SnapshotWeights:
         except SnapshotCorrupted as error:
             self.release()
             raise SnapshotDamaged(str(error)) from error
-        return views(self._rank, self._slab.tensor), report
+        return self.views(self._slab.tensor), report
+
+    @property
+    def bytes(self) -> Tensor:
+        """The slab, uint8 [total_bytes]."""
+        assert self._slab is not None, "loaded first"
+        return self._slab.tensor
+
+    def views(self, slab: Tensor) -> dict[str, Tensor]:
+        """Return the tensors in a copy of the slab, uint8 [total_bytes]."""
+        return views(self._rank, slab)
 
     def discard(self, weight: Tensor) -> None:
         """Give back the whole pages under a view."""

@@ -108,6 +108,9 @@ class FakeRunner:
                 on_progress(0, self.script.weights_bytes)
         return FakeLoadReport(read_s=self.script.load_s)
 
+    def warm_up(self) -> None:
+        pass
+
     def allocate_kv(self) -> int:
         self._kv_cache = _touched(self.script.kv_cache_bytes)
         return 64

@@ -1,7 +1,7 @@
 """Transformers as the reference: random models, their weights as the engine takes them, logits."""
 
 from collections.abc import Mapping, Sequence
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor
@@ -101,14 +101,32 @@ def reference_logits(model: LlamaForCausalLM, token_ids: Sequence[int]) -> Tenso
     return logits.float()
 
 
+class LogitsRunner(Protocol):
+    """A runner that gives all its logits away."""
+
+    @property
+    def num_kv_blocks(self) -> int: ...
+
+    @property
+    def max_model_len(self) -> int: ...
+
+    @property
+    def max_step_tokens(self) -> int: ...
+
+    @property
+    def vocab_size(self) -> int: ...
+
+    def all_logits(self, batch: ScheduledBatch) -> Tensor: ...
+
+
 class TeacherForced:
     """A runner that samples given tokens and keeps the logits of every token it computes."""
 
-    def __init__(self, runner: CpuRunner, targets: Mapping[int, Sequence[int]]) -> None:
+    def __init__(self, runner: LogitsRunner, targets: Mapping[int, Sequence[int]]) -> None:
         self.num_kv_blocks = runner.num_kv_blocks
         self.max_model_len = runner.max_model_len
         self.max_step_tokens = runner.max_step_tokens
-        self.max_in_flight = runner.max_in_flight
+        self.max_in_flight = 1
         self.vocab_size = runner.vocab_size
         self.logits: dict[int, dict[int, Tensor]] = {id: {} for id in targets}
         self.batch_sizes: list[int] = []
@@ -119,7 +137,7 @@ class TeacherForced:
         rows = iter(self._runner.all_logits(batch))
         for item in batch.sequences:
             for position in range(item.start, item.end):
-                self.logits[item.key.sequence_id][position] = next(rows).clone()
+                self.logits[item.key.sequence_id][position] = next(rows).cpu().clone()
         self.batch_sizes.append(len(batch.sequences))
         sampled = [item for item in batch.sequences if item.is_sampled]
         token_ids = [self._targets[item.key.sequence_id][item.end] for item in sampled]

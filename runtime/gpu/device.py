@@ -1,0 +1,62 @@
+"""The device a runner computes on: pinned copies, events and a stream, or none of it on the CPU.
+
+The CPU stands in for a GPU in tests, where kernels run in Triton's interpreter.
+"""
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+import torch
+from torch import Tensor
+
+
+class Device:
+    """One GPU and the stream on which everything runs in order.
+
+    Args:
+        name: "cuda", or "cpu" in tests.
+    """
+
+    def __init__(self, name: str) -> None:
+        self.name = name
+        self.is_gpu = name == "cuda"
+        self.stream = torch.cuda.Stream() if self.is_gpu else None
+
+    @contextmanager
+    def computing(self) -> Iterator[None]:
+        """Launch what is inside on the stream, without gradients."""
+        with torch.inference_mode(), torch.cuda.stream(self.stream):
+            yield
+
+    def pinned(self, *shape: int, dtype: torch.dtype) -> Tensor:
+        """Return host memory that the device can copy from and to on its own."""
+        return torch.zeros(*shape, dtype=dtype, pin_memory=self.is_gpu)
+
+    def upload(self, values: object, dtype: torch.dtype) -> Tensor:
+        """Return numbers as a tensor on the device, without waiting for the stream."""
+        host = torch.tensor(values, dtype=dtype, pin_memory=self.is_gpu)
+        return host.to(self.name, non_blocking=True)
+
+    def mark(self) -> "Mark":
+        """Return a mark at the present end of the stream."""
+        return Mark(self.stream)
+
+    def synchronize(self) -> None:
+        """Wait for all that was launched."""
+        if self.stream is not None:
+            self.stream.synchronize()
+
+
+class Mark:
+    """A point in the stream that can be waited for."""
+
+    def __init__(self, stream: torch.cuda.Stream | None) -> None:
+        self._event = None
+        if stream is not None:
+            self._event = torch.cuda.Event()
+            self._event.record(stream)
+
+    def wait(self) -> None:
+        """Return when the device has come that far."""
+        if self._event is not None:
+            self._event.synchronize()

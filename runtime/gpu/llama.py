@@ -1,0 +1,179 @@
+"""The Llama decoder on the GPU: four matrix products and five or six small kernels a layer.
+
+Every intermediate result has its place in buffers made once, so that a forward pass allocates
+nothing and a CUDA graph of it stays valid. The residual is added by the matrix products.
+"""
+
+from collections.abc import Mapping
+
+import torch
+from torch import Tensor
+
+from runtime.gpu.limits import BatchLimits
+from runtime.gpu.linear import GpuLinear, named_tensor
+from runtime.kernels.activation import silu_mul
+from runtime.kernels.batch_inputs import ModelInputs
+from runtime.kernels.chunk_attention import chunk_attention
+from runtime.kernels.decode_attention import SplitWorkspace, decode_attention
+from runtime.kernels.norm import rms_norm
+from runtime.kernels.rope import rope_and_cache
+from runtime.model.config import ModelConfig
+from runtime.model.rope import inverse_frequencies
+
+
+def activation_bytes(config: ModelConfig, limits: BatchLimits, dtype: torch.dtype) -> int:
+    """Return the size of the buffers of a model, angles included."""
+    widths = sum(_widths(config).values())
+    logits = limits.num_seqs * (config.hidden_size * dtype.itemsize + 4 * (config.vocab_size + 64))
+    angles = limits.num_blocks_each * 16 * config.head_dim * 4
+    return limits.num_tokens * widths * dtype.itemsize + logits + angles
+
+
+class GpuLlama:
+    """Token ids to logits, over a paged KV cache.
+
+    Args:
+        config: The model's shape.
+        weights: Fused tensors under the snapshot's names; kept, not copied.
+        limits: Of the batches.
+        max_model_len: Positions are below this.
+    """
+
+    def __init__(
+        self,
+        config: ModelConfig,
+        weights: Mapping[str, Tensor],
+        *,
+        limits: BatchLimits,
+        max_model_len: int,
+    ) -> None:
+        self._config = config
+        self._embedding = named_tensor(weights, "embed_tokens.weight")
+        self._norm = named_tensor(weights, "norm.weight")
+        head = "embed_tokens" if config.tie_word_embeddings else "lm_head"
+        self._head = GpuLinear(weights, head)
+        self._layers = [_Layer(weights, f"layers.{i}") for i in range(config.num_layers)]
+        device, dtype = self._embedding.device, self._embedding.dtype
+        self._angles = _angles(config, max_model_len, device)
+        self._buffers = {
+            name: torch.empty(limits.num_tokens, width, dtype=dtype, device=device)
+            for name, width in _widths(config).items()
+        }
+        self._last = torch.empty(limits.num_seqs, config.hidden_size, dtype=dtype, device=device)
+        self._logits = torch.empty(limits.num_seqs, self._head.num_outputs, device=device)
+        self._workspace = SplitWorkspace(
+            num_heads=config.num_heads,
+            num_kv_heads=config.num_kv_heads,
+            head_dim=config.head_dim,
+            device=device,
+        )
+
+    def forward(
+        self,
+        inputs: ModelInputs,
+        kv_cache: Tensor,
+        block_tables: Tensor,
+        *,
+        num_tokens: int,
+        num_decodes: int,
+        tiles: Tensor | None,
+    ) -> Tensor:
+        """Run a batch through all layers.
+
+        Args:
+            inputs: Filled.
+            kv_cache: [num_layers, num_blocks, 2, num_kv_heads, block_size, head_dim]; written.
+            block_tables: int32 [num_rows, max_blocks].
+            num_tokens: Tokens of the batch.
+            num_decodes: Leading sequences with one token each.
+            tiles: Of the others, for the chunk attention; None if there are none.
+
+        Returns:
+            Hidden states before the last norm [num_tokens, hidden_size], valid until the next call.
+        """
+        hidden, normed, qkv, attended, gate_up, gated = (
+            buffer[:num_tokens] for buffer in self._buffers.values()
+        )
+        positions, slots = inputs.positions[:num_tokens], inputs.slots[:num_tokens]
+        rows, seq_lens = inputs.rows[:num_decodes], inputs.seq_lens[:num_decodes]
+        eps = self._config.rms_norm_eps
+        torch.index_select(self._embedding, 0, inputs.token_ids[:num_tokens], out=hidden)
+        for layer, layer_cache in zip(self._layers, kv_cache.unbind(), strict=True):
+            rms_norm(hidden, layer.input_norm, eps, normed)
+            layer.qkv(normed, qkv)
+            rope_and_cache(qkv, layer_cache, positions, slots, self._angles)
+            if num_decodes:
+                decode_attention(
+                    qkv,
+                    layer_cache,
+                    attended[:num_decodes],
+                    block_tables=block_tables,
+                    rows=rows,
+                    seq_lens=seq_lens,
+                    workspace=self._workspace,
+                )
+            if tiles is not None:
+                chunk_attention(
+                    qkv,
+                    layer_cache,
+                    attended,
+                    tiles=tiles,
+                    block_tables=block_tables,
+                    rows=inputs.rows,
+                    query_starts=inputs.query_starts,
+                    seq_lens=inputs.seq_lens,
+                )
+            layer.output.add(attended, hidden)
+            rms_norm(hidden, layer.mlp_norm, eps, normed)
+            layer.gate_up(normed, gate_up)
+            silu_mul(gate_up, gated)
+            layer.down.add(gated, hidden)
+        return hidden
+
+    def logits(self, hidden: Tensor, rows: Tensor | None, num_rows: int) -> Tensor:
+        """Return logits of some hidden states.
+
+        Args:
+            hidden: [num_tokens, hidden_size].
+            rows: int32 [num_rows], which of them; None takes the first ones.
+            num_rows: How many.
+
+        Returns:
+            fp32 [num_rows, padded vocabulary], valid until the next call.
+        """
+        last, logits = self._last[:num_rows], self._logits[:num_rows]
+        rms_norm(hidden, self._norm, self._config.rms_norm_eps, last, rows)
+        self._head(last, logits)
+        return logits
+
+
+class _Layer:
+    """One layer's weights."""
+
+    def __init__(self, weights: Mapping[str, Tensor], name: str) -> None:
+        self.input_norm = named_tensor(weights, f"{name}.input_layernorm.weight")
+        self.qkv = GpuLinear(weights, f"{name}.self_attn.qkv_proj")
+        self.output = GpuLinear(weights, f"{name}.self_attn.o_proj")
+        self.mlp_norm = named_tensor(weights, f"{name}.post_attention_layernorm.weight")
+        self.gate_up = GpuLinear(weights, f"{name}.mlp.gate_up_proj")
+        self.down = GpuLinear(weights, f"{name}.mlp.down_proj")
+
+
+def _widths(config: ModelConfig) -> dict[str, int]:
+    """Return what a token takes in each buffer, in elements."""
+    q_size = config.num_heads * config.head_dim
+    return {
+        "hidden": config.hidden_size,
+        "normed": config.hidden_size,
+        "qkv": q_size + 2 * config.num_kv_heads * config.head_dim,
+        "attended": q_size,
+        "gate_up": 2 * config.intermediate_size,
+        "gated": config.intermediate_size,
+    }
+
+
+def _angles(config: ModelConfig, max_model_len: int, device: torch.device) -> Tensor:
+    """Return cosines and sines of every position, fp32 [max_model_len, 2, head_dim / 2]."""
+    frequencies = inverse_frequencies(config.rope, config.head_dim).to(device)
+    radians = torch.outer(torch.arange(max_model_len, device=device).float(), frequencies)
+    return torch.stack((radians.cos(), radians.sin()), 1)

@@ -1,0 +1,306 @@
+"""Tensors of one engine on one GPU: weights, KV cache, forward pass, sampling.
+
+Knows nothing of requests beyond the batch it is given. All work goes to one stream in order, so a
+batch may be launched while the one before still runs: its tokens are where the next one reads
+them before the host knows them.
+"""
+
+from pathlib import Path
+from typing import Self
+
+import torch
+from torch import Tensor
+
+from runtime.config import EngineConfig
+from runtime.engine.batch import PendingTokens, ScheduledBatch
+from runtime.gpu.device import Device
+from runtime.gpu.graphs import DecodeGraphs
+from runtime.gpu.limits import BatchLimits
+from runtime.gpu.llama import GpuLlama, activation_bytes
+from runtime.gpu.memory import allocate_slab, device_memory
+from runtime.gpu.rows import Rows
+from runtime.gpu.sampling import GpuSampler
+from runtime.gpu.staging import BatchStaging, StagedBatch
+from runtime.gpu.warm_up import warm_up_batches
+from runtime.gpu.weights import GpuWeights
+from runtime.kernels.batch_inputs import ModelInputs, expand_batch
+from runtime.kernels.chunk_attention import tile_size
+from runtime.kernels.launch import LateCompilations
+from runtime.memory.kv_plan import KvSizes, plan_kv
+from runtime.memory.slab import Slab
+from runtime.memory.weights import OnProgress, Weights
+from runtime.model.config import ModelConfig
+from runtime.model.description import check_dtype, read_model
+from snapshots.loader import LoadReport
+
+# A product of 512 tokens is the fastest a token on a Hopper GPU; what decodes add comes on top.
+MAX_CHUNK_TOKENS = 512
+
+
+class GpuRunner:
+    """Brings a model into a GPU's memory and out again, and runs batches in between.
+
+    Args:
+        model_config: The model's shape.
+        config: Limits of the engine.
+        weights: Where the tensors come from.
+        eos_token_ids: The model's own end-of-sequence tokens.
+        device: "cuda", or "cpu" in tests.
+    """
+
+    def __init__(
+        self,
+        model_config: ModelConfig,
+        config: EngineConfig,
+        weights: Weights,
+        eos_token_ids: frozenset[int] = frozenset(),
+        device: str = "cuda",
+    ) -> None:
+        self.eos_token_ids = eos_token_ids
+        self._model_config = model_config
+        self._config = config
+        self._weights = weights
+        self._dtype = weights.dtype
+        self._device = Device(device)
+        budget = min(config.max_num_batched_tokens, config.max_num_seqs + MAX_CHUNK_TOKENS)
+        limits = BatchLimits(
+            num_tokens=budget,
+            num_seqs=min(config.max_num_seqs, budget),
+            num_blocks_each=self._blocks_of(
+                config.max_model_len or model_config.max_position_embeddings
+            ),
+            tile_size=tile_size(self._dtype),
+        )
+        self._kv_plan = plan_kv(config, self._kv_sizes(limits))
+        self._limits = limits
+        self._model: GpuLlama | None = None
+        self._kv_slab: Slab | None = None
+        self._kv_cache = torch.empty(0)
+        self._late_compilations = LateCompilations()
+        self._rows = Rows(limits.num_seqs)
+        self._block_tables = torch.zeros(
+            limits.num_rows, limits.num_blocks_each, dtype=torch.int32, device=device
+        )
+        self._inputs = ModelInputs.allocate(limits.num_tokens, limits.num_seqs, device)
+        self._staging = BatchStaging(limits, self._device)
+        self._sampler = GpuSampler(limits, model_config.vocab_size, self._device)
+        self._graphs = self._new_graphs()
+
+    @classmethod
+    def open(cls, snapshot_dir: Path, config: EngineConfig) -> Self:
+        """Read a snapshot's configuration and header; weights come later.
+
+        Raises:
+            LoadFailed: The engine cannot run this model, or not with this configuration.
+            SnapshotDamaged: A file is missing or not what the manifest says.
+            OutOfMemory: The GPU has no room for weights and a KV cache.
+        """
+        description = read_model(snapshot_dir)
+        weights = GpuWeights(snapshot_dir, "cuda")
+        check_dtype(config, weights.dtype)
+        return cls(description.config, config, weights, description.eos_token_ids)
+
+    @property
+    def weights_bytes(self) -> int:
+        """GPU memory held for weights, now."""
+        return self._weights.held_bytes
+
+    @property
+    def kv_cache_bytes(self) -> int:
+        """GPU memory held for KV blocks, now."""
+        return 0 if self._kv_slab is None else self._kv_slab.num_bytes
+
+    @property
+    def max_model_len(self) -> int:
+        """The limit in force, in tokens."""
+        return self._kv_plan.max_model_len
+
+    @property
+    def max_step_tokens(self) -> int:
+        """Most tokens worth running in one step."""
+        return self._limits.num_tokens
+
+    @property
+    def max_in_flight(self) -> int:
+        """Two: one batch is prepared while the one before runs."""
+        return 2
+
+    @property
+    def vocab_size(self) -> int:
+        """Token ids are below this."""
+        return self._model_config.vocab_size
+
+    @property
+    def num_kv_blocks(self) -> int:
+        """Blocks in the KV cache."""
+        return self._kv_plan.num_blocks
+
+    @property
+    def num_late_compilations(self) -> int:
+        """Kernels compiled since the engine was ready; more than 0 is a defect."""
+        return self._late_compilations.count
+
+    @property
+    def num_graphs(self) -> int:
+        """Batch sizes whose decode step is a CUDA graph."""
+        return self._graphs.num_captured
+
+    def load_weights(self, on_progress: OnProgress | None = None) -> LoadReport:
+        """Read and verify weights.
+
+        Raises:
+            SnapshotDamaged: Bytes are not those that were built; nothing is held.
+            OutOfMemory: The GPU has not enough free memory.
+        """
+        with self._device.computing():
+            tensors, report = self._weights.load(on_progress)
+            self._model = GpuLlama(
+                self._model_config, tensors, limits=self._limits, max_model_len=self.max_model_len
+            )
+        self._device.synchronize()
+        return report
+
+    def allocate_kv(self) -> int:
+        """Allocate the KV cache; return its number of blocks."""
+        shape = self._model_config
+        num_bytes = self.num_kv_blocks * self._config.block_size * self._bytes_per_token()
+        self._kv_slab = allocate_slab(num_bytes, self._device.name)
+        self._kv_cache = self._kv_slab.tensor.view(self._dtype).view(
+            shape.num_layers,
+            self.num_kv_blocks,
+            2,
+            shape.num_kv_heads,
+            self._config.block_size,
+            shape.head_dim,
+        )
+        return self.num_kv_blocks
+
+    def warm_up(self) -> None:
+        """Compile and load every kernel, so that nothing is compiled once requests come."""
+        for batch in warm_up_batches(self._limits, self._config.block_size, self.max_model_len):
+            self.launch(batch).wait()
+            self._rows.retire(tuple(item.number for item in batch.sequences))
+        self._late_compilations.start()
+
+    def release(self) -> int:
+        """Give weights and KV memory back; return the bytes freed."""
+        freed_bytes = self.weights_bytes + self.kv_cache_bytes
+        self._device.synchronize()
+        self._model = None
+        self._graphs = self._new_graphs()
+        self._weights.release()
+        self._kv_cache = torch.empty(0)
+        if self._kv_slab is not None:
+            self._kv_slab.release()
+            self._kv_slab = None
+        return freed_bytes
+
+    def launch(self, batch: ScheduledBatch) -> PendingTokens:
+        """Launch a batch; sequences whose logits are not finite will be reported as faults."""
+        self._rows.retire(batch.retired)
+        with self._device.computing():
+            try:
+                return self._launch(batch)
+            except Exception:
+                self._rows.forget_uploads(batch)
+                raise
+
+    def all_logits(self, batch: ScheduledBatch) -> Tensor:
+        """Run a batch; return the logits of every token, fp32 [num_tokens, vocab_size]."""
+        assert self._model is not None, "weights are loaded"
+        self._rows.retire(batch.retired)
+        with self._device.computing():
+            staged = self._staging.send(batch, self._rows)
+            hidden = self._forward(staged)
+            step = self._limits.num_seqs
+            parts = [
+                self._model.logits(part, None, len(part))[:, : self.vocab_size].clone()
+                for part in hidden.split(step)
+            ]
+            return torch.cat(parts)
+
+    def _launch(self, batch: ScheduledBatch) -> PendingTokens:
+        num_seqs = len(batch.sequences)
+        padded = self._graphs.padded(num_seqs) if num_seqs <= self._limits.num_seqs else num_seqs
+        staged = self._staging.send(batch, self._rows, num_padded=padded)
+        num_sampled = len(staged.sampled)
+        if staged.is_decode:
+            logits = self._graphs.run(padded)[:num_sampled]
+        else:
+            logits = self._chunk_logits(staged)
+        return self._sampler.launch(
+            logits,
+            staged.sampled,
+            [index for index, item in enumerate(batch.sequences) if item.is_sampled],
+            rows=self._rows,
+            sampled=self._staging.sampled[:num_sampled],
+            batch_rows=self._inputs.rows,
+            seq_lens=self._inputs.seq_lens,
+        )
+
+    def _chunk_logits(self, staged: StagedBatch) -> Tensor:
+        assert self._model is not None, "weights are loaded"
+        hidden = self._forward(staged)
+        num_sampled = len(staged.sampled)
+        if not num_sampled:
+            return hidden
+        rows = self._staging.sampled_rows[:num_sampled]
+        return self._model.logits(hidden, rows, num_sampled)
+
+    def _forward(self, staged: StagedBatch) -> Tensor:
+        assert self._model is not None, "weights are loaded"
+        self._expand(staged.num_seqs)
+        return self._model.forward(
+            self._inputs,
+            self._kv_cache,
+            self._block_tables,
+            num_tokens=staged.num_tokens,
+            num_decodes=staged.num_decodes,
+            tiles=self._staging.tiles[: staged.num_tiles] if staged.num_tiles else None,
+        )
+
+    def _run_decode(self, size: int) -> Tensor:
+        """Launch a decode batch of a size, padding included; what a CUDA graph records."""
+        assert self._model is not None, "weights are loaded"
+        self._expand(size)
+        hidden = self._model.forward(
+            self._inputs,
+            self._kv_cache,
+            self._block_tables,
+            num_tokens=size,
+            num_decodes=size,
+            tiles=None,
+        )
+        return self._model.logits(hidden, None, size)
+
+    def _expand(self, num_seqs: int) -> None:
+        expand_batch(
+            self._staging.records,
+            self._staging.numbers,
+            self._block_tables,
+            self._sampler.last_tokens,
+            self._inputs,
+            num_seqs=num_seqs,
+            block_size=self._config.block_size,
+        )
+
+    def _new_graphs(self) -> DecodeGraphs:
+        return DecodeGraphs(self._run_decode, self._limits.num_seqs, self._device)
+
+    def _blocks_of(self, num_tokens: int) -> int:
+        return -(-num_tokens // self._config.block_size)
+
+    def _bytes_per_token(self) -> int:
+        return self._model_config.kv_elements_per_token * self._dtype.itemsize
+
+    def _kv_sizes(self, limits: BatchLimits) -> KvSizes:
+        shape = self._model_config
+        return KvSizes(
+            bytes_per_token=self._bytes_per_token(),
+            weights_bytes=self._weights.total_bytes,
+            activation_bytes=activation_bytes(shape, limits, self._dtype)
+            + limits.num_rows * 4 * shape.vocab_size,
+            machine_bytes=0,
+            model_max_len=shape.max_position_embeddings,
+            device=device_memory(self._device.name),
+        )

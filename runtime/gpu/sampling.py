@@ -1,0 +1,258 @@
+"""From logits to tokens on the GPU: fills the sampling table, launches, reads the result."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from itertools import cycle
+
+import torch
+from torch import Tensor
+
+from runtime.engine.batch import SampledTokens, ScheduledSequence
+from runtime.engine.sequence import TokenLogprobs
+from runtime.gpu.device import Device, Mark
+from runtime.gpu.limits import BatchLimits
+from runtime.gpu.rows import Rows
+from runtime.gpu.staging import NUM_BUFFERS
+from runtime.kernels.sampling import FAULT, PROMPT_BIT, SamplingTable, adjust_logits, sample
+
+GREEDY_BELOW = 1e-5  # colder than this, differences of logits overflow
+NOT_FINITE = "the model computed logits that are not finite"
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class PendingSample:
+    """Tokens on their way to the host.
+
+    Attributes:
+        token_ids: int32 [num_sampled], pinned; valid after `mark`.
+        batch_indices: Which of the batch's sequences each token is of.
+        logprobs: What the sequences that ask for it will get, by row of logits.
+    """
+
+    token_ids: Tensor
+    batch_indices: Sequence[int]
+    logprobs: "PendingLogprobs | None"
+    mark: Mark
+
+    def wait(self) -> SampledTokens:
+        """Return the tokens when the device has chosen them."""
+        self.mark.wait()
+        token_ids = self.token_ids.tolist()
+        faults = {
+            batch_index: NOT_FINITE
+            for batch_index, token_id in zip(self.batch_indices, token_ids, strict=True)
+            if token_id == FAULT
+        }
+        if self.logprobs is None:
+            return SampledTokens(token_ids=token_ids, faults=faults)
+        logprobs = {
+            self.batch_indices[row]: found
+            for row, found in self.logprobs.read().items()
+            if self.batch_indices[row] not in faults
+        }
+        return SampledTokens(token_ids=token_ids, faults=faults, logprobs=logprobs)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class PendingLogprobs:
+    """Log-probabilities on their way to the host; pinned, one row for each that asks.
+
+    Attributes:
+        counts: How many alternatives are wanted, by row of logits.
+        chosen: fp32 [num_rows].
+        top_token_ids: int64 [num_rows, largest count].
+        top_logprobs: fp32 [num_rows, largest count].
+    """
+
+    counts: dict[int, int]
+    chosen: Tensor
+    top_token_ids: Tensor
+    top_logprobs: Tensor
+
+    def read(self) -> dict[int, TokenLogprobs]:
+        """Return log-probabilities by row of logits; the copies must have ended."""
+        chosen, ids, values = (
+            x.tolist() for x in (self.chosen, self.top_token_ids, self.top_logprobs)
+        )
+        return {
+            row: TokenLogprobs(chosen[i], tuple(ids[i][:count]), tuple(values[i][:count]))
+            for i, (row, count) in enumerate(self.counts.items())
+        }
+
+
+class GpuSampler:
+    """Chooses tokens for whole batches.
+
+    Args:
+        limits: Of the batches.
+        vocab_size: Token ids are below this.
+        device: Where.
+
+    Attributes:
+        last_tokens: int32 [num_rows], the token sampled last for each row.
+    """
+
+    def __init__(self, limits: BatchLimits, vocab_size: int, device: Device) -> None:
+        self._device = device
+        self._vocab_size = vocab_size
+        self._table = SamplingTable.allocate(limits.num_rows, vocab_size, device.name)
+        self._token_ids = torch.zeros(limits.num_seqs, dtype=torch.int32, device=device.name)
+        self._on_host = cycle(
+            [device.pinned(limits.num_seqs, dtype=torch.int32) for _ in range(NUM_BUFFERS)]
+        )
+        self.last_tokens = torch.zeros(limits.num_rows, dtype=torch.int32, device=device.name)
+
+    def launch(
+        self,
+        logits: Tensor,
+        items: Sequence[ScheduledSequence],
+        batch_indices: Sequence[int],
+        *,
+        rows: Rows,
+        sampled: Tensor,
+        batch_rows: Tensor,
+        seq_lens: Tensor,
+    ) -> PendingSample:
+        """Choose a token from each row of logits and start copying them to the host.
+
+        Even with nothing to sample, the result is to be waited for: it ends with its batch.
+
+        Args:
+            logits: fp32 [num_sampled, vocab_size or more]; changed in place.
+            items: The sequence of each row of logits.
+            batch_indices: Theirs in the batch, on the host.
+            rows: Their places in the tables.
+            sampled: The same indices, int32 [num_sampled] on the device.
+            batch_rows: int32 [num_seqs], each sequence's row, on the device.
+            seq_lens: int32 [num_seqs], position of the token to choose.
+        """
+        if not items:
+            return PendingSample(
+                token_ids=torch.empty(0, dtype=torch.int32),
+                batch_indices=(),
+                logprobs=None,
+                mark=self._device.mark(),
+            )
+        self._fill_table(items, rows)
+        pending_logprobs = self._logprobs(logits, items)
+        if any(item.sampling.has_penalties or item.sampling.logit_bias for item in items):
+            adjust_logits(logits, sampled, batch_rows, self._table)
+        token_ids = self._token_ids[: len(items)]
+        sample(
+            logits,
+            sampled,
+            batch_rows,
+            seq_lens,
+            self._table,
+            token_ids=token_ids,
+            last_tokens=self.last_tokens,
+        )
+        on_host = next(self._on_host)[: len(items)]
+        on_host.copy_(token_ids, non_blocking=True)
+        logprobs = None if pending_logprobs is None else pending_logprobs.finish(token_ids)
+        return PendingSample(
+            token_ids=on_host,
+            batch_indices=batch_indices,
+            logprobs=logprobs,
+            mark=self._device.mark(),
+        )
+
+    def _fill_table(self, items: Sequence[ScheduledSequence], rows: Rows) -> None:
+        new = [(rows.of(item), item) for item in items if not rows.of(item).has_sampling]
+        if not new:
+            return
+        floats, ints, seeds = [], [], []
+        for row, item in new:
+            params = item.sampling
+            is_greedy = params.temperature < GREEDY_BELOW
+            floats.append(
+                (
+                    0.0 if is_greedy else params.temperature,
+                    params.top_p,
+                    params.min_p,
+                    params.repetition_penalty,
+                    params.frequency_penalty,
+                    params.presence_penalty,
+                )
+            )
+            ints.append((params.top_k, int(params.has_penalties), len(params.logit_bias)))
+            seeds.append(item.seed - (1 << 64) if item.seed >= 1 << 63 else item.seed)
+            if params.has_penalties:
+                self._count(row.index, item)
+            if params.logit_bias:
+                self._set_bias(row.index, params.logit_bias)
+            row.has_sampling = True
+        table = self._table
+        index = self._device.upload([row.index for row, _ in new], torch.int64)
+        float_columns = self._device.upload(floats, torch.float32).unbind(1)
+        int_columns = self._device.upload(ints, torch.int32).unbind(1)
+        for column, values in (
+            (table.temperatures, float_columns[0]),
+            (table.top_ps, float_columns[1]),
+            (table.min_ps, float_columns[2]),
+            (table.repetition_penalties, float_columns[3]),
+            (table.frequency_penalties, float_columns[4]),
+            (table.presence_penalties, float_columns[5]),
+            (table.top_ks, int_columns[0]),
+            (table.is_counted, int_columns[1]),
+            (table.num_biases, int_columns[2]),
+            (table.seeds, self._device.upload(seeds, torch.int64)),
+        ):
+            column.index_copy_(0, index, values)
+
+    def _count(self, row: int, item: ScheduledSequence) -> None:
+        """Count the tokens a sequence has, all of them sampled before it got its row."""
+        tokens = self._device.upload(list(item.all_token_ids), torch.int64)
+        counts = self._table.counts[row]
+        counts.zero_()
+        outputs = tokens[item.num_prompt_tokens :]
+        counts.index_add_(0, outputs, torch.ones_like(outputs, dtype=torch.int32))
+        is_prompt = torch.zeros_like(counts)
+        is_prompt[tokens[: item.num_prompt_tokens]] = PROMPT_BIT
+        counts.add_(is_prompt)
+
+    def _set_bias(self, row: int, logit_bias: "dict[int, float] | object") -> None:
+        assert isinstance(logit_bias, dict)
+        size = len(logit_bias)
+        ids = self._device.upload(list(logit_bias), torch.int32)
+        self._table.bias_token_ids[row, :size].copy_(ids)
+        biases = self._device.upload(list(logit_bias.values()), torch.float32)
+        self._table.biases[row, :size].copy_(biases)
+
+    def _logprobs(self, logits: Tensor, items: Sequence[ScheduledSequence]) -> "_Logprobs | None":
+        counts = {
+            row: item.sampling.num_logprobs
+            for row, item in enumerate(items)
+            if item.sampling.num_logprobs is not None
+        }
+        if not counts:
+            return None
+        return _Logprobs(logits[:, : self._vocab_size], counts, self._device)
+
+
+class _Logprobs:
+    """Log-probabilities by the model alone, taken before the logits are changed."""
+
+    def __init__(self, logits: Tensor, counts: dict[int, int], device: Device) -> None:
+        self._counts = counts
+        self._device = device
+        self._rows = device.upload(list(counts), torch.int64)
+        self._logprobs = logits.index_select(0, self._rows).log_softmax(-1)
+
+    def finish(self, token_ids: Tensor) -> PendingLogprobs:
+        """Pick what was chosen, and start copying it and the likeliest ones to the host."""
+        # A fault has no log-probability; any will do in its place.
+        chosen_ids = token_ids.index_select(0, self._rows).clamp(min=0).long()
+        chosen = self._logprobs.gather(1, chosen_ids[:, None])[:, 0]
+        top_logprobs, top_token_ids = self._logprobs.topk(max(self._counts.values()))
+        return PendingLogprobs(
+            counts=self._counts,
+            chosen=self._to_host(chosen),
+            top_token_ids=self._to_host(top_token_ids),
+            top_logprobs=self._to_host(top_logprobs),
+        )
+
+    def _to_host(self, values: Tensor) -> Tensor:
+        on_host = self._device.pinned(*values.shape, dtype=values.dtype)
+        on_host.copy_(values, non_blocking=True)
+        return on_host

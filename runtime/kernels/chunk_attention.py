@@ -1,0 +1,177 @@
+"""Causal attention of chunks of prompts over the paged cache, on the GPU.
+
+One program takes a tile of queries of one head (FlashAttention 2). What is before the chunk comes
+from the cache like the chunk's own keys and values, which were written there a kernel earlier.
+"""
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from runtime.kernels.decode_attention import LOG2_E
+from runtime.kernels.launch import next_power_of_2
+
+
+def tile_size(dtype: torch.dtype) -> int:
+    """Return how many queries one program takes."""
+    return 32 if dtype == torch.float32 else 128
+
+
+def chunk_attention(
+    qkv: Tensor,
+    kv_cache: Tensor,
+    out: Tensor,
+    *,
+    tiles: Tensor,
+    block_tables: Tensor,
+    rows: Tensor,
+    query_starts: Tensor,
+    seq_lens: Tensor,
+) -> None:
+    """Attend from several tokens of each sequence to those tokens and all before them.
+
+    Args:
+        qkv: [num_tokens, (num_heads + 2 * num_kv_heads) * head_dim], queries rotated.
+        kv_cache: [num_blocks, 2, num_kv_heads, block_size, head_dim].
+        out: [num_tokens, num_heads * head_dim]; rows of the tiles' tokens are written.
+        tiles: int32 [num_tiles, 2], a sequence and the first of `tile_size` tokens in its chunk.
+        block_tables: int32 [num_rows, max_blocks].
+        rows: int32 [num_seqs], each sequence's row of `block_tables`.
+        query_starts: int32 [num_seqs + 1], where in the batch each chunk begins, and the end.
+        seq_lens: int32 [num_seqs], tokens of a sequence up to the end of its chunk.
+    """
+    _, _, num_kv_heads, block_size, head_dim = kv_cache.shape
+    num_heads = out.shape[1] // head_dim
+    is_exact = kv_cache.dtype == torch.float32
+    _chunk_kernel[(len(tiles), num_heads)](
+        qkv,
+        kv_cache,
+        out,
+        tiles,
+        block_tables,
+        rows,
+        query_starts,
+        seq_lens,
+        head_dim**-0.5 * LOG2_E,
+        TABLE_STRIDE=block_tables.stride(0),
+        NUM_HEADS=num_heads,
+        NUM_KV_HEADS=num_kv_heads,
+        HEAD_DIM=head_dim,
+        PAGE=block_size,
+        BLOCK_M=tile_size(kv_cache.dtype),
+        BLOCK_N=32 if is_exact else 64,
+        BLOCK_DIM=next_power_of_2(head_dim),
+        PRECISION="ieee" if is_exact else "tf32",
+        num_warps=4 if is_exact else 8,
+        num_stages=2 if is_exact else 3,
+    )
+
+
+@triton.jit
+def _attend(
+    q,
+    acc,
+    maxima,
+    sums,
+    first,
+    end,
+    last_tokens,
+    table_ptr,
+    kv_ptr,
+    scale,
+    dims,
+    NUM_KV_HEADS: tl.constexpr,
+    HEAD_DIM: tl.constexpr,
+    PAGE: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    PRECISION: tl.constexpr,
+    IS_MASKED: tl.constexpr,
+):
+    PAGE_HEAD: tl.constexpr = PAGE * HEAD_DIM
+    for block_start in tl.range(first, end, BLOCK_N):
+        tokens = block_start + tl.arange(0, BLOCK_N)
+        is_kv = (dims < HEAD_DIM)[None, :]
+        if IS_MASKED:
+            is_kv = is_kv & (tokens < end)[:, None]
+            blocks = tl.load(table_ptr + tokens // PAGE, mask=tokens < end, other=0)
+        else:
+            blocks = tl.load(table_ptr + tokens // PAGE)
+        places = blocks.to(tl.int64) * 2 * NUM_KV_HEADS * PAGE_HEAD + tokens % PAGE * HEAD_DIM
+        k_ptr = kv_ptr + places[:, None] + dims[None, :]
+        k = tl.load(k_ptr, mask=is_kv, other=0.0)
+        v = tl.load(k_ptr + NUM_KV_HEADS * PAGE_HEAD, mask=is_kv, other=0.0)
+        scores = tl.dot(q, tl.trans(k), input_precision=PRECISION) * scale
+        if IS_MASKED:
+            is_seen = tokens[None, :] <= last_tokens[:, None]
+            scores = tl.where(is_seen, scores, -float("inf"))
+        new_maxima = tl.maximum(maxima, tl.max(scores, 1))
+        weights = tl.exp2(scores - new_maxima[:, None])
+        rescale = tl.exp2(maxima - new_maxima)
+        sums = sums * rescale + tl.sum(weights, 1)
+        acc = acc * rescale[:, None]
+        acc = tl.dot(weights.to(v.dtype), v, acc, input_precision=PRECISION)
+        maxima = new_maxima
+    return acc, maxima, sums
+
+
+@triton.jit
+def _chunk_kernel(
+    qkv_ptr,
+    kv_cache_ptr,
+    out_ptr,
+    tiles_ptr,
+    block_tables_ptr,
+    rows_ptr,
+    query_starts_ptr,
+    seq_lens_ptr,
+    scale,
+    TABLE_STRIDE: tl.constexpr,
+    NUM_HEADS: tl.constexpr,
+    NUM_KV_HEADS: tl.constexpr,
+    HEAD_DIM: tl.constexpr,
+    PAGE: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    BLOCK_DIM: tl.constexpr,
+    PRECISION: tl.constexpr,
+):
+    tile = tl.program_id(0)
+    head = tl.program_id(1)
+    kv_head = head // (NUM_HEADS // NUM_KV_HEADS)
+    seq = tl.load(tiles_ptr + 2 * tile)
+    tile_start = tl.load(tiles_ptr + 2 * tile + 1)
+    query_start = tl.load(query_starts_ptr + seq)
+    num_queries = tl.load(query_starts_ptr + seq + 1) - query_start
+    seq_len = tl.load(seq_lens_ptr + seq)
+    table_ptr = block_tables_ptr + tl.load(rows_ptr + seq).to(tl.int64) * TABLE_STRIDE
+    first_token = seq_len - num_queries + tile_start
+
+    queries = tile_start + tl.arange(0, BLOCK_M)
+    dims = tl.arange(0, BLOCK_DIM)
+    is_q = (queries < num_queries)[:, None] & (dims < HEAD_DIM)[None, :]
+    batch_rows = (query_start + queries).to(tl.int64)
+    Q_STRIDE: tl.constexpr = (NUM_HEADS + 2 * NUM_KV_HEADS) * HEAD_DIM
+    q_ptr = qkv_ptr + batch_rows[:, None] * Q_STRIDE + head * HEAD_DIM + dims[None, :]
+    q = tl.load(q_ptr, mask=is_q, other=0.0)
+
+    maxima = tl.full((BLOCK_M,), -float("inf"), tl.float32)
+    sums = tl.zeros((BLOCK_M,), tl.float32)
+    acc = tl.zeros((BLOCK_M, BLOCK_DIM), tl.float32)
+    # Every query of the tile sees all tokens up to the tile's first.
+    last_tokens = first_token + tl.arange(0, BLOCK_M)
+    common_end = (first_token + 1) // BLOCK_N * BLOCK_N
+    end = tl.minimum(first_token + BLOCK_M, seq_len)
+    kv_ptr = kv_cache_ptr + kv_head * PAGE * HEAD_DIM
+    acc, maxima, sums = _attend(
+        q, acc, maxima, sums, 0, common_end, last_tokens, table_ptr, kv_ptr, scale, dims,
+        NUM_KV_HEADS, HEAD_DIM, PAGE, BLOCK_N, PRECISION, IS_MASKED=False,
+    )  # fmt: skip
+    acc, maxima, sums = _attend(
+        q, acc, maxima, sums, common_end, end, last_tokens, table_ptr, kv_ptr, scale, dims,
+        NUM_KV_HEADS, HEAD_DIM, PAGE, BLOCK_N, PRECISION, IS_MASKED=True,
+    )  # fmt: skip
+
+    out = (acc / sums[:, None]).to(out_ptr.dtype.element_ty)
+    out_rows_ptr = out_ptr + batch_rows[:, None] * NUM_HEADS * HEAD_DIM
+    tl.store(out_rows_ptr + head * HEAD_DIM + dims[None, :], out, mask=is_q)

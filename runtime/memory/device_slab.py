@@ -1,0 +1,126 @@
+"""GPU memory whose address outlives it: reserved once, backed by memory only while it is mapped.
+
+The CUDA driver's virtual memory: what is captured in a CUDA graph stays right after the memory was
+given back and taken again, since addresses do not change.
+"""
+
+from typing import Any
+
+import torch
+from cuda.bindings import driver as cuda
+from torch import Tensor
+
+from runtime.errors import OutOfMemory
+
+
+class DeviceSlab:
+    """One range of addresses on the current GPU and the uint8 tensor over it; mapped at first.
+
+    Args:
+        num_bytes: Size; rounded up to the driver's granularity inside.
+
+    Raises:
+        OutOfMemory: The GPU has not that much free.
+    """
+
+    def __init__(self, num_bytes: int) -> None:
+        self._num_bytes = num_bytes
+        self._properties = _properties(torch.cuda.current_device())
+        granularity = _checked(
+            cuda.cuMemGetAllocationGranularity(
+                self._properties,
+                cuda.CUmemAllocationGranularity_flags.CU_MEM_ALLOC_GRANULARITY_RECOMMENDED,
+            )
+        )
+        self._mapped_bytes = -(-max(num_bytes, 1) // granularity) * granularity
+        self._address = int(_checked(cuda.cuMemAddressReserve(self._mapped_bytes, 0, 0, 0)))
+        self._handle: Any = None
+        try:
+            self.map()
+        except OutOfMemory:
+            self.release()
+            raise
+        self._tensor: Tensor | None = torch.as_tensor(
+            _Memory(self._address, num_bytes), device="cuda"
+        )
+
+    @property
+    def num_bytes(self) -> int:
+        """Size of the slab."""
+        return self._num_bytes
+
+    @property
+    def tensor(self) -> Tensor:
+        """All of the slab, uint8 [num_bytes]; not to be touched while it is unmapped."""
+        assert self._tensor is not None, "the slab is released"
+        return self._tensor
+
+    @property
+    def is_mapped(self) -> bool:
+        """Whether there is memory behind the addresses."""
+        return self._handle is not None
+
+    def map(self) -> None:
+        """Take memory; its content is undefined.
+
+        Raises:
+            OutOfMemory: The GPU has not that much free.
+        """
+        assert self._handle is None, "mapped already"
+        error, handle = cuda.cuMemCreate(self._mapped_bytes, self._properties, 0)
+        if error == cuda.CUresult.CUDA_ERROR_OUT_OF_MEMORY:
+            free_bytes, total_bytes = torch.cuda.mem_get_info()
+            raise OutOfMemory(
+                f"the GPU has {free_bytes} of {total_bytes} bytes free, {self._mapped_bytes} are "
+                "needed: park or stop what else uses it, or lower gpu_memory_utilization"
+            )
+        self._handle = _checked((error, handle))
+        _checked(cuda.cuMemMap(self._address, self._mapped_bytes, 0, handle, 0))
+        access = cuda.CUmemAccessDesc()
+        access.location = self._properties.location
+        access.flags = cuda.CUmemAccess_flags.CU_MEM_ACCESS_FLAGS_PROT_READWRITE
+        _checked(cuda.cuMemSetAccess(self._address, self._mapped_bytes, [access], 1))
+
+    def unmap(self) -> None:
+        """Give the memory back and keep the addresses; waits for the GPU."""
+        assert self._handle is not None, "unmapped already"
+        torch.cuda.synchronize()
+        _checked(cuda.cuMemUnmap(self._address, self._mapped_bytes))
+        _checked(cuda.cuMemRelease(self._handle))
+        self._handle = None
+
+    def release(self) -> None:
+        """Give memory and addresses back; views of the slab are dead."""
+        if self._handle is not None:
+            self.unmap()
+        _checked(cuda.cuMemAddressFree(self._address, self._mapped_bytes))
+        self._tensor = None
+
+
+class _Memory:
+    """What torch needs to see foreign memory as a tensor."""
+
+    def __init__(self, address: int, num_bytes: int) -> None:
+        self.__cuda_array_interface__ = {
+            "shape": (num_bytes,),
+            "typestr": "|u1",
+            "data": (address, False),
+            "version": 3,
+        }
+
+
+def _properties(device: int) -> Any:
+    properties = cuda.CUmemAllocationProp()
+    properties.type = cuda.CUmemAllocationType.CU_MEM_ALLOCATION_TYPE_PINNED
+    properties.location.type = cuda.CUmemLocationType.CU_MEM_LOCATION_TYPE_DEVICE
+    properties.location.id = device
+    return properties
+
+
+def _checked(result: tuple[Any, ...]) -> Any:
+    """Return a driver call's value; raise if it failed."""
+    error, *values = result
+    if error != cuda.CUresult.CUDA_SUCCESS:
+        _, name = cuda.cuGetErrorName(error)
+        raise RuntimeError(f"CUDA driver: {name.decode()}")
+    return values[0] if values else None

@@ -1,0 +1,216 @@
+"""The GPU runner against transformers and against itself; without a GPU, in the interpreter."""
+
+from collections import defaultdict
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
+from typing import Any
+
+import pytest
+import torch
+from transformers import LlamaForCausalLM
+
+from runtime.config import EngineConfig
+from runtime.engine.engine import Engine
+from runtime.engine.sequence import FinishReason, SamplingParams, TokenLogprobs
+from runtime.gpu.runner import GpuRunner
+from runtime.model.config import ModelConfig
+from tests.runtime.cpu.oracle import (
+    TeacherForced,
+    TensorWeights,
+    engine_tensors,
+    random_llama,
+    reference_logits,
+    run_forced,
+)
+from tests.runtime.engine.sequences import new_request
+from tests.runtime.kernels.device import DEVICE
+
+IS_GPU = DEVICE == "cuda"
+SCALE = 4 if IS_GPU else 1  # the interpreter takes a second for what a GPU does in a millisecond
+CONFIG = EngineConfig(
+    kv_cache_bytes=1 << 20, max_num_seqs=6, max_num_batched_tokens=24, max_model_len=128
+)
+
+
+def tiny_llama(**overrides: Any) -> LlamaForCausalLM:
+    sizes = {"hidden_size": 32, "num_attention_heads": 2, "num_key_value_heads": 1}
+    return random_llama(**{"num_hidden_layers": 1 + IS_GPU, **sizes, **overrides})
+
+
+def new_gpu_runner(model: LlamaForCausalLM, config: EngineConfig = CONFIG) -> GpuRunner:
+    tensors = {name: tensor.to(DEVICE) for name, tensor in engine_tensors(model).items()}
+    model_config = ModelConfig.from_hf(model.config.to_dict())
+    runner = GpuRunner(model_config, config, TensorWeights(tensors), device=DEVICE)
+    runner.load_weights()
+    runner.allocate_kv()
+    return runner
+
+
+def new_engine(model: LlamaForCausalLM, config: EngineConfig = CONFIG) -> Engine:
+    return Engine(config, new_gpu_runner(model, config), frozenset())
+
+
+def answers(
+    engine: Engine, prompts: Mapping[int, Sequence[int]], sampling: SamplingParams
+) -> tuple[dict[int, list[int]], dict[int, list[TokenLogprobs]]]:
+    """Run prompts together; return tokens and log-probabilities by id."""
+    for id, prompt in prompts.items():
+        engine.submit(new_request(id, prompt, sampling=sampling))
+    tokens: defaultdict[int, list[int]] = defaultdict(list)
+    logprobs: defaultdict[int, list[TokenLogprobs]] = defaultdict(list)
+    while engine.has_work():
+        result = engine.step()
+        for key, token_id in result.tokens:
+            tokens[key.sequence_id].append(token_id)
+        for key, found in result.logprobs.items():
+            logprobs[key.sequence_id].append(found)
+        assert all(end.reason is FinishReason.LENGTH for end in result.finished), result.finished
+    figures = engine.figures()
+    assert figures.num_free_kv_blocks == figures.num_kv_blocks
+    return dict(tokens), dict(logprobs)
+
+
+def greedy_alone(model: LlamaForCausalLM, prompt: Sequence[int], num_tokens: int) -> list[int]:
+    token_ids = list(prompt)
+    for _ in range(num_tokens):
+        token_ids.append(int(reference_logits(model, token_ids)[-1].argmax()))
+    return token_ids[len(prompt) :]
+
+
+@pytest.mark.parametrize(
+    "overrides",
+    [{}, {"head_dim": 24, "tie_word_embeddings": True}, {"num_key_value_heads": 2}],
+    ids=["grouped", "odd head_dim, tied", "a kv head each"],
+)
+def test_teacher_forced_logits_are_those_of_transformers(overrides: dict[str, Any]) -> None:
+    model = tiny_llama(**overrides)
+    generator = torch.Generator().manual_seed(1)
+    targets = {
+        id: torch.randint(0, 100, (size,), generator=generator).tolist()
+        for id, size in ((1, 20), (2, 19), (3, 10 * (1 + SCALE)))
+    }
+    forced = TeacherForced(new_gpu_runner(model), targets)
+    run_forced(forced, targets, CONFIG, num_prompt_tokens=18)
+    assert forced.largest_error(model) < 1e-3
+
+
+def test_overlapped_chunked_answers_are_those_of_each_sequence_alone() -> None:
+    model = tiny_llama()
+    num_prompts, num_tokens = 3 + SCALE, 3 * SCALE
+    prompts = {id: [(7 * id + i) % 100 for i in range(5 * id)] for id in range(1, num_prompts)}
+    tokens, _ = answers(
+        new_engine(model), prompts, SamplingParams(temperature=0.0, max_tokens=num_tokens)
+    )
+    assert tokens == {id: greedy_alone(model, prompt, num_tokens) for id, prompt in prompts.items()}
+
+
+def test_prefix_hits_and_preemptions_change_no_answer() -> None:
+    model = tiny_llama()
+    block_bytes = 16 * 4 * ModelConfig.from_hf(model.config.to_dict()).kv_elements_per_token
+    engine = new_engine(model, replace(CONFIG, kv_cache_bytes=7 * block_bytes, max_model_len=64))
+    prompts = {id: [*range(45), id] for id in range(1, 5)}
+    sampling = SamplingParams(temperature=0.0, max_tokens=6)
+    first, _ = answers(engine, {1: prompts[1]}, sampling)
+    tokens, _ = answers(engine, prompts, sampling)
+    assert engine.figures().num_preemptions > 0
+    assert engine.figures().num_cached_prompt_tokens > 0
+    assert tokens == {id: greedy_alone(model, prompt, 6) for id, prompt in prompts.items()}
+    assert first[1] == tokens[1]
+
+
+def test_seeded_answer_depends_on_no_neighbour() -> None:
+    engine = new_engine(tiny_llama())
+    prompts = {id: [id, 2 * id, 50] for id in (1, 3)}
+    sampling = SamplingParams(temperature=50.0, top_p=0.9, seed=12, max_tokens=3)
+    together, _ = answers(engine, prompts, sampling)
+    assert together[3] == answers(engine, {3: prompts[3]}, sampling)[0][3]
+    other = SamplingParams(temperature=50.0, top_p=0.9, seed=13, max_tokens=3)
+    assert together[3] != answers(engine, {3: prompts[3]}, other)[0][3]
+
+
+def test_logprobs_are_of_the_model_alone() -> None:
+    model = tiny_llama()
+    prompt = [3, 1, 4, 1, 5]
+    sampling = SamplingParams(
+        temperature=3.0, seed=1, logit_bias={7: 8.0}, presence_penalty=1.0,
+        num_logprobs=3, max_tokens=4,
+    )  # fmt: skip
+    tokens, logprobs = answers(new_engine(model), {1: prompt}, sampling)
+    logits = reference_logits(model, [*prompt, *tokens[1]])[len(prompt) - 1 : -1]
+    expected = logits.log_softmax(-1)
+    assert len(logprobs[1]) == 4
+    for position, found in enumerate(logprobs[1]):
+        values, ids = expected[position].topk(3)
+        assert found.logprob == pytest.approx(
+            float(expected[position, tokens[1][position]]), abs=1e-3
+        )
+        assert list(found.top_token_ids) == ids.tolist()
+        assert list(found.top_logprobs) == pytest.approx(values.tolist(), abs=1e-3)
+
+
+def test_penalties_follow_prompt_and_output() -> None:
+    model = tiny_llama()
+    prompt = [3, 1, 4, 1, 5]
+    sampling = SamplingParams(
+        temperature=0.0, repetition_penalty=1.7, frequency_penalty=0.4, presence_penalty=0.3,
+        max_tokens=8,
+    )  # fmt: skip
+    tokens, _ = answers(new_engine(model), {1: prompt}, sampling)
+    expected: list[int] = []
+    for _ in range(8):
+        logits = reference_logits(model, [*prompt, *expected])[-1]
+        for token in {*prompt, *expected}:
+            logits[token] = logits[token] / 1.7 if logits[token] > 0 else logits[token] * 1.7
+        for token in expected:
+            logits[token] -= 0.4
+        for token in set(expected):
+            logits[token] -= 0.3
+        expected.append(int(logits.argmax()))
+    assert tokens[1] == expected
+
+
+def test_sequence_without_finite_logits_fails_alone() -> None:
+    model = tiny_llama()
+    with torch.no_grad():
+        model.model.embed_tokens.weight[99] = torch.nan
+    runner = new_gpu_runner(model)
+    engine = Engine(CONFIG, runner, frozenset())
+    sampling = SamplingParams(temperature=0.0, max_tokens=5)
+    engine.submit(new_request(1, [1, 2, 3], sampling=sampling))
+    engine.submit(new_request(2, [1, 99, 3], sampling=sampling))
+    ends: dict[int, FinishReason] = {}
+    tokens: defaultdict[int, list[int]] = defaultdict(list)
+    while engine.has_work():
+        result = engine.step()
+        ends |= {end.key.sequence_id: end.reason for end in result.finished}
+        for key, token_id in result.tokens:
+            tokens[key.sequence_id].append(token_id)
+    assert ends == {1: FinishReason.LENGTH, 2: FinishReason.ERROR}
+    assert tokens == {1: greedy_alone(model, [1, 2, 3], 5)}
+
+
+def test_memory_is_given_back_and_taken_again() -> None:
+    model = tiny_llama()
+    runner = new_gpu_runner(model)
+    engine = Engine(CONFIG, runner, frozenset())
+    sampling = SamplingParams(temperature=0.0, max_tokens=4)
+    before, _ = answers(engine, {1: [1, 2, 3]}, sampling)
+    assert runner.release() > 0
+    assert (runner.weights_bytes, runner.kv_cache_bytes) == (0, 0)
+    runner.load_weights()
+    runner.allocate_kv()
+    engine.reset_cache()
+    assert answers(engine, {1: [1, 2, 3]}, sampling)[0] == before
+
+
+@pytest.mark.skipif(not IS_GPU, reason="CUDA graphs need a GPU")
+def test_graphs_change_no_answer_and_nothing_is_compiled_late() -> None:
+    model = tiny_llama()
+    runner = new_gpu_runner(model)
+    runner.warm_up()
+    prompts = {id: [(7 * id + i) % 100 for i in range(5 * id)] for id in range(1, 8)}
+    sampling = SamplingParams(temperature=0.0, max_tokens=30)
+    tokens, _ = answers(Engine(CONFIG, runner, frozenset()), prompts, sampling)
+    assert runner.num_graphs > 1
+    assert runner.num_late_compilations == 0
+    assert tokens == {id: greedy_alone(model, prompt, 30) for id, prompt in prompts.items()}

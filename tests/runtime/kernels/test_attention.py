@@ -1,0 +1,116 @@
+from typing import NamedTuple
+
+import pytest
+import torch
+from torch import Tensor
+
+from runtime.kernels.attention_reference import attention_reference
+from runtime.kernels.chunk_attention import chunk_attention, tile_size
+from runtime.kernels.decode_attention import SplitWorkspace, decode_attention, num_splits
+from tests.runtime.kernels.device import DEVICE, DTYPES, poisoned, relative_error, tolerance
+
+SHAPES = [(6, 2, 24, 16), (4, 4, 64, 16), (8, 1, 128, 32)]  # heads, kv heads, head_dim, block
+
+
+class Cache(NamedTuple):
+    kv_cache: Tensor
+    block_tables: Tensor
+    rows: Tensor
+    seq_lens: Tensor
+
+
+def new_cache(shape: tuple[int, int, int, int], dtype: torch.dtype, lens: list[int]) -> Cache:
+    """Return sequences of these lengths in a cache whose every other number is NaN."""
+    _, num_kv_heads, head_dim, block_size = shape
+    blocks_each = max(1, -(-max(lens) // block_size))
+    num_blocks = len(lens) * blocks_each
+    tables = torch.randperm(num_blocks).view(len(lens), blocks_each)
+    kv = torch.full((num_blocks, 2, num_kv_heads, block_size, head_dim), torch.nan)
+    rows = torch.randperm(len(lens))
+    for row, seq_len in zip(rows.tolist(), lens, strict=True):
+        for position in range(seq_len):
+            block = tables[row, position // block_size]
+            kv[block, :, :, position % block_size] = torch.randn(2, num_kv_heads, head_dim)
+    seq_lens = torch.tensor(lens)
+    return Cache(
+        kv.to(DEVICE, dtype), *(x.to(DEVICE, torch.int32) for x in (tables, rows, seq_lens))
+    )
+
+
+def queries_of(qkv: Tensor, shape: tuple[int, int, int, int]) -> Tensor:
+    return qkv.view(len(qkv), -1, shape[2])[:, : shape[0]].double()
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("shape", SHAPES)
+@pytest.mark.parametrize("lens", [[100], [1, 17, 0, 100, 64], [33] * 70], ids=len)
+def test_decode(dtype: torch.dtype, shape: tuple[int, int, int, int], lens: list[int]) -> None:
+    num_heads, num_kv_heads, head_dim, _ = shape
+    cache = new_cache(shape, dtype, lens)
+    qkv = torch.randn(len(lens), (num_heads + 2 * num_kv_heads) * head_dim).to(DEVICE, dtype)
+    out = poisoned(len(lens), num_heads * head_dim, dtype=dtype)
+    decode_attention(
+        qkv,
+        cache.kv_cache,
+        out,
+        block_tables=cache.block_tables,
+        rows=cache.rows,
+        seq_lens=cache.seq_lens,
+        workspace=SplitWorkspace(
+            num_heads=num_heads, num_kv_heads=num_kv_heads, head_dim=head_dim, device=DEVICE
+        ),
+    )
+    expected = attention_reference(
+        queries_of(qkv, shape),
+        cache.kv_cache.double(),
+        block_tables=cache.block_tables,
+        rows=cache.rows,
+        query_starts=torch.arange(len(lens) + 1),
+        seq_lens=cache.seq_lens,
+    )
+    assert relative_error(out, expected) < tolerance(dtype)
+
+
+def test_few_sequences_are_split_and_many_are_not() -> None:
+    assert num_splits(1, 8) == 32
+    assert num_splits(256, 8) == 1
+    assert all(num_splits(n, 8) * n * 8 <= max(528, n * 8) for n in range(1, 300))
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("shape", SHAPES)
+def test_chunks_of_any_length_over_any_prefix(
+    dtype: torch.dtype, shape: tuple[int, int, int, int]
+) -> None:
+    num_heads, num_kv_heads, head_dim, _ = shape
+    lens, chunks = [1, 17, 100, 70, 200], [1, 17, 30, 1, 150]
+    cache = new_cache(shape, dtype, lens)
+    starts = [sum(chunks[:index]) for index in range(len(chunks) + 1)]
+    query_starts = torch.tensor(starts, dtype=torch.int32, device=DEVICE)
+    num_tokens = starts[-1]
+    qkv = torch.randn(num_tokens, (num_heads + 2 * num_kv_heads) * head_dim).to(DEVICE, dtype)
+    out = poisoned(num_tokens, num_heads * head_dim, dtype=dtype)
+    tiles = [
+        (seq, first)
+        for seq, num_queries in enumerate(chunks)
+        for first in range(0, num_queries, tile_size(dtype))
+    ]
+    chunk_attention(
+        qkv,
+        cache.kv_cache,
+        out,
+        tiles=torch.tensor(tiles, dtype=torch.int32, device=DEVICE),
+        block_tables=cache.block_tables,
+        rows=cache.rows,
+        query_starts=query_starts,
+        seq_lens=cache.seq_lens,
+    )
+    expected = attention_reference(
+        queries_of(qkv, shape),
+        cache.kv_cache.double(),
+        block_tables=cache.block_tables,
+        rows=cache.rows,
+        query_starts=query_starts,
+        seq_lens=cache.seq_lens,
+    )
+    assert relative_error(out, expected) < tolerance(dtype)

@@ -1,0 +1,160 @@
+from collections import Counter
+
+import numpy as np
+import pytest
+import torch
+from torch import Tensor
+
+from runtime.kernels.sampling import (
+    FAULT,
+    PROMPT_BIT,
+    SamplingTable,
+    adjust_logits,
+    adjust_logits_reference,
+    sample,
+)
+from tests.runtime.kernels.device import DEVICE
+
+VOCAB_SIZE = 300
+NUM_ROWS = 4
+NUM_DRAWS = 3000 if DEVICE == "cuda" else 150  # the interpreter takes milliseconds for each
+
+
+def new_table(**columns: float) -> SamplingTable:
+    table = SamplingTable.allocate(NUM_ROWS, VOCAB_SIZE, DEVICE)
+    table.top_ps.fill_(1.0)
+    for name, value in columns.items():
+        getattr(table, name).fill_(value)
+    return table
+
+
+def draw(logits: Tensor, table: SamplingTable, *, position: int = 7, row: int = 2) -> list[int]:
+    """Sample every row of logits as the sequence in that row of the table, one position each."""
+    num_samples = len(logits)
+    token_ids = torch.full((num_samples,), -7, dtype=torch.int32, device=DEVICE)
+    sample(
+        logits.to(DEVICE),
+        torch.arange(num_samples, dtype=torch.int32, device=DEVICE),
+        torch.full((num_samples,), row, dtype=torch.int32, device=DEVICE),
+        torch.arange(position, position + num_samples, dtype=torch.int32, device=DEVICE),
+        table,
+        token_ids=token_ids,
+        last_tokens=torch.zeros(NUM_ROWS, dtype=torch.int32, device=DEVICE),
+    )
+    return token_ids.tolist()
+
+
+def padded_logits(num_rows: int, seed: int = 0) -> Tensor:
+    """Return logits of a vocabulary that is padded with larger ones."""
+    generator = torch.Generator().manual_seed(seed)
+    logits = torch.randn(num_rows, VOCAB_SIZE + 20, generator=generator) * 3
+    logits[:, VOCAB_SIZE:] = 100.0
+    return logits
+
+
+def kept_tokens(
+    logits: Tensor, temperature: float, *, top_k: int, top_p: float, min_p: float
+) -> set[int]:
+    """Return which tokens may be drawn, by sorting."""
+    weights = ((logits[:VOCAB_SIZE].double() - logits[:VOCAB_SIZE].max()) / temperature).exp()
+    order = weights.argsort(descending=True)
+    order = order[weights[order] >= min_p]
+    if top_k:
+        order = order[:top_k]
+    before = weights[order].cumsum(0) - weights[order]
+    return set(order[before < top_p * weights[order].sum()].tolist())
+
+
+def test_greedy_takes_the_first_of_the_likeliest() -> None:
+    logits = padded_logits(3)
+    logits[1, 250] = logits[1, 40] = 50.0
+    expected = logits[:, :VOCAB_SIZE].argmax(-1).tolist()
+    expected[1] = 40
+    assert draw(logits, new_table()) == expected
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+@pytest.mark.parametrize("temperature", [0.0, 1.0])
+def test_row_without_a_distribution_is_a_fault(value: float, temperature: float) -> None:
+    logits = padded_logits(3)
+    logits[1, 123] = value
+    tokens = draw(logits, new_table(temperatures=temperature))
+    assert tokens[1] == FAULT
+    assert FAULT not in (tokens[0], tokens[2])
+
+
+def test_row_of_minus_infinity_is_a_fault() -> None:
+    logits = padded_logits(1)
+    logits[:, :VOCAB_SIZE] = -torch.inf
+    assert draw(logits, new_table(temperatures=1.0)) == [FAULT]
+
+
+def test_banned_tokens_are_never_drawn() -> None:
+    logits = padded_logits(1)
+    logits[:, 5:VOCAB_SIZE] = -torch.inf
+    assert max(draw(logits.repeat(50, 1), new_table(temperatures=5.0))) < 5
+
+
+@pytest.mark.parametrize(
+    ("top_k", "top_p", "min_p"),
+    [(1, 1.0, 0.0), (7, 1.0, 0.0), (0, 0.8, 0.0), (0, 1.0, 0.1), (20, 0.9, 0.01), (299, 0.5, 0.0)],
+)
+def test_filters_keep_what_sorting_keeps(top_k: int, top_p: float, min_p: float) -> None:
+    logits = padded_logits(1, seed=3)
+    table = new_table(temperatures=2.0, top_ks=top_k, top_ps=top_p, min_ps=min_p, seeds=5)
+    drawn = Counter(draw(logits.repeat(NUM_DRAWS // 5, 1), table))
+    kept = kept_tokens(logits[0], 2.0, top_k=top_k, top_p=top_p, min_p=min_p)
+    assert set(drawn) <= kept
+    weights = (logits[0, sorted(kept)].double() / 2.0).softmax(0).numpy()
+    likely = {token for token, weight in zip(sorted(kept), weights, strict=True) if weight > 0.2}
+    assert likely <= set(drawn)
+
+
+def test_frequencies_are_those_of_the_softmax() -> None:
+    logits = padded_logits(1)
+    logits[:, 6:VOCAB_SIZE] = -torch.inf
+    table = new_table(temperatures=1.5, seeds=99)
+    drawn = Counter(draw(logits.repeat(NUM_DRAWS, 1), table))
+    expected = (logits[0, :6].double() / 1.5).softmax(0).numpy() * NUM_DRAWS
+    found = np.array([drawn[token] for token in range(6)])
+    assert ((found - expected) ** 2 / expected).sum() < 25  # chi square, 5 degrees: 1 in 7000
+
+
+def test_draw_depends_on_seed_and_position_alone() -> None:
+    logits = padded_logits(1).repeat(20, 1)
+    one = draw(logits, new_table(temperatures=3.0, seeds=1))
+    assert one == draw(logits, new_table(temperatures=3.0, seeds=1), row=1)
+    assert one[10:] == draw(logits[:10], new_table(temperatures=3.0, seeds=1), position=17)
+    assert one != draw(logits, new_table(temperatures=3.0, seeds=2))
+    assert len(set(one)) > 5
+
+
+def test_bias_and_penalties_are_those_of_the_reference() -> None:
+    table = new_table()
+    table.repetition_penalties[:3] = torch.tensor([1.0, 1.3, 0.7])
+    table.frequency_penalties[:3] = torch.tensor([0.0, 0.5, -0.5])
+    table.presence_penalties[:3] = torch.tensor([0.0, 0.25, 1.0])
+    table.is_counted[1:3] = 1
+    table.counts.copy_(torch.randint(0, 3, table.counts.shape))
+    table.counts[:, ::5] += PROMPT_BIT
+    table.num_biases[:2] = torch.tensor([3, 1])
+    table.bias_token_ids[0, :3] = torch.tensor([0, 7, VOCAB_SIZE - 1])
+    table.biases[0, :3] = torch.tensor([1.0, -100.0, 2.5])
+    rows = torch.tensor([2, 0, 1], dtype=torch.int32, device=DEVICE)
+    sampled = torch.tensor([1, 2, 0], dtype=torch.int32, device=DEVICE)
+    logits = padded_logits(3).to(DEVICE)
+    expected = logits.clone()
+    adjust_logits(logits, sampled, rows, table)
+    adjust_logits_reference(expected, sampled, rows, table)
+    assert not torch.equal(expected, padded_logits(3).to(DEVICE))
+    torch.testing.assert_close(logits, expected)
+
+
+def test_only_counted_rows_count_what_was_drawn() -> None:
+    table = new_table()
+    table.is_counted[2] = 1
+    logits = padded_logits(1)
+    [token] = draw(logits, table, row=2)
+    draw(logits, table, row=1)
+    assert table.counts[2, token] == 1
+    assert table.counts.sum() == 1
