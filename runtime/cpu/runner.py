@@ -28,7 +28,7 @@ from runtime.model.config import ModelConfig
 from runtime.model.description import check_dtype, read_model
 from snapshots.loader import LoadReport
 
-MAX_STEP_TOKENS = 256  # products are at full speed, and decodes wait for one such step at most
+MAX_PREFILL_TOKENS = 256  # products are at full speed, and decodes wait for one such step at most
 ACTIVATION_COPIES = 4  # of the widest intermediate result, all alive at once
 NOT_FINITE = "the model computed logits that are not finite"
 
@@ -97,8 +97,12 @@ class CpuRunner:
 
     @property
     def max_step_tokens(self) -> int:
-        """Most tokens worth running in one step."""
-        return MAX_STEP_TOKENS
+        """Most tokens one step can run: a decode of every sequence, and a piece of a prompt."""
+        return MAX_PREFILL_TOKENS + self._config.max_num_seqs
+
+    def max_prefill_tokens(self, num_decodes: int) -> int:
+        """Return how many tokens of prompts a step should run, whatever else it does."""
+        return MAX_PREFILL_TOKENS
 
     @property
     def vocab_size(self) -> int:
@@ -243,10 +247,10 @@ class CpuRunner:
         widest = max(
             2 * shape.intermediate_size, shape.hidden_size, shape.num_heads * shape.head_dim
         )
-        step_elements = MAX_STEP_TOKENS * (
+        step_elements = self.max_step_tokens * (
             ACTIVATION_COPIES * widest + shape.max_position_embeddings
         )
-        logit_elements = 4 * min(self._config.max_num_seqs, MAX_STEP_TOKENS) * shape.vocab_size
+        logit_elements = 4 * self._config.max_num_seqs * shape.vocab_size
         return KvSizes(
             bytes_per_token=self._bytes_per_token(),
             weights_bytes=self._weights.total_bytes + packed_head_bytes,

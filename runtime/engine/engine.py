@@ -42,7 +42,10 @@ class StepRunner(Protocol):
 
     @property
     def max_step_tokens(self) -> int:
-        """Most tokens worth running in one step."""
+        """Most tokens one step can run."""
+
+    def max_prefill_tokens(self, num_decodes: int) -> int:
+        """Return how many tokens of prompts a step should run at most beside so many decodes."""
 
     @property
     def vocab_size(self) -> int:
@@ -93,7 +96,7 @@ class Engine:
         self._num_submitted = 0
         self._in_flight: deque[tuple[ScheduledBatch, PendingTokens]] = deque()
         self._blocks = self._new_blocks()
-        self._scheduler = Scheduler(self._config, self._blocks)
+        self._scheduler = Scheduler(self._config, self._blocks, runner.max_prefill_tokens)
 
     def submit(self, request: SequenceRequest) -> None:
         """Queue a sequence; raise InvalidSequence if it can never run."""

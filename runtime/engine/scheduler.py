@@ -10,6 +10,7 @@ commit, so that a runner can prepare step N + 1 while step N runs; commits come 
 """
 
 from collections import OrderedDict
+from collections.abc import Callable
 from collections.abc import Sequence as SequenceOf
 from dataclasses import dataclass
 
@@ -42,11 +43,19 @@ class Scheduler:
     Args:
         config: Token budget and size of a batch.
         blocks: Where sequences keep their keys and values.
+        max_prefill_tokens: How many tokens of prompts to run beside a number of decodes; within
+            the budget.
     """
 
-    def __init__(self, config: EngineConfig, blocks: BlockManager) -> None:
+    def __init__(
+        self,
+        config: EngineConfig,
+        blocks: BlockManager,
+        max_prefill_tokens: Callable[[int], int],
+    ) -> None:
         self._max_num_batched_tokens = config.max_num_batched_tokens
         self._max_num_seqs = min(config.max_num_seqs, config.max_num_batched_tokens)
+        self._max_prefill_tokens = max_prefill_tokens
         self._blocks = blocks
         self._waiting: OrderedDict[SequenceKey, Sequence] = OrderedDict()
         self._running: OrderedDict[SequenceKey, Sequence] = OrderedDict()
@@ -99,6 +108,7 @@ class Scheduler:
         num_preemptions = self.counters.num_preemptions
         batch = self._schedule_decodes()
         budget = self._max_num_batched_tokens - len(batch)
+        budget = min(budget, self._max_prefill_tokens(len(batch)))
         for sequence in self._running.values():
             if budget > 0 and sequence.num_uncomputed_tokens > 1:
                 batch.append(self._advance(sequence, budget))

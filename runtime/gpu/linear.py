@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from runtime.errors import LoadFailed
-from runtime.kernels.matvec import BLOCK_ROWS, matvec
+from runtime.kernels.matvec import ROWS_ALIGNMENT, matvec
 
 
 class GpuLinear:
@@ -21,7 +21,7 @@ class GpuLinear:
         self._weight = named_tensor(weights, f"{name}.weight")
         self._transposed = self._weight.t()
         self._bias = weights.get(f"{name}.bias")
-        self._is_streamable = self._bias is None and len(self._weight) % BLOCK_ROWS == 0
+        self._is_streamable = self._bias is None and len(self._weight) % ROWS_ALIGNMENT == 0
 
     @property
     def num_outputs(self) -> int:

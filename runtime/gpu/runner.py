@@ -33,8 +33,9 @@ from runtime.model.config import ModelConfig
 from runtime.model.description import check_dtype, read_model
 from snapshots.loader import LoadReport
 
-# A product of 512 tokens is the fastest a token on a Hopper GPU; what decodes add comes on top.
-MAX_CHUNK_TOKENS = 512
+# A product of 512 tokens is as fast a token as a larger one, and decodes wait for no more than that.
+PREFILL_TOKENS_BESIDE_DECODES = 512
+PREFILL_TOKENS_ALONE = 1024
 
 
 class GpuRunner:
@@ -62,7 +63,8 @@ class GpuRunner:
         self._weights = weights
         self._dtype = weights.dtype
         self._device = Device(device)
-        budget = min(config.max_num_batched_tokens, config.max_num_seqs + MAX_CHUNK_TOKENS)
+        most = max(PREFILL_TOKENS_ALONE, config.max_num_seqs + PREFILL_TOKENS_BESIDE_DECODES)
+        budget = min(config.max_num_batched_tokens, most)
         limits = BatchLimits(
             num_tokens=budget,
             num_seqs=min(config.max_num_seqs, budget),
@@ -117,8 +119,12 @@ class GpuRunner:
 
     @property
     def max_step_tokens(self) -> int:
-        """Most tokens worth running in one step."""
+        """Most tokens one step can run."""
         return self._limits.num_tokens
+
+    def max_prefill_tokens(self, num_decodes: int) -> int:
+        """Return how many tokens of prompts a step should run: fewer when decodes wait for it."""
+        return PREFILL_TOKENS_BESIDE_DECODES if num_decodes else PREFILL_TOKENS_ALONE
 
     @property
     def max_in_flight(self) -> int:

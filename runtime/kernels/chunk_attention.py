@@ -15,7 +15,7 @@ from runtime.kernels.launch import next_power_of_2
 
 def tile_size(dtype: torch.dtype) -> int:
     """Return how many queries one program takes."""
-    return 32 if dtype == torch.float32 else 128
+    return 32 if dtype == torch.float32 else 64
 
 
 def chunk_attention(
@@ -63,7 +63,7 @@ def chunk_attention(
         BLOCK_N=32 if is_exact else 64,
         BLOCK_DIM=next_power_of_2(head_dim),
         PRECISION="ieee" if is_exact else "tf32",
-        num_warps=4 if is_exact else 8,
+        num_warps=4,
         num_stages=2 if is_exact else 3,
     )
 
@@ -85,6 +85,7 @@ def _attend(
     HEAD_DIM: tl.constexpr,
     PAGE: tl.constexpr,
     BLOCK_N: tl.constexpr,
+    BLOCK_DIM: tl.constexpr,
     PRECISION: tl.constexpr,
     IS_MASKED: tl.constexpr,
 ):
@@ -94,13 +95,21 @@ def _attend(
         is_kv = (dims < HEAD_DIM)[None, :]
         if IS_MASKED:
             is_kv = is_kv & (tokens < end)[:, None]
-            blocks = tl.load(table_ptr + tokens // PAGE, mask=tokens < end, other=0)
+        if PAGE % BLOCK_N == 0:  # one block holds all of them
+            block = tl.load(table_ptr + block_start // PAGE).to(tl.int64)
+            offset = block_start % PAGE + tl.arange(0, BLOCK_N)
+            k_block_ptr = kv_ptr + block * 2 * NUM_KV_HEADS * PAGE_HEAD
+            k_ptr = k_block_ptr + offset[:, None] * HEAD_DIM + dims[None, :]
         else:
-            blocks = tl.load(table_ptr + tokens // PAGE)
-        places = blocks.to(tl.int64) * 2 * NUM_KV_HEADS * PAGE_HEAD + tokens % PAGE * HEAD_DIM
-        k_ptr = kv_ptr + places[:, None] + dims[None, :]
-        k = tl.load(k_ptr, mask=is_kv, other=0.0)
-        v = tl.load(k_ptr + NUM_KV_HEADS * PAGE_HEAD, mask=is_kv, other=0.0)
+            blocks = tl.load(table_ptr + tokens // PAGE, mask=tokens < end, other=0)
+            places = blocks.to(tl.int64) * 2 * NUM_KV_HEADS * PAGE_HEAD + tokens % PAGE * HEAD_DIM
+            k_ptr = kv_ptr + places[:, None] + dims[None, :]
+        if IS_MASKED or BLOCK_DIM != HEAD_DIM:
+            k = tl.load(k_ptr, mask=is_kv, other=0.0)
+            v = tl.load(k_ptr + NUM_KV_HEADS * PAGE_HEAD, mask=is_kv, other=0.0)
+        else:
+            k = tl.load(k_ptr)
+            v = tl.load(k_ptr + NUM_KV_HEADS * PAGE_HEAD)
         scores = tl.dot(q, tl.trans(k), input_precision=PRECISION) * scale
         if IS_MASKED:
             is_seen = tokens[None, :] <= last_tokens[:, None]
@@ -165,11 +174,11 @@ def _chunk_kernel(
     kv_ptr = kv_cache_ptr + kv_head * PAGE * HEAD_DIM
     acc, maxima, sums = _attend(
         q, acc, maxima, sums, 0, common_end, last_tokens, table_ptr, kv_ptr, scale, dims,
-        NUM_KV_HEADS, HEAD_DIM, PAGE, BLOCK_N, PRECISION, IS_MASKED=False,
+        NUM_KV_HEADS, HEAD_DIM, PAGE, BLOCK_N, BLOCK_DIM, PRECISION, IS_MASKED=False,
     )  # fmt: skip
     acc, maxima, sums = _attend(
         q, acc, maxima, sums, common_end, end, last_tokens, table_ptr, kv_ptr, scale, dims,
-        NUM_KV_HEADS, HEAD_DIM, PAGE, BLOCK_N, PRECISION, IS_MASKED=True,
+        NUM_KV_HEADS, HEAD_DIM, PAGE, BLOCK_N, BLOCK_DIM, PRECISION, IS_MASKED=True,
     )  # fmt: skip
 
     out = (acc / sums[:, None]).to(out_ptr.dtype.element_ty)

@@ -1,36 +1,37 @@
 """Product of a weight matrix and one vector, on the GPU.
 
 With one token a step, a model reads all its weights for two operations each. cuBLAS reaches 3.7 of
-the 4.3 TB/s that memory gives; a kernel that only streams rows comes closer.
+the 4.3 TB/s that memory gives; a kernel that only streams rows comes closer. The shapes below were
+the fastest of eighteen on an H200, for rows of 4,096 and of 14,336 numbers.
 """
 
 import triton
 import triton.language as tl
 from torch import Tensor
 
-BLOCK_ROWS = 4
-BLOCK_COLUMNS = 1024
-NUM_AHEAD = 4  # loads of a program that are under way together
+ROWS_ALIGNMENT = 4
+LONG_ROW = 8192
 
 
 def matvec(weight: Tensor, x: Tensor, out: Tensor, *, add: bool = False) -> None:
     """Write weight @ x, or add it to what is there.
 
     Args:
-        weight: [num_rows, size], contiguous; a multiple of four rows.
+        weight: [num_rows, size], contiguous; a multiple of ROWS_ALIGNMENT rows.
         x: [1, size].
         out: [1, num_rows], of any dtype; written.
         add: Whether to add to `out`.
     """
     num_rows, size = weight.shape
-    _matvec_kernel[(triton.cdiv(num_rows, BLOCK_ROWS),)](
+    block_rows, block_columns, num_ahead = (4, 512, 8) if size > LONG_ROW else (2, 2048, 2)
+    _matvec_kernel[(num_rows // block_rows,)](
         weight,
         x,
         out,
         SIZE=size,
-        BLOCK_ROWS=BLOCK_ROWS,
-        BLOCK_COLUMNS=BLOCK_COLUMNS,
-        NUM_AHEAD=NUM_AHEAD,
+        BLOCK_ROWS=block_rows,
+        BLOCK_COLUMNS=block_columns,
+        NUM_AHEAD=num_ahead,
         ADD=add,
         num_warps=4,
     )

@@ -48,6 +48,9 @@ class TokenRunner:
         self._states = [0] * (num_kv_blocks * block_size)
         self._last_tokens: dict[int, int] = {}
 
+    def max_prefill_tokens(self, num_decodes: int) -> int:
+        return self.max_step_tokens
+
     def launch(self, batch: ScheduledBatch) -> SampledTokens:
         self.batches.append(batch)
         error = self.fail(batch)

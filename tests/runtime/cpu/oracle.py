@@ -133,6 +133,9 @@ class TeacherForced:
         self._runner = runner
         self._targets = targets
 
+    def max_prefill_tokens(self, num_decodes: int) -> int:
+        return self.max_step_tokens
+
     def launch(self, batch: ScheduledBatch) -> SampledTokens:
         rows = iter(self._runner.all_logits(batch))
         for item in batch.sequences:

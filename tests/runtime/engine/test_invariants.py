@@ -31,7 +31,7 @@ class EngineMachine(RuleBasedStateMachine):
         super().__init__()
         self.blocks = BlockManager(NUM_BLOCKS, BLOCK_SIZE, enable_prefix_caching=True)
         config = EngineConfig(max_num_batched_tokens=8, max_num_seqs=4)
-        self.scheduler = Scheduler(config, self.blocks)
+        self.scheduler = Scheduler(config, self.blocks, lambda num_decodes: 1 << 20)
         self.runner = TokenRunner(
             num_kv_blocks=NUM_BLOCKS, block_size=BLOCK_SIZE, vocab_size=VOCAB_SIZE
         )

@@ -14,7 +14,7 @@ class Harness:
     def __init__(self, *, budget: int = 64, max_num_seqs: int = 8, num_blocks: int = 32) -> None:
         config = EngineConfig(max_num_batched_tokens=budget, max_num_seqs=max_num_seqs)
         self.blocks = BlockManager(num_blocks, 4, enable_prefix_caching=True)
-        self.scheduler = Scheduler(config, self.blocks)
+        self.scheduler = Scheduler(config, self.blocks, lambda num_decodes: 1 << 20)
 
     def step(self) -> tuple[list[tuple[int, int, int]], StepResult]:
         batch = self.scheduler.schedule()
@@ -188,3 +188,22 @@ def test_sequence_preempted_in_flight_keeps_its_token_and_publishes_nothing() ->
     assert harness.commit(batch).tokens == [(sequence.key, 7)]
     assert harness.blocks.num_cached_blocks == 0
     assert harness.step()[0] == [(1, 0, 9)]
+
+
+def test_prompt_beside_many_decodes_still_gets_its_share() -> None:
+    config = EngineConfig(max_num_batched_tokens=24, max_num_seqs=16)
+    blocks = BlockManager(64, 16, enable_prefix_caching=False)
+    budgets: list[int] = []
+
+    def max_prefill_tokens(num_decodes: int) -> int:
+        budgets.append(num_decodes)
+        return 8 if num_decodes else 20
+
+    scheduler = Scheduler(config, blocks, max_prefill_tokens)
+    for _ in range(15):
+        scheduler.add(new_sequence([1]))
+    scheduler.commit(scheduler.schedule(), [1] * 15)
+    scheduler.add(new_sequence([2] * 40))
+    batch = scheduler.schedule()
+    assert [item.num_tokens for item in batch.sequences] == [*[1] * 15, 8]
+    assert budgets == [0, 15]

@@ -9,7 +9,7 @@ from runtime.kernels.chunk_attention import chunk_attention, tile_size
 from runtime.kernels.decode_attention import SplitWorkspace, decode_attention, num_splits
 from tests.runtime.kernels.device import DEVICE, DTYPES, poisoned, relative_error, tolerance
 
-SHAPES = [(6, 2, 24, 16), (4, 4, 64, 16), (8, 1, 128, 32)]  # heads, kv heads, head_dim, block
+SHAPES = [(6, 2, 24, 16), (4, 4, 64, 64), (8, 1, 128, 32)]  # heads, kv heads, head_dim, block
 
 
 class Cache(NamedTuple):

@@ -65,7 +65,7 @@ def test_rope_rotates_and_writes_the_cache(
 
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("add", [False, True])
-@pytest.mark.parametrize(("num_rows", "size"), [(24, 1024), (8, 1300)])
+@pytest.mark.parametrize(("num_rows", "size"), [(24, 2048), (8, 1300), (4, 8200)])
 def test_matvec(dtype: torch.dtype, add: bool, num_rows: int, size: int) -> None:
     weight = torch.randn(num_rows, size, device=DEVICE).to(dtype)
     x = torch.randn(1, size, device=DEVICE).to(dtype)
