@@ -22,7 +22,7 @@ from snapshots.model_shape import ModelShape
 from snapshots.progress import OnProgress, Phase, Progress, ignore_progress
 from snapshots.sources.base import Checkpoint, Identity, ModelSource
 from snapshots.staging import Stage
-from snapshots.store import MANIFEST_FILE, Snapshot, SnapshotStore, has_dtype
+from snapshots.store import MANIFEST_FILE, Snapshot, SnapshotStore, has_dtype, is_whole
 
 AUTO = "auto"
 
@@ -242,6 +242,7 @@ def _existing(store: SnapshotStore, identity: Identity, options: BuildOptions) -
             and has_dtype(manifest, options.dtype)
             and set(options.tensor_parallel_sizes) <= set(manifest.tensor_parallel_sizes)
             and options.name in (None, manifest.name)
+            and is_whole(snapshot)
         ):
             return snapshot
     return None
