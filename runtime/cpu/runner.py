@@ -3,12 +3,11 @@
 Knows nothing of requests beyond the batch it is given.
 """
 
-import json
 import os
 import time
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, Self
+from typing import Self
 
 import torch
 from torch import Tensor
@@ -21,12 +20,13 @@ from runtime.cpu.packing import Packer
 from runtime.cpu.sampler import SamplingRow, sample
 from runtime.cpu.threads import ThreadTuner, usable_cores
 from runtime.engine.batch import SampledTokens, ScheduledBatch, ScheduledSequence
-from runtime.errors import LoadFailed, SnapshotDamaged
+from runtime.errors import LoadFailed
 from runtime.linux import resident_bytes
 from runtime.memory.kv_plan import KvSizes, plan_kv
 from runtime.memory.slab import HostSlab, trim_malloc
 from runtime.memory.weights import OnProgress, SnapshotWeights, Weights
 from runtime.model.config import ModelConfig
+from runtime.model.files import end_token_ids, read_configs
 from snapshots.loader import LoadReport
 
 MAX_STEP_TOKENS = 256  # products are at full speed, and decodes wait for one such step at most
@@ -77,9 +77,7 @@ class CpuRunner:
         """
         if config.tensor_parallel_size != 1:
             raise LoadFailed("tensor parallelism needs GPUs: set tensor_parallel_size to 1")
-        model_config = _read_json(snapshot_dir / "config.json")
-        generation_path = snapshot_dir / "generation_config.json"
-        generation_config = _read_json(generation_path) if generation_path.exists() else {}
+        model_config, generation_config = read_configs(snapshot_dir)
         weights = SnapshotWeights(snapshot_dir)
         dtype_name = str(weights.dtype).removeprefix("torch.")
         if config.dtype not in ("auto", dtype_name):
@@ -87,7 +85,7 @@ class CpuRunner:
                 f"the snapshot holds {dtype_name}, the engine is to run {config.dtype}: "
                 "build a snapshot of that dtype"
             )
-        eos_token_ids = _token_ids(generation_config) or _token_ids(model_config)
+        eos_token_ids = end_token_ids(model_config, generation_config)
         return cls(ModelConfig.from_hf(model_config), config, weights, eos_token_ids)
 
     @property
@@ -277,18 +275,3 @@ def _sampled_rows(
             rows.append(end - 1)
             sampled.append((index, item))
     return rows, sampled
-
-
-def _read_json(path: Path) -> dict[str, Any]:
-    try:
-        return json.loads(path.read_text())
-    except (OSError, ValueError) as error:
-        raise SnapshotDamaged(f"{path.name} of the snapshot cannot be read: {error}") from error
-
-
-def _token_ids(config: dict[str, Any]) -> frozenset[int]:
-    """Return `eos_token_id`, which may be one, several or missing."""
-    value = config.get("eos_token_id")
-    if value is None:
-        return frozenset()
-    return frozenset(value) if isinstance(value, list) else frozenset((value,))

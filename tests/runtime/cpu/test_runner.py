@@ -1,5 +1,8 @@
 import json
 import math
+import shutil
+from collections.abc import Mapping
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -15,6 +18,8 @@ from runtime.linux import resident_bytes
 from runtime.memory.weights import SnapshotWeights
 from runtime.model.config import ModelConfig
 from snapshots.builder import BuildOptions, build
+from snapshots.checksums import plain_file
+from snapshots.manifest import Manifest
 from snapshots.sources.directory import DirectorySource
 from snapshots.store import SnapshotStore
 from tests.checkpoints import TinyLlama, write_tiny_llama
@@ -163,14 +168,25 @@ def test_released_runner_can_load_again_and_answers_the_same(tiny_snapshot: Path
 def test_end_tokens_come_from_the_generation_config_first(
     tiny_snapshot: Path, tmp_path: Path, files: dict[str, object], expected: set[int]
 ) -> None:
-    copy = tmp_path / tiny_snapshot.name
+    copy = relisted(tiny_snapshot, tmp_path, files)
+    assert CpuRunner.open(copy, EngineConfig()).eos_token_ids == expected
+
+
+def relisted(snapshot: Path, target: Path, files: Mapping[str, object]) -> Path:
+    """Copy a snapshot with other generation configs, as if it had been built with them."""
+    copy = target / "copy"
     copy.mkdir()
-    for path in tiny_snapshot.iterdir():
-        if path.name != "generation_config.json":
+    for path in snapshot.iterdir():
+        if path.name not in ("generation_config.json", "manifest.json"):
             (copy / path.name).symlink_to(path)
     for name, content in files.items():
         (copy / name).write_text(json.dumps(content))
-    assert CpuRunner.open(copy, EngineConfig()).eos_token_ids == expected
+    manifest = Manifest.from_json((snapshot / "manifest.json").read_text())
+    kept = [file for file in manifest.files if file.path != "generation_config.json"]
+    listed = (*kept, *(plain_file(copy, name) for name in files))
+    manifest = replace(manifest, files=listed)
+    (copy / "manifest.json").write_text(manifest.to_json())
+    return copy.rename(target / manifest.ref)
 
 
 def test_dtype_other_than_the_snapshots_is_refused(tiny_snapshot: Path) -> None:
@@ -183,9 +199,21 @@ def test_tensor_parallelism_is_refused_on_the_cpu(tiny_snapshot: Path) -> None:
         CpuRunner.open(tiny_snapshot, EngineConfig(tensor_parallel_size=2))
 
 
-def test_unreadable_configuration_is_a_damaged_snapshot(tmp_path: Path) -> None:
-    (tmp_path / "config.json").write_text("{")
-    with pytest.raises(SnapshotDamaged, match=r"config\.json"):
+@pytest.mark.parametrize("name", ["config.json", "generation_config.json"])
+def test_changed_configuration_is_a_damaged_snapshot(
+    name: str, tiny_snapshot: Path, tmp_path: Path
+) -> None:
+    copy = tmp_path / tiny_snapshot.name
+    shutil.copytree(tiny_snapshot, copy)
+    content = json.loads((copy / name).read_text())
+    (copy / name).write_text(json.dumps(content | {"eos_token_id": 9}))
+    with pytest.raises(SnapshotDamaged, match=rf"{name}: has been changed"):
+        CpuRunner.open(copy, EngineConfig())
+
+
+def test_missing_manifest_is_a_damaged_snapshot(tmp_path: Path) -> None:
+    (tmp_path / "config.json").write_text("{}")
+    with pytest.raises(SnapshotDamaged, match="no manifest"):
         CpuRunner.open(tmp_path, EngineConfig())
 
 
