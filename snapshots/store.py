@@ -24,6 +24,7 @@ from snapshots.manifest import Manifest, PlainFile, RankFile, SourceKind, check_
 
 MANIFEST_FILE = "manifest.json"
 REASON_FILE = "quarantine.txt"
+JOURNAL_FILE = "journal.jsonl"  # of a build; written with every step
 DEFAULT_BRANCH = "main"
 DAY_S = 86_400.0
 
@@ -231,7 +232,9 @@ class SnapshotStore:
     def _collect_stage(
         self, path: Path, stale_after_s: float, *, dry_run: bool
     ) -> Sequence[Removed]:
-        age_s = datetime.now(UTC).timestamp() - path.stat().st_mtime
+        journal = path / JOURNAL_FILE
+        last_step = (journal if journal.exists() else path).stat().st_mtime
+        age_s = datetime.now(UTC).timestamp() - last_step
         if age_s < stale_after_s:
             return []
         lock = self.stage_lock(path.name)

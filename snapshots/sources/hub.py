@@ -3,6 +3,7 @@
 Its own errors are translated here, once.
 """
 
+import errno
 import hashlib
 import re
 from collections.abc import Iterator
@@ -13,6 +14,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from snapshots.errors import (
+    DiskFull,
     SnapshotError,
     SourceGated,
     SourceInvalid,
@@ -210,6 +212,11 @@ def _http_error() -> type[Exception]:
 def _translation(error: Exception, repository: str, revision: str | None) -> SnapshotError:
     from huggingface_hub import constants, errors
 
+    if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT):
+        return DiskFull(
+            f"no room to download {repository} to {constants.HF_HUB_CACHE}: {error.strerror}",
+            hint="free some space there, or set HF_HOME to a directory on a larger disk",
+        )
     page = f"{constants.ENDPOINT}/{repository}"
     if isinstance(error, errors.GatedRepoError):
         return SourceGated(

@@ -10,6 +10,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import huggingface_hub
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
@@ -26,6 +27,7 @@ from snapshots.errors import (
 from snapshots.loader import load_rank, open_rank, views
 from snapshots.progress import Phase, Progress
 from snapshots.sources.directory import DirectorySource
+from snapshots.sources.hub import HubSource, _Listing
 from snapshots.store import SnapshotStore
 from tests.checkpoints import TinyLlama, write_tiny_llama
 
@@ -196,6 +198,25 @@ def test_full_disk_is_told_and_leaves_nothing(
     assert not list((store.root / ".building").iterdir())
 
 
+def test_full_disk_of_the_source_is_not_the_stores(
+    tiny_llama: Path, store: SnapshotStore, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def full(*arguments: object, **options: object) -> None:
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(huggingface_hub, "hf_hub_download", full)
+    kill_a_build(tiny_llama, store, "before", 3)
+    source = HubSource("org/tiny", None)
+    source._listing = _Listing(commit="c0ffee", files={"config.json": 100})
+    with pytest.raises(DiskFull, match="no room to download org/tiny") as caught:
+        build(source, store)
+    assert "HF_HOME" in caught.value.hint
+    monkeypatch.setattr(DirectorySource, "open", full)
+    with pytest.raises(OSError, match="No space left"):
+        build(DirectorySource(tiny_llama), store, BOTH)
+    assert len(list((store.root / ".building").iterdir())) == 1, "it can be resumed"
+
+
 def test_other_failures_of_the_disk_pass_through(
     tiny_llama: Path, store: SnapshotStore, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -270,6 +291,7 @@ def test_values_beyond_float16_are_refused(tmp_path: Path, store: SnapshotStore)
     edit(tmp_path / "model", lambda t: t["model.norm.weight"].fill_(1e6))
     with pytest.raises(SourceUnsupported, match=r"model\.norm\.weight has values beyond float16"):
         build(DirectorySource(tmp_path / "model"), store, BuildOptions(dtype="float16"))
+    assert not list((store.root / ".building").iterdir()), "what cannot succeed is not resumed"
 
 
 @pytest.mark.parametrize(

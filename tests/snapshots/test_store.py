@@ -183,6 +183,15 @@ def test_live_builds_survive_collecting_and_abandoned_ones_do_not(store: Snapsho
     ]
 
 
+def test_age_of_a_build_counts_from_its_last_step(store: SnapshotStore) -> None:
+    store.stage("slow").mkdir(parents=True)
+    (store.stage("slow") / "journal.jsonl").touch()
+    os.utime(store.stage("slow"), (0, 0))
+    assert ".building/slow" not in [entry.ref for entry in store.collect()]
+    os.utime(store.stage("slow") / "journal.jsonl", (0, 0))
+    assert [entry.ref for entry in store.collect()] == [".building/slow"]
+
+
 def test_quarantined_snapshot_is_out_of_use_until_collected(store: SnapshotStore) -> None:
     alpha = store.get("alpha")
     place = store.quarantine("alpha", "chunk 3 is wrong")
