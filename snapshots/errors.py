@@ -107,5 +107,6 @@ class SnapshotCorrupted(SnapshotError):
         named = f" (tensors: {', '.join(tensors)})" if tensors else ""
         super().__init__(
             f"{path}{place}: {detail}{named}",
-            hint="remove the snapshot and build it again; if it happens twice, check the disk",
+            hint="take it out of use with `snapshots verify --quarantine` and build it again; if it "
+            "happens twice, check the disk",
         )

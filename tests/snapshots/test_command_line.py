@@ -94,6 +94,14 @@ def test_verify_names_the_tensor_and_fails(tiny_llama: Path, store: SnapshotStor
     assert (problem["chunk"], problem["tensors"]) == (0, ["embed_tokens.weight"])
     assert "embed_tokens.weight" in damaged.stderr
 
+    run("pin", "tiny-llama", *where[:2])
+    taken = run("verify", "tiny-llama", *where, "--quarantine")
+    assert taken.code == ExitCode.CORRUPTED
+    assert ".quarantine" in taken.stderr
+    assert store.list() == []
+    assert run("build", tiny_llama, *where).code == ExitCode.OK
+    assert run("verify", "tiny-llama", *where, "--quarantine").code == ExitCode.OK
+
 
 def test_failure_is_told_to_people_and_programs(tmp_path: Path, store: SnapshotStore) -> None:
     result = run("build", tmp_path / "none", "--store", store.root, "--progress", "json")
