@@ -9,6 +9,7 @@ import pytest
 import torch
 
 from runtime.config import EngineConfig
+from runtime.cpu import linear
 from runtime.cpu.linear import is_packing_faster
 from runtime.cpu.runner import CpuRunner
 from runtime.engine.engine import Engine
@@ -139,6 +140,28 @@ def test_packing_between_steps_does_not_change_tokens_and_gives_weights_back(
     assert runner._packer.is_done, "twelve steps are enough for a head and two layers"
     assert generate(runner)[0] == first
     assert runner.weights_bytes != loaded_bytes
+
+
+@needs_packing
+def test_packing_that_fails_ends_no_sequence(
+    tiny_snapshot: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    runner = CpuRunner.open(tiny_snapshot, EngineConfig())
+    runner.load_weights()
+    runner.allocate_kv()
+    expected, _ = generate(runner, num_tokens=1)
+    calls = []
+
+    def failing(weight: torch.Tensor) -> torch.ScriptObject:
+        calls.append(weight)
+        raise MemoryError
+
+    monkeypatch.setattr(linear, "_pack", failing)
+    tokens, finished = generate(runner)
+    assert (tokens[:1], finished.reason) == (expected, FinishReason.LENGTH)
+    num_calls = len(calls)
+    assert generate(runner)[0] == tokens
+    assert len(calls) == num_calls > 0, "it is not tried again"
 
 
 def test_released_runner_can_load_again_and_answers_the_same(tiny_snapshot: Path) -> None:
