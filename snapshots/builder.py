@@ -110,7 +110,7 @@ class _Build:
         self._options = options
         self._on_progress = on_progress
         self._dtype = checkpoint.dtype if options.dtype == AUTO else options.dtype
-        self._architecture = architecture_of(checkpoint.config.get("model_type"))
+        self._architecture = architecture_of(checkpoint.config)
         shape = ModelShape.from_config(checkpoint.config)
         self._layouts = plan(
             self._architecture,

@@ -13,6 +13,7 @@ from fnmatch import fnmatchcase
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from snapshots.architectures.registry import architecture_of
 from snapshots.errors import (
     DiskFull,
     SnapshotError,
@@ -31,6 +32,7 @@ from snapshots.sources.paths import (
     TOKENIZER_FILES,
     is_pickle,
     pickle_refused,
+    read_json,
 )
 
 if TYPE_CHECKING:
@@ -102,7 +104,8 @@ class HubSource:
         listing = self._listing
         meter = _DownloadMeter(sum(listing.files.values()), on_progress)
         # By its branch, so that the cache can tell what the branch is without a network.
-        self._download(CONFIG_FILE, self._revision, meter)
+        directory = self._download(CONFIG_FILE, self._revision, meter)
+        architecture_of(read_json(directory / CONFIG_FILE))  # before the weights are fetched
         directories = []
         for name, size in listing.files.items():
             directories.append(self._download(name, listing.commit, meter))

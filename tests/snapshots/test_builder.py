@@ -333,6 +333,33 @@ def test_checkpoints_that_do_not_fit_the_architecture_are_refused(
     assert store.list() == []
 
 
+@pytest.mark.parametrize(
+    ("change", "kind", "message"),
+    [
+        ({"model_type": "qwen2"}, SourceUnsupported, r"no weight map for .*'qwen2'.*known: llama"),
+        ({"architectures": ["LlamaForTokens"]}, SourceUnsupported, "architecture 'LlamaForTokens'"),
+        ({"hidden_act": "gelu"}, SourceUnsupported, "activation 'gelu'"),
+        ({"rope_parameters": {"rope_type": "yarn"}}, SourceUnsupported, "rope type 'yarn'"),
+        ({"rope_parameters": None, "rope_scaling": {"type": "dynamic"}}, SourceUnsupported, "dyna"),
+        ({"rope_parameters": {"partial_rotary_factor": 0.5}}, SourceUnsupported, "partial"),
+        ({"rope_parameters": [1]}, SourceInvalid, "rope_parameters is"),
+    ],
+)
+def test_models_the_runtime_cannot_compute_are_refused_before_the_build(
+    change: dict[str, Any],
+    kind: type[Exception],
+    message: str,
+    tmp_path: Path,
+    store: SnapshotStore,
+) -> None:
+    write_tiny_llama(tmp_path / "model")
+    path = tmp_path / "model" / "config.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | change))
+    with pytest.raises(kind, match=message):
+        build(DirectorySource(tmp_path / "model"), store)
+    assert not (store.root / ".building").exists()
+
+
 def test_old_rotary_buffers_are_ignored(tmp_path: Path, store: SnapshotStore) -> None:
     name = "model.layers.0.self_attn.rotary_emb.inv_freq"
     edit(tmp_path / "model", lambda tensors: tensors.update({name: torch.ones(8)}))

@@ -242,6 +242,17 @@ def test_hub_failures_say_what_is_wrong(
     assert result.events[-1]["hint"] or "v9" in result.events[-1]["message"]
 
 
+def test_hub_model_that_cannot_be_served_is_refused_before_it_is_fetched(
+    hub: FakeHub, store: SnapshotStore
+) -> None:
+    path = hub.directory / "config.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | {"hidden_act": "gelu"}))
+    result = build_from(hub, "org/tiny", store)
+    assert result.events[-1]["type"] == "SourceUnsupported"
+    assert "gelu" in result.events[-1]["message"]
+    assert not [path for path in hub.paths if path.endswith(".safetensors")]
+
+
 def test_hub_pickles_are_refused_before_they_are_fetched(
     hub: FakeHub, store: SnapshotStore
 ) -> None:
