@@ -13,7 +13,7 @@ import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 from rich.console import Console
 from rich.table import Table
@@ -21,6 +21,7 @@ from rich.table import Table
 from benchmarks.local import REPOSITORY, Controller, running_controller, smollm2
 
 IDLE_TIMEOUT_S = 3.0
+JOURNAL_TIMEOUT_S = 15.0
 SERVE_PORT = 8000
 MIB = 1 << 20
 
@@ -30,6 +31,7 @@ def main() -> None:
     parser.add_argument("--stay", action="store_true", help="keep serving afterwards")
     parser.add_argument("--backend", default="process", choices=["process", "docker"])
     arguments = parser.parse_args()
+    signal.signal(signal.SIGTERM, _exit)
     console = Console()
     home = Path(os.environ.get("COLDSPARK_HOME", REPOSITORY / ".coldspark" / "demo")).resolve()
     spec = smollm2(idle_timeout=IDLE_TIMEOUT_S)
@@ -102,21 +104,24 @@ class Demonstration:
     @contextmanager
     def _timeline(self) -> Iterator[None]:
         """Print the phases of the cold start that happens inside."""
-        num_before = len(self._cold_starts())
+        before = self._newest_cold_start()
         yield
-        while len(starts := self._cold_starts()) == num_before:
+        deadline = time.monotonic() + JOURNAL_TIMEOUT_S
+        while (start := self._newest_cold_start()) is None or start == before:
+            if time.monotonic() > deadline:
+                raise TimeoutError(f"no cold start is recorded after {JOURNAL_TIMEOUT_S:g} s")
             time.sleep(0.1)  # the journal is written once a second
-        table = Table("phase", "seconds", title=f"from {starts[0]['from_tier']}")
-        for phase in starts[0]["phases"]:
+        table = Table("phase", "seconds", title=f"from {start['from_tier']}")
+        for phase in start["phases"]:
             table.add_row(phase["name"], f"{phase['seconds']:8.3f}")
         table.add_section()
-        table.add_row("total", f"{starts[0]['total_s']:8.3f}")
+        table.add_row("total", f"{start['total_s']:8.3f}")
         self._console.print(table)
 
-    def _cold_starts(self) -> list[dict[str, Any]]:
-        answer = self._controller.get("/api/v1/cold-starts", function=self._name, limit=1000)
+    def _newest_cold_start(self) -> dict[str, Any] | None:
+        answer = self._controller.get("/api/v1/cold-starts", function=self._name, limit=1)
         starts: list[dict[str, Any]] = answer["cold_starts"]
-        return starts
+        return starts[0] if starts else None
 
     def _await_parking(self) -> None:
         before = self._held(self._controller.view(self._name))
@@ -141,6 +146,11 @@ def coldspark(*arguments: str, **environment: str) -> None:
     """Run our command line as a user would."""
     command = [sys.executable, "-m", "controller.cli.app", *arguments]
     subprocess.run(command, env=os.environ | environment, check=True)
+
+
+def _exit(number: int, _frame: object) -> NoReturn:
+    """End through every `finally`, so that the controller and its runtimes end too."""
+    sys.exit(128 + number)
 
 
 if __name__ == "__main__":

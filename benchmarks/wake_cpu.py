@@ -2,11 +2,12 @@
 
 `python -m benchmarks.wake_cpu [--runs 10]` starts a controller of its own, and measures from the
 request to the first streamed byte of content through the official SDK: warm, from parked, and
-from stopped (a new process, torch imported anew).
+from stopped (a new process, torch imported anew). Exits with 1 if a median misses its goal.
 """
 
 import argparse
 import statistics
+import sys
 import tempfile
 import time
 from collections.abc import Callable
@@ -40,6 +41,9 @@ def main() -> None:
             "ready": _measure(controller, spec.name, arguments.runs, lambda: None),
         }
     _print(waits)
+    missed = _missed(waits)
+    if missed:
+        sys.exit(f"the median misses its goal from {', '.join(missed)}")
 
 
 def _measure(
@@ -78,6 +82,14 @@ def _park(controller: Controller, name: str) -> None:
 
 def _stop(controller: Controller, name: str) -> None:
     controller.operate(name, "stop")
+
+
+def _missed(waits: dict[str, list[float]]) -> list[str]:
+    """Return the tiers whose median is over their goal."""
+    medians = {tier: statistics.median(seconds) for tier, seconds in waits.items()}
+    return [
+        tier for tier, goal_s in GOALS_S.items() if goal_s is not None and medians[tier] > goal_s
+    ]
 
 
 def _print(waits: dict[str, list[float]]) -> None:

@@ -7,12 +7,13 @@ import os
 import signal
 import socket
 from collections.abc import Callable
+from contextlib import ExitStack
 from typing import Self, TypeVar
 
 from google.protobuf.message import Message
 
 from runtime.engine_stream import EngineStream
-from runtime.errors import EngineDied, RuntimeFault, decode_fault
+from runtime.errors import EngineDied, RuntimeFault, ZygoteDied, decode_fault
 from runtime.fork_server import EngineChild, ForkServer
 from runtime.ipc import Frame, FrameConnection, FrameKind
 from runtime.linux import describe_exit
@@ -65,20 +66,21 @@ class EngineHandle:
         Raises:
             ZygoteDied: No engine can be forked.
         """
-        ours, theirs = socket.socketpair()
-        read_end, write_end = os.pipe()
-        try:
-            child = await fork_server.fork(theirs, write_end)
-        except BaseException:
-            ours.close()
-            os.close(read_end)
-            raise
-        finally:
-            theirs.close()
-            os.close(write_end)
+        with ExitStack() as ours, ExitStack() as theirs:
+            try:
+                our_socket, their_socket = socket.socketpair()
+                ours.callback(our_socket.close)
+                theirs.callback(their_socket.close)
+                read_end, write_end = os.pipe()
+            except OSError as error:
+                raise ZygoteDied(f"no engine can be forked: {error}") from error
+            ours.callback(os.close, read_end)
+            theirs.callback(os.close, write_end)
+            child = await fork_server.fork(their_socket, write_end)
+            ours.pop_all()
         tail = await LogTail.follow(read_end)
         handle = cls(child, tail, on_status=on_status, on_lost=on_lost)
-        await handle._connection.connect(ours)
+        await handle._connection.connect(our_socket)
         return handle
 
     @property

@@ -16,6 +16,7 @@ RuntimeFault
 Statuses are names, so that processes without gRPC can import this module.
 """
 
+import errno
 from collections.abc import Mapping
 
 
@@ -82,12 +83,18 @@ GRPC_STATUS: Mapping[type[RuntimeFault], str] = {
 }
 
 
+# Torch has no class for the first one.
+_TORCH_HAS_NO_MEMORY = ("DefaultCPUAllocator: can't allocate memory", "CUDA out of memory")
+
+
 def as_fault(error: Exception) -> RuntimeFault:
     """Return the fault that stands for an error of the engine or a library."""
     match error:
         case RuntimeFault():
             return error
-        case MemoryError():
+        case MemoryError() | OSError(errno=errno.ENOMEM):
+            return OutOfMemory(f"out of memory: {error}")
+        case RuntimeError() if any(phrase in str(error) for phrase in _TORCH_HAS_NO_MEMORY):
             return OutOfMemory(f"out of memory: {error}")
         case _:
             return LoadFailed(f"{type(error).__name__}: {error}")

@@ -2,6 +2,7 @@
 
 import asyncio
 import os
+import signal
 import socket
 from collections import deque
 from collections.abc import Callable
@@ -23,6 +24,8 @@ from runtime.zygote_messages import (
     ZygoteMessage,
     decode_message,
 )
+
+FORK_TIMEOUT_S = 10.0  # a fork takes milliseconds
 
 log = structlog.get_logger()
 
@@ -82,7 +85,7 @@ class ForkServer:
         """Fork an engine that owns duplicates of a socket and of a descriptor for its output.
 
         Raises:
-            ZygoteDied: There is no process to fork, or it refuses.
+            ZygoteDied: There is no process to fork, or it refuses or hangs and has been killed.
         """
         await self.ready()
         try:
@@ -92,15 +95,38 @@ class ForkServer:
         loop = asyncio.get_running_loop()
         request: asyncio.Future[EngineChild] = loop.create_future()
         self._requests.append(request)
-        return await request
+        try:
+            async with asyncio.timeout(FORK_TIMEOUT_S):
+                return await asyncio.shield(request)
+        except TimeoutError as error:
+            await self._kill()
+            raise ZygoteDied(
+                f"the zygote has not forked within {FORK_TIMEOUT_S:g} s and was killed: load again"
+            ) from error
+        except ZygoteDied:
+            await self._kill()  # what refuses once would refuse again
+            raise
 
     async def stop(self) -> None:
         """Kill the zygote, and with it its engines; return when all are gone."""
         self._is_stopping = True
+        await self._kill()
+
+    async def _kill(self) -> None:
         self._zygote.process.kill()
-        await self._task
+        await asyncio.shield(self._task)
 
     async def _follow(self) -> None:
+        try:
+            death = await self._outlive()
+        except Exception as error:  # whoever waits for the zygote must be told
+            log.exception("zygote_lost")
+            self._zygote.process.kill()
+            death = ZygoteDied(f"the zygote is lost: {error}")
+        self._die(death)
+
+    async def _outlive(self) -> ZygoteDied:
+        """Take its messages until it ends; return how it did."""
         tail = await LogTail.follow(self._zygote.output)
         loop = asyncio.get_running_loop()
         with self._zygote.control as control:
@@ -113,7 +139,7 @@ class ForkServer:
         code = await asyncio.to_thread(self._zygote.process.wait)
         await self._reap_orphans()
         await tail.ended()
-        self._die(ZygoteDied(f"the zygote ended ({describe_exit(code)}): {tail.text}"))
+        return ZygoteDied(f"the zygote ended ({describe_exit(code)}): {tail.text}")
 
     def _handle(self, message: ZygoteMessage) -> None:
         match message:
@@ -131,13 +157,15 @@ class ForkServer:
 
     async def _reap_orphans(self) -> None:
         """Wait for engines that the dead zygote can no longer wait for; they die with it."""
-        for pid, exited in self._engines.items():
-            _, status = await asyncio.to_thread(os.waitpid, pid, 0)
-            exited.set_result(os.waitstatus_to_exitcode(status))
-        self._engines.clear()
+        while self._engines:
+            pid, exited = self._engines.popitem()
+            exited.set_result(await asyncio.to_thread(_wait_for, pid))
 
     def _die(self, death: ZygoteDied) -> None:
         self._death = death
+        for exited in self._engines.values():
+            exited.set_result(-signal.SIGKILL)
+        self._engines.clear()
         was_ready = self._ready.done()
         waiting: list[asyncio.Future[Any]] = [self._ready, *self._requests]
         for future in waiting:
@@ -147,3 +175,12 @@ class ForkServer:
         self._requests.clear()
         if not self._is_stopping:
             self._on_dead(death, was_ready)
+
+
+def _wait_for(pid: int) -> int:
+    """Return the exit code of an adopted engine; the zygote may have waited for it, untold."""
+    try:
+        _, status = os.waitpid(pid, 0)
+    except ChildProcessError:
+        return -signal.SIGKILL  # as its zygote's death would have it
+    return os.waitstatus_to_exitcode(status)

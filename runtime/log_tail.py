@@ -1,6 +1,7 @@
 """The output of a child process: copied to our stderr, its end remembered for error messages."""
 
 import asyncio
+import contextlib
 import os
 import sys
 from typing import Self
@@ -36,9 +37,10 @@ class LogTail(asyncio.Protocol):
 
     def data_received(self, data: bytes) -> None:
         """Copy and remember (asyncio's callback)."""
-        sys.stderr.buffer.write(data)
-        sys.stderr.buffer.flush()
         self._tail = (self._tail + data)[-TAIL_BYTES:]
+        with contextlib.suppress(OSError):  # nobody reads logs any more; the child goes on
+            sys.stderr.buffer.write(data)
+            sys.stderr.buffer.flush()
 
     def connection_lost(self, exc: Exception | None) -> None:
         """Note the end (asyncio's callback)."""

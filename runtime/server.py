@@ -34,6 +34,7 @@ SERVER_OPTIONS = (
     ("grpc.so_reuseport", 0),
 )
 
+STOP_SIGNALS = (signal.SIGTERM, signal.SIGINT)
 CLOSE_GRACE_S = 0.5  # for clients to read the last message of their streams
 
 log = structlog.get_logger()
@@ -131,8 +132,9 @@ async def serve(socket_path: Path, options: ZygoteOptions, zygote: ZygoteProcess
     configure_logs(options.log_level, runtime_id=options.runtime_id)
     adopt_orphans()
     stop = asyncio.Event()
-    for number in (signal.SIGTERM, signal.SIGINT):
-        asyncio.get_running_loop().add_signal_handler(number, stop.set)
+    loop = asyncio.get_running_loop()
+    for number in STOP_SIGNALS:
+        loop.add_signal_handler(number, stop.set)
     board = StatusBoard(runtime_id=options.runtime_id, build=VERSION)
     supervisor = Supervisor(options, board)
     supervisor.start(zygote)
@@ -140,6 +142,9 @@ async def serve(socket_path: Path, options: ZygoteOptions, zygote: ZygoteProcess
     log.info("serving", socket=str(socket_path))
     await stop.wait()
     log.info("stopping")
+    for number in STOP_SIGNALS:  # a second one must not cut short what takes a moment
+        loop.remove_signal_handler(number)
+        signal.signal(number, signal.SIG_IGN)
     board.close()
     await asyncio.gather(server.stop(CLOSE_GRACE_S), supervisor.stop())
 

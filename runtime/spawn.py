@@ -5,6 +5,7 @@ import socket
 import subprocess
 import sys
 from collections.abc import Mapping
+from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -40,25 +41,35 @@ class ZygoteProcess:
 
 
 def spawn_zygote(options: ZygoteOptions) -> ZygoteProcess:
-    """Start a zygote; it dies with the calling thread, which must be the main one."""
-    control, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
-    control.setblocking(False)
-    output, their_output = os.pipe()
-    isolation = ["-P"] if sys.flags.safe_path else []  # looks for modules where we did
-    command = [sys.executable, *isolation, "-m", "runtime.zygote"]
-    command += ["--control-fd", str(theirs.fileno()), "--parent-pid", str(os.getpid())]
-    command += ["--runtime-id", options.runtime_id, "--store", str(options.store)]
-    command += ["--engine-factory", options.engine_factory, "--log-level", options.log_level]
-    try:
+    """Start a zygote; it dies with the calling thread, which must be the main one.
+
+    Raises:
+        OSError: The system has no descriptors, processes or memory left.
+    """
+    with ExitStack() as ours, ExitStack() as theirs:
+        control, their_control = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
+        ours.callback(control.close)
+        theirs.callback(their_control.close)
+        control.setblocking(False)
+        output, their_output = os.pipe()
+        ours.callback(os.close, output)
+        theirs.callback(os.close, their_output)
         process = subprocess.Popen(
-            command,
+            _command(options, their_control.fileno()),
             stdin=subprocess.DEVNULL,
             stdout=their_output,
             stderr=their_output,
-            pass_fds=[theirs.fileno()],
+            pass_fds=[their_control.fileno()],
             env={**os.environ, **NATIVE_THREADING},
         )
-    finally:
-        theirs.close()
-        os.close(their_output)
+        ours.pop_all()
     return ZygoteProcess(process=process, control=control, output=output)
+
+
+def _command(options: ZygoteOptions, control: int) -> list[str]:
+    isolation = ["-P"] if sys.flags.safe_path else []  # looks for modules where we did
+    command = [sys.executable, *isolation, "-m", "runtime.zygote"]
+    command += ["--control-fd", str(control), "--parent-pid", str(os.getpid())]
+    command += ["--runtime-id", options.runtime_id, "--store", str(options.store)]
+    command += ["--engine-factory", options.engine_factory, "--log-level", options.log_level]
+    return command

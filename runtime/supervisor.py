@@ -25,10 +25,12 @@ from runtime.errors import (
     UnknownSnapshot,
     WrongState,
     ZygoteDied,
+    as_fault,
 )
 from runtime.fork_server import ForkServer
 from runtime.ipc import FrameKind
 from runtime.phases import PhaseLog
+from runtime.restarts import WINDOW_S, Restarts
 from runtime.rpc import inference_pb2 as pb
 from runtime.spawn import ZygoteOptions, ZygoteProcess, spawn_zygote
 from runtime.status_board import StatusBoard
@@ -61,6 +63,8 @@ class Supervisor:
         self._zygote: ForkServer | None = None
         self._engine: EngineHandle | None = None
         self._tasks: set[asyncio.Task[Any]] = set()
+        self._restarts = Restarts()
+        self._restart: asyncio.Task[None] | None = None
 
     def start(self, zygote: ZygoteProcess) -> None:
         """Take over the first zygote."""
@@ -124,6 +128,8 @@ class Supervisor:
             self._engine.fail_streams(fault)
             self._engine.fail_calls(fault)
             self._engine.close()
+        if self._restart is not None:
+            self._restart.cancel()
         if self._zygote is not None:
             await self._zygote.stop()
         await asyncio.gather(*self._tasks, return_exceptions=True)
@@ -141,9 +147,9 @@ class Supervisor:
             self._engine = engine
             self._board.engine_started(engine.pid)
             response = await engine.call(FrameKind.LOAD, request, pb.LoadResponse)
-        except RuntimeFault as fault:
+        except Exception as error:  # whatever it is, we must not stay LOADING
             if engine is self._engine:  # else its death was noted already
-                self._abandon_load(fault)
+                await self._abandon_load(as_fault(error))
             raise
         phases = [*phase_log.phases, *response.phases]
         del response.phases[:]
@@ -156,21 +162,23 @@ class Supervisor:
         )
         return response
 
-    def _abandon_load(self, fault: RuntimeFault) -> None:
-        if self._engine is not None:
-            self._engine.close()
-            self._engine = None
+    async def _abandon_load(self, fault: RuntimeFault) -> None:
+        """Say FAILED once the engine's memory is free."""
+        engine, self._engine = self._engine, None
+        if engine is not None:
+            engine.close()
+            await engine.obituary()
         self._board.engine_gone()
         self._board.update(state=pb.RUNTIME_STATE_FAILED, error=str(fault))
 
     async def _park(self, request: pb.ParkRequest) -> pb.ParkResponse:
-        with self._undone_on_fault(pb.RUNTIME_STATE_PARKING, pb.RUNTIME_STATE_READY):
+        with self._undone_on_failure(pb.RUNTIME_STATE_PARKING, pb.RUNTIME_STATE_READY):
             response = await self._living_engine.call(FrameKind.PARK, request, pb.ParkResponse)
         self._board.update(state=pb.RUNTIME_STATE_PARKED)
         return response
 
     async def _wake(self, request: pb.WakeRequest) -> pb.WakeResponse:
-        with self._undone_on_fault(pb.RUNTIME_STATE_LOADING, pb.RUNTIME_STATE_PARKED):
+        with self._undone_on_failure(pb.RUNTIME_STATE_LOADING, pb.RUNTIME_STATE_PARKED):
             response = await self._living_engine.call(FrameKind.WAKE, request, pb.WakeResponse)
         self._board.update(state=pb.RUNTIME_STATE_READY, phases=response.phases)
         return response
@@ -199,11 +207,11 @@ class Supervisor:
         self._board.update(state=to)
 
     @contextmanager
-    def _undone_on_fault(self, during: State, before: State) -> Iterator[None]:
+    def _undone_on_failure(self, during: State, before: State) -> Iterator[None]:
         """Return to the state before, unless the engine's death has set another meanwhile."""
         try:
             yield
-        except RuntimeFault:
+        except Exception:
             if self._board.state == during:
                 self._board.update(state=before)
             raise
@@ -242,7 +250,7 @@ class Supervisor:
 
     async def _ready_zygote(self) -> ForkServer:
         if self._zygote is None or self._zygote.is_dead:
-            self.start(spawn_zygote(self._options))
+            self._start_zygote()
         assert self._zygote is not None
         await self._zygote.ready()
         return self._zygote
@@ -255,9 +263,38 @@ class Supervisor:
     def _zygote_is_dead(self, death: ZygoteDied, was_ready: bool) -> None:
         """Start another one, unless it could not even import: then the next load tries again."""
         log.error("zygote_died", reason=str(death))
-        if was_ready:
-            if self._board.state == pb.RUNTIME_STATE_STANDBY:
-                self._board.update(state=pb.RUNTIME_STATE_STARTING)
+        if not was_ready:
+            self._give_up(str(death))
+            return
+        if self._board.state == pb.RUNTIME_STATE_STANDBY:
+            self._board.update(state=pb.RUNTIME_STATE_STARTING)
+        self._restarts.note_death()
+        if self._restarts.is_hopeless:
+            self._give_up(
+                f"zygotes have died {self._restarts.num_deaths} times within {WINDOW_S:g} s, no "
+                f"other is started until the next load; the last one: {death}"
+            )
+        else:
+            self._restart = self._spawn(self._start_another(), name="restart")
+
+    async def _start_another(self) -> None:
+        await asyncio.sleep(self._restarts.delay_s)
+        if self._zygote is None or not self._zygote.is_dead:
+            return  # a load was faster
+        try:
+            self._start_zygote()
+        except ZygoteDied as fault:
+            self._give_up(str(fault))
+
+    def _start_zygote(self) -> None:
+        try:
             self.start(spawn_zygote(self._options))
-        elif self._board.state == pb.RUNTIME_STATE_STARTING:
-            self._board.update(state=pb.RUNTIME_STATE_FAILED, error=str(death))
+        except OSError as error:
+            raise ZygoteDied(
+                f"no zygote can be started: {error}; the next load tries again"
+            ) from error
+
+    def _give_up(self, reason: str) -> None:
+        """Say why there is no zygote, if nobody is at work to whom that is told anyway."""
+        if self._board.state == pb.RUNTIME_STATE_STARTING:
+            self._board.update(state=pb.RUNTIME_STATE_FAILED, error=reason)

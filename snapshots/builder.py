@@ -14,7 +14,7 @@ from snapshots.architectures.registry import architecture_of
 from snapshots.architectures.weights import Architecture
 from snapshots.checksums import describe_rank, plain_file
 from snapshots.durable import remove_tree, sync
-from snapshots.errors import DiskFull, SourceInvalid, SourceUnsupported
+from snapshots.errors import DiskFull, SourceError, SourceInvalid, SourceUnsupported
 from snapshots.layout import DTYPE_CODES, RankLayout, check_parts, numbered, plan
 from snapshots.locking import locked
 from snapshots.manifest import FORMAT_VERSION, Manifest, RankFile, Source, check_name
@@ -22,7 +22,7 @@ from snapshots.model_shape import ModelShape
 from snapshots.progress import OnProgress, Phase, Progress, ignore_progress
 from snapshots.sources.base import Checkpoint, Identity, ModelSource
 from snapshots.staging import Stage
-from snapshots.store import MANIFEST_FILE, Snapshot, SnapshotStore, has_dtype
+from snapshots.store import MANIFEST_FILE, Snapshot, SnapshotStore, has_dtype, is_whole
 
 AUTO = "auto"
 
@@ -73,7 +73,7 @@ def build(
         SourceError: The source cannot be used.
         TensorParallelUnsupported: It does not divide over the ranks.
         InvalidName: The name cannot be used.
-        DiskFull: The store has no room; nothing is kept.
+        DiskFull: The store has no room, and nothing is kept; or the source has none to download.
     """
     wanted = _checked(options or BuildOptions())
     identity = source.identify()
@@ -85,9 +85,10 @@ def build(
         existing = _existing(store, identity, wanted)
         if existing is not None:
             return BuildReport(snapshot=existing, is_reused=True)
-        with _told_when_full(store, key), source.open(on_progress) as checkpoint:
+        with source.open(on_progress) as checkpoint:
             work = _Build(source, identity, checkpoint, wanted, on_progress)
-            report = work.run(store, key)
+            with _told_when_full(store, key):
+                report = work.run(store, key)
         store.stage_lock(key).unlink(missing_ok=True)
         return report
 
@@ -109,7 +110,7 @@ class _Build:
         self._options = options
         self._on_progress = on_progress
         self._dtype = checkpoint.dtype if options.dtype == AUTO else options.dtype
-        self._architecture = architecture_of(checkpoint.config.get("model_type"))
+        self._architecture = architecture_of(checkpoint.config)
         shape = ModelShape.from_config(checkpoint.config)
         self._layouts = plan(
             self._architecture,
@@ -124,20 +125,29 @@ class _Build:
 
     def run(self, store: SnapshotStore, key: str) -> BuildReport:
         stage = Stage(store.stage(key), self._layouts, _plan_digest(self._identity, self._layouts))
+        try:
+            num_resumed, manifest = self._fill(stage)
+        except SourceError:
+            remove_tree(stage.directory)  # the next attempt would fail too
+            raise
+        snapshot = store.publish(stage.content, manifest)
+        remove_tree(stage.directory)
+        return BuildReport(snapshot=snapshot, is_reused=False, num_resumed_groups=num_resumed)
+
+    def _fill(self, stage: Stage) -> tuple[int, Manifest]:
+        """Write everything that is published; return how much was there, and the manifest."""
+        stage.begin()
+        self._checkpoint.write_files(stage.content)  # before much disk space is taken
         with stage:
-            self._checkpoint.write_files(stage.content)  # fails early if it does
             num_resumed = self._convert(stage)
             ranks = self._checksum(stage)
         manifest = self._manifest(stage, ranks)
         (stage.content / MANIFEST_FILE).write_text(manifest.to_json(), encoding="utf-8")
         if self._source.identify() != self._identity:
-            remove_tree(stage.directory)
             raise SourceInvalid(f"{self._identity.location} changed while it was built from")
         for path in (*stage.content.rglob("*"), stage.content):
             sync(path)
-        snapshot = store.publish(stage.content, manifest)
-        remove_tree(stage.directory)
-        return BuildReport(snapshot=snapshot, is_reused=False, num_resumed_groups=num_resumed)
+        return num_resumed, manifest
 
     def _convert(self, stage: Stage) -> int:
         from snapshots.convert import convert_group  # imports torch
@@ -242,6 +252,7 @@ def _existing(store: SnapshotStore, identity: Identity, options: BuildOptions) -
             and has_dtype(manifest, options.dtype)
             and set(options.tensor_parallel_sizes) <= set(manifest.tensor_parallel_sizes)
             and options.name in (None, manifest.name)
+            and is_whole(snapshot)
         ):
             return snapshot
     return None

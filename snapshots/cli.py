@@ -87,14 +87,18 @@ def build_command(
 def verify(
     ref: RefArgument,
     store: StoreOption,
+    quarantine: Annotated[
+        bool, typer.Option("--quarantine", help="Take it out of use if it is damaged.")
+    ] = False,
     progress: ProgressOption = ProgressStyle.BAR,
     output: OutputOption = OutputFormat.TABLE,
 ) -> None:
     """Read a whole snapshot back and name every file, chunk and tensor that is wrong."""
     from snapshots.verifier import find_corruption  # imports numpy
 
+    snapshots = SnapshotStore(store)
     try:
-        snapshot = SnapshotStore(store).get(ref)
+        snapshot = snapshots.get(ref)
     except SnapshotError as error:
         _fail(error)
     with reporter(progress) as on_progress:
@@ -119,6 +123,9 @@ def verify(
         typer.echo(f"{snapshot.ref}: {size(snapshot.manifest.size_bytes)} verified")
     for problem in problems:
         _complain(problem)
+    if problems and quarantine:
+        place = snapshots.quarantine(snapshot.ref, "\n".join(p.message for p in problems))
+        typer.echo(f"moved to {place}: the next build makes it anew", err=True)
     if problems:
         raise typer.Exit(ExitCode.CORRUPTED)
 

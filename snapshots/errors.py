@@ -9,11 +9,10 @@ SnapshotError
 │   ├── SourceInvalid           malformed or incomplete
 │   └── SourceUnsupported       well-formed, but not something this version can serve
 ├── TensorParallelUnsupported   the model does not divide over this many ranks
-├── DiskFull                    the store has no room for the build
+├── DiskFull                    no room for the build, or for the download it starts with
 ├── InvalidName                 not usable as the name of a snapshot
 ├── SnapshotNotFound
 ├── SnapshotAmbiguous           a short reference that several snapshots match
-├── SnapshotPinned              somebody still needs it
 ├── ManifestError               a manifest that cannot be read or contradicts itself
 └── SnapshotCorrupted           bytes on disk are not those that were built
 """
@@ -69,7 +68,7 @@ class TensorParallelUnsupported(SnapshotError):
 
 
 class DiskFull(SnapshotError):
-    """The file system of the store has no room for the build."""
+    """A file system has no room for the build, or for the download it starts with."""
 
 
 class InvalidName(SnapshotError):
@@ -108,5 +107,6 @@ class SnapshotCorrupted(SnapshotError):
         named = f" (tensors: {', '.join(tensors)})" if tensors else ""
         super().__init__(
             f"{path}{place}: {detail}{named}",
-            hint="remove the snapshot and build it again; if it happens twice, check the disk",
+            hint="take it out of use with `snapshots verify --quarantine` and build it again; if it "
+            "happens twice, check the disk",
         )

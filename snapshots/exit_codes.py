@@ -26,7 +26,7 @@ EXIT_CODES = {
     ExitCode.UNAUTHORIZED: "the hub wants a token",
     ExitCode.TRY_LATER: "the hub is away, the same call can work later",
     ExitCode.CORRUPTED: "a snapshot is damaged",
-    ExitCode.DISK_FULL: "no room in the store",
+    ExitCode.DISK_FULL: "no room in the store or for a download",
 }
 
 _BY_ERROR: dict[type[errors.SnapshotError], ExitCode] = {

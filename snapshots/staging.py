@@ -15,10 +15,11 @@ from typing import Any, Self
 from snapshots.checksums import EndedEarly, sha256_of
 from snapshots.durable import remove_tree, sync
 from snapshots.layout import RankLayout
+from snapshots.store import JOURNAL_FILE
 
 
 class Stage:
-    """Rank files at their full size, filled group by group.
+    """Rank files at their full size, filled group by group: `begin`, then enter.
 
     Args:
         directory: The build's own; `content` in it becomes the snapshot.
@@ -31,13 +32,21 @@ class Stage:
         self.content = directory / "content"
         self._layouts = layouts
         self._plan = plan
-        self._journal = directory / "journal.jsonl"
+        self._journal = directory / JOURNAL_FILE
         self._stack = ExitStack()
         self.descriptors: list[int] = []
 
+    def begin(self) -> None:
+        """Make the directory, unless one of the same plan is there to be continued."""
+        lines = self._lines()
+        if not lines or lines[0] != {"plan": self._plan}:
+            if self.directory.exists():
+                remove_tree(self.directory)
+            self.content.mkdir(parents=True)
+            self._append({"plan": self._plan})
+
     def __enter__(self) -> Self:
         with ExitStack() as stack:
-            self._start_over_unless_continued()
             self.descriptors = [self._open(layout, stack) for layout in self._layouts]
             self._stack = stack.pop_all()
         return self
@@ -75,14 +84,6 @@ class Stage:
                 start = layout.groups[num_groups].span.start
                 os.ftruncate(descriptor, len(layout.header) + start)
                 _allocate(descriptor, layout.size_bytes)
-
-    def _start_over_unless_continued(self) -> None:
-        lines = self._lines()
-        if not lines or lines[0] != {"plan": self._plan}:
-            if self.directory.exists():
-                remove_tree(self.directory)
-            self.content.mkdir(parents=True)
-            self._append({"plan": self._plan})
 
     def _open(self, layout: RankLayout, stack: ExitStack) -> int:
         path = self.content / layout.path

@@ -20,10 +20,11 @@ from snapshots.errors import (
     SnapshotNotFound,
 )
 from snapshots.locking import Locked, locked
-from snapshots.manifest import Manifest, SourceKind, check_name
+from snapshots.manifest import Manifest, PlainFile, RankFile, SourceKind, check_name
 
 MANIFEST_FILE = "manifest.json"
 REASON_FILE = "quarantine.txt"
+JOURNAL_FILE = "journal.jsonl"  # of a build; written with every step
 DEFAULT_BRANCH = "main"
 DAY_S = 86_400.0
 
@@ -106,7 +107,7 @@ class SnapshotStore:
     def find(
         self, *, location: str, revision: str | None, dtype: str, tensor_parallel_size: int
     ) -> Snapshot | None:
-        """Return the newest snapshot built from a source, or None.
+        """Return the newest snapshot built from a source that has all its files, or None.
 
         Args:
             location: Hub id or path.
@@ -120,6 +121,7 @@ class SnapshotStore:
             if _is_at(snapshot.manifest, location, revision)
             and has_dtype(snapshot.manifest, dtype)
             and tensor_parallel_size in snapshot.manifest.tensor_parallel_sizes
+            and is_whole(snapshot)
         ]
         return max(found, key=_published_ns, default=None)
 
@@ -154,13 +156,7 @@ class SnapshotStore:
             SnapshotNotFound: There is none.
         """
         with self._collecting(shared=False):
-            path = self._directory(ref)
-            target = self.root / ".quarantine" / path.name
-            if target.exists():
-                remove_tree(target)
-            move(path, target)
-            (target / REASON_FILE).write_text(reason + "\n", encoding="utf-8")
-            return target
+            return self._set_aside(self._directory(ref), reason)
 
     def collect(
         self,
@@ -212,17 +208,33 @@ class SnapshotStore:
         return self.root / ".locks" / f"{key}.lock"
 
     def publish(self, content: Path, manifest: Manifest) -> Snapshot:
-        """Give a finished directory its name, in one step; one of the same content may exist."""
-        target = self.root / manifest.ref
-        with self._collecting(shared=True):
-            if not target.exists():
-                move(content, target)
-        return Snapshot(ref=manifest.ref, path=target, manifest=manifest)
+        """Give a finished directory its name, in one step.
+
+        One of the same content may exist: it stays if it has all its files, else it goes into
+        quarantine.
+        """
+        snapshot = Snapshot(ref=manifest.ref, path=self.root / manifest.ref, manifest=manifest)
+        with self._collecting(shared=False):
+            if snapshot not in self.list() or not is_whole(snapshot):
+                if snapshot.path.exists():
+                    self._set_aside(snapshot.path, "incomplete, and built again")
+                move(content, snapshot.path)
+        return snapshot
+
+    def _set_aside(self, path: Path, reason: str) -> Path:
+        target = self.root / ".quarantine" / path.name
+        if target.exists():
+            remove_tree(target)
+        move(path, target)
+        (target / REASON_FILE).write_text(reason + "\n", encoding="utf-8")
+        return target
 
     def _collect_stage(
         self, path: Path, stale_after_s: float, *, dry_run: bool
     ) -> Sequence[Removed]:
-        age_s = datetime.now(UTC).timestamp() - path.stat().st_mtime
+        journal = path / JOURNAL_FILE
+        last_step = (journal if journal.exists() else path).stat().st_mtime
+        age_s = datetime.now(UTC).timestamp() - last_step
         if age_s < stale_after_s:
             return []
         lock = self.stage_lock(path.name)
@@ -287,6 +299,12 @@ def open_snapshot(path: Path) -> Snapshot:
     return Snapshot(ref=manifest.ref, path=path, manifest=manifest)
 
 
+def is_whole(snapshot: Snapshot) -> bool:
+    """Return whether every file is there at its size; what is in them is the verifier's."""
+    files: Sequence[RankFile | PlainFile] = (*snapshot.manifest.ranks, *snapshot.manifest.files)
+    return all(_has_size(snapshot.path / file.path, file.size_bytes) for file in files)
+
+
 def has_dtype(manifest: Manifest, dtype: str) -> bool:
     """Return whether a snapshot is what a build for `dtype` would give."""
     return manifest.dtype == (manifest.source.dtype if dtype == "auto" else dtype)
@@ -301,6 +319,10 @@ def _is_at(manifest: Manifest, location: str, revision: str | None) -> bool:
     if revision is None or revision == DEFAULT_BRANCH:
         return source.requested_revision in ("", DEFAULT_BRANCH)
     return revision in (source.requested_revision, source.revision)
+
+
+def _has_size(path: Path, size_bytes: int) -> bool:
+    return path.is_file() and path.stat().st_size == size_bytes
 
 
 def _published_ns(snapshot: Snapshot) -> int:

@@ -18,7 +18,7 @@ from snapshots.checksums import (
 from snapshots.errors import SnapshotCorrupted
 from snapshots.manifest import CHUNK_BYTES, Manifest, PlainFile, RankFile
 from snapshots.safetensors_header import LENGTH_BYTES, HeaderError, TensorSlot, parse_header
-from snapshots.store import Snapshot
+from snapshots.store import MANIFEST_FILE, Snapshot
 
 OnBytes = Callable[[int], None]
 
@@ -35,6 +35,18 @@ def find_corruption(snapshot: Snapshot, on_bytes: OnBytes) -> Iterator[SnapshotC
         on_bytes(file.size_bytes)
     for rank in snapshot.manifest.ranks:
         yield from _check_rank(snapshot, rank, on_bytes)
+    for path in _unlisted(snapshot):
+        yield SnapshotCorrupted(path, "does not belong to the snapshot")
+
+
+def _unlisted(snapshot: Snapshot) -> Iterator[Path]:
+    manifest = snapshot.manifest
+    names = [MANIFEST_FILE, *(rank.path for rank in manifest.ranks)]
+    names += [file.path for file in manifest.files]
+    listed = {snapshot.path / name for name in names}
+    for path in sorted(snapshot.path.rglob("*")):
+        if path not in listed and (path.is_symlink() or not path.is_dir()):
+            yield path
 
 
 def _check_plain(root: Path, file: PlainFile) -> Iterator[SnapshotCorrupted]:

@@ -1,15 +1,14 @@
 """What a snapshot says of its model beside the tensors."""
 
-import json
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import torch
 
 from runtime.config import EngineConfig
-from runtime.errors import LoadFailed, SnapshotDamaged
+from runtime.errors import LoadFailed
 from runtime.model.config import ModelConfig
+from runtime.model.files import end_token_ids, read_configs
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -25,14 +24,12 @@ def read_model(snapshot_dir: Path) -> ModelDescription:
 
     Raises:
         LoadFailed: The engine cannot run this model.
-        SnapshotDamaged: A file is missing or not JSON.
+        SnapshotDamaged: A file is missing, not JSON, or not what the manifest says.
     """
-    config = _read_json(snapshot_dir / "config.json")
-    generation_path = snapshot_dir / "generation_config.json"
-    generation_config = _read_json(generation_path) if generation_path.exists() else {}
+    config, generation_config = read_configs(snapshot_dir)
     return ModelDescription(
         config=ModelConfig.from_hf(config),
-        eos_token_ids=_token_ids(generation_config) or _token_ids(config),
+        eos_token_ids=end_token_ids(config, generation_config),
     )
 
 
@@ -46,18 +43,3 @@ def check_dtype(config: EngineConfig, dtype: torch.dtype) -> None:
             f"the snapshot holds {name}, the engine is to run {config.dtype}: "
             "build a snapshot of that dtype"
         )
-
-
-def _read_json(path: Path) -> dict[str, Any]:
-    try:
-        return json.loads(path.read_text())
-    except (OSError, ValueError) as error:
-        raise SnapshotDamaged(f"{path.name} of the snapshot cannot be read: {error}") from error
-
-
-def _token_ids(config: dict[str, Any]) -> frozenset[int]:
-    """Return `eos_token_id`, which may be one, several or missing."""
-    value = config.get("eos_token_id")
-    if value is None:
-        return frozenset()
-    return frozenset(value) if isinstance(value, list) else frozenset((value,))

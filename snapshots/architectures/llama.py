@@ -1,4 +1,4 @@
-"""Llama, and Qwen2, which adds biases to the attention projections."""
+"""Llama, with or without biases of the attention projections."""
 
 from dataclasses import replace
 
@@ -140,12 +140,4 @@ LLAMA = Architecture(
     ),
     ignored=(r"model\.layers\.\d+\.self_attn\.rotary_emb\.inv_freq",),
     has_interleaved_gguf=True,
-)
-
-QWEN2 = replace(
-    LLAMA,
-    name="qwen2",
-    gguf_name="qwen2",
-    layer=(_INPUT_NORM, _QKV, _QKV_BIAS, _OUTPUT, _POST_NORM, _GATE_UP, _DOWN),
-    has_interleaved_gguf=False,
 )

@@ -21,7 +21,12 @@ from snapshots.sources.companions import (
     write_generation_config,
     write_json,
 )
-from snapshots.sources.gguf_rope import ROPE_FACTORS, rope_parameters
+from snapshots.sources.gguf_rope import (
+    ROPE_FACTORS,
+    linear_factor,
+    linear_parameters,
+    rope_parameters,
+)
 from snapshots.sources.paths import fingerprint
 
 if TYPE_CHECKING:
@@ -70,7 +75,7 @@ class GgufCheckpoint:
         reader = _read(path)
         stored = {tensor.name: tensor for tensor in reader.tensors}
         architecture = _architecture(reader, path)
-        self.config: Mapping[str, Any] = _config(path, stored)
+        self.config: Mapping[str, Any] = _config(path, reader, architecture)
         shape = ModelShape.from_config(self.config)
         self._shape = shape
         self._is_interleaved = architecture.has_interleaved_gguf
@@ -137,7 +142,7 @@ def _architecture(reader: "GGUFReader", path: Path) -> Architecture:
     raise SourceUnsupported(f"no weight map for {found!r} in {path} (known: {known})")
 
 
-def _config(path: Path, stored: Mapping[str, "ReaderTensor"]) -> dict[str, Any]:
+def _config(path: Path, reader: "GGUFReader", architecture: Architecture) -> dict[str, Any]:
     """Return the transformers config, without what depends on where the file lies."""
     from transformers import AutoConfig  # build only, takes seconds
 
@@ -152,10 +157,28 @@ def _config(path: Path, stored: Mapping[str, "ReaderTensor"]) -> dict[str, Any]:
         for key, value in loaded.to_dict().items()
         if not re.match("_|transformers_version", key)
     }
-    if ROPE_FACTORS in stored:
-        factors = stored[ROPE_FACTORS].data.tolist()
-        config["rope_parameters"] = rope_parameters(factors, config)
-    return config
+    scaling = _rope_scaling(reader, architecture, config)
+    return config | ({"rope_parameters": scaling} if scaling else {})
+
+
+def _rope_scaling(
+    reader: "GGUFReader", architecture: Architecture, config: Mapping[str, Any]
+) -> dict[str, Any]:
+    """Return the parameters of the file's rotary scaling, which transformers does not read."""
+    prefix = f"{architecture.gguf_name}."
+    factor = linear_factor(
+        {
+            name.removeprefix(prefix): field.contents()
+            for name, field in reader.fields.items()
+            if name.startswith(f"{prefix}rope.")
+        }
+    )
+    factors = [tensor.data.tolist() for tensor in reader.tensors if tensor.name == ROPE_FACTORS]
+    if factor == 1.0:
+        return rope_parameters(factors[0], config) if factors else {}
+    if factors:
+        raise SourceUnsupported(f"{ROPE_FACTORS} and a linear scaling exclude each other")
+    return linear_parameters(factor, config)
 
 
 def _shape(tensor: "ReaderTensor") -> tuple[int, ...]:

@@ -3,6 +3,7 @@
 Its own errors are translated here, once.
 """
 
+import errno
 import hashlib
 import re
 from collections.abc import Iterator
@@ -12,7 +13,9 @@ from fnmatch import fnmatchcase
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from snapshots.architectures.registry import architecture_of
 from snapshots.errors import (
+    DiskFull,
     SnapshotError,
     SourceGated,
     SourceInvalid,
@@ -29,6 +32,7 @@ from snapshots.sources.paths import (
     TOKENIZER_FILES,
     is_pickle,
     pickle_refused,
+    read_json,
 )
 
 if TYPE_CHECKING:
@@ -100,7 +104,8 @@ class HubSource:
         listing = self._listing
         meter = _DownloadMeter(sum(listing.files.values()), on_progress)
         # By its branch, so that the cache can tell what the branch is without a network.
-        self._download(CONFIG_FILE, self._revision, meter)
+        directory = self._download(CONFIG_FILE, self._revision, meter)
+        architecture_of(read_json(directory / CONFIG_FILE))  # before the weights are fetched
         directories = []
         for name, size in listing.files.items():
             directories.append(self._download(name, listing.commit, meter))
@@ -210,6 +215,11 @@ def _http_error() -> type[Exception]:
 def _translation(error: Exception, repository: str, revision: str | None) -> SnapshotError:
     from huggingface_hub import constants, errors
 
+    if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT):
+        return DiskFull(
+            f"no room to download {repository} to {constants.HF_HUB_CACHE}: {error.strerror}",
+            hint="free some space there, or set HF_HOME to a directory on a larger disk",
+        )
     page = f"{constants.ENDPOINT}/{repository}"
     if isinstance(error, errors.GatedRepoError):
         return SourceGated(

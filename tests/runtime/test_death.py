@@ -167,6 +167,15 @@ async def test_a_server_stops_while_a_load_waits_for_the_zygote(
     assert await server.exited() == 0
 
 
+async def test_signals_that_follow_the_first_do_not_cut_the_end_short(server: Process) -> None:
+    await server.load()
+    while server.popen.poll() is None:
+        server.popen.terminate()
+        await asyncio.sleep(0.001)
+    assert server.popen.returncode == 0
+    assert not server.socket.exists()
+
+
 async def test_signals_meant_for_the_server_do_not_end_its_children(server: Process) -> None:
     await server.load()
     for process in server.descendants():

@@ -1,7 +1,9 @@
+import errno
 from collections.abc import Iterator
 
 import grpc
 import pytest
+import torch
 
 from runtime.errors import (
     GRPC_STATUS,
@@ -41,6 +43,14 @@ def test_foreign_errors_become_faults() -> None:
     fault = WrongState("busy")
     assert as_fault(fault) is fault
     assert isinstance(as_fault(MemoryError("17 GiB")), OutOfMemory)
+    assert isinstance(as_fault(OSError(errno.ENOMEM, "Cannot allocate memory")), OutOfMemory)
     failed = as_fault(ValueError("bad shape"))
     assert isinstance(failed, LoadFailed)
     assert str(failed) == "ValueError: bad shape"
+
+
+def test_torch_without_memory_is_out_of_memory() -> None:
+    with pytest.raises(RuntimeError) as caught:
+        torch.empty(1 << 50, dtype=torch.uint8)
+    assert isinstance(as_fault(caught.value), OutOfMemory)
+    assert isinstance(as_fault(RuntimeError("shapes do not match")), LoadFailed)

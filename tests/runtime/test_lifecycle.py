@@ -2,7 +2,6 @@ import asyncio
 import os
 from pathlib import Path
 
-import psutil
 import pytest
 
 from runtime.rpc import inference_pb2 as pb
@@ -173,6 +172,7 @@ async def test_a_failed_load_names_the_cause_and_another_may_follow(server: Proc
     assert status.state == pb.RUNTIME_STATE_FAILED
     assert status.error == "chunk 3 is wrong"
     assert status.engine_pid == 0
+    assert [p.name() for p in server.descendants()] == ["zygote"], "its memory is free"
     await server.load(name="sound")
     status = await server.status()
     assert (status.state, status.error) == (pb.RUNTIME_STATE_READY, "")
@@ -265,8 +265,9 @@ async def test_a_zygote_that_cannot_import_says_why(launch: Launch) -> None:
 async def test_a_zygote_with_threads_is_never_forked(launch: Launch) -> None:
     server = launch(factory="tests.fakes.threaded_engine:FakeEngineFactory")
     await server.client.wait_reachable(TIMEOUT_S)
+    first = server.zygote()
     with pytest.raises(RuntimeUnavailable, match="the zygote has 2 threads"):
         await server.load()
-    assert [p.name() for p in psutil.Process(server.popen.pid).children(recursive=True)] == [
-        "zygote"
-    ]
+    assert (await server.status()).state == pb.RUNTIME_STATE_FAILED
+    assert not first.is_running(), "the next load gets another one"
+    assert server.zygote().children() == []

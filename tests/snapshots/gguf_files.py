@@ -1,6 +1,8 @@
 """Tiny GGUF files, written the way llama.cpp's converter writes a Llama."""
 
+from collections.abc import Mapping
 from pathlib import Path
+from types import MappingProxyType
 
 import gguf
 import numpy as np
@@ -34,6 +36,7 @@ def write_gguf(
     *,
     quantization: GGMLQuantizationType = GGMLQuantizationType.Q8_0,
     rope_factors: list[float] | None = None,
+    rope_metadata: Mapping[str, str | float] = MappingProxyType({}),
     num_parts: int = 1,
     architecture: str = "llama",
 ) -> None:
@@ -51,6 +54,11 @@ def write_gguf(
     writer.add_rope_freq_base(10_000.0)
     writer.add_layer_norm_rms_eps(1e-5)
     writer.add_vocab_size(config.vocab_size)
+    for key, value in rope_metadata.items():
+        if isinstance(value, str):
+            writer.add_string(f"{architecture}.rope.{key}", value)
+        else:
+            writer.add_float32(f"{architecture}.rope.{key}", value)
     if num_parts > 1:
         writer.add_uint16("split.count", num_parts)
     _add_tokenizer(writer, config.vocab_size)

@@ -10,6 +10,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import huggingface_hub
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
@@ -26,6 +27,7 @@ from snapshots.errors import (
 from snapshots.loader import load_rank, open_rank, views
 from snapshots.progress import Phase, Progress
 from snapshots.sources.directory import DirectorySource
+from snapshots.sources.hub import HubSource, _Listing
 from snapshots.store import SnapshotStore
 from tests.checkpoints import TinyLlama, write_tiny_llama
 
@@ -196,6 +198,25 @@ def test_full_disk_is_told_and_leaves_nothing(
     assert not list((store.root / ".building").iterdir())
 
 
+def test_full_disk_of_the_source_is_not_the_stores(
+    tiny_llama: Path, store: SnapshotStore, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def full(*arguments: object, **options: object) -> None:
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(huggingface_hub, "hf_hub_download", full)
+    kill_a_build(tiny_llama, store, "before", 3)
+    source = HubSource("org/tiny", None)
+    source._listing = _Listing(commit="c0ffee", files={"config.json": 100})
+    with pytest.raises(DiskFull, match="no room to download org/tiny") as caught:
+        build(source, store)
+    assert "HF_HOME" in caught.value.hint
+    monkeypatch.setattr(DirectorySource, "open", full)
+    with pytest.raises(OSError, match="No space left"):
+        build(DirectorySource(tiny_llama), store, BOTH)
+    assert len(list((store.root / ".building").iterdir())) == 1, "it can be resumed"
+
+
 def test_other_failures_of_the_disk_pass_through(
     tiny_llama: Path, store: SnapshotStore, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -270,6 +291,7 @@ def test_values_beyond_float16_are_refused(tmp_path: Path, store: SnapshotStore)
     edit(tmp_path / "model", lambda t: t["model.norm.weight"].fill_(1e6))
     with pytest.raises(SourceUnsupported, match=r"model\.norm\.weight has values beyond float16"):
         build(DirectorySource(tmp_path / "model"), store, BuildOptions(dtype="float16"))
+    assert not list((store.root / ".building").iterdir()), "what cannot succeed is not resumed"
 
 
 @pytest.mark.parametrize(
@@ -309,6 +331,33 @@ def test_checkpoints_that_do_not_fit_the_architecture_are_refused(
     with pytest.raises(kind, match=message):
         build(DirectorySource(tmp_path / "model"), store)
     assert store.list() == []
+
+
+@pytest.mark.parametrize(
+    ("change", "kind", "message"),
+    [
+        ({"model_type": "qwen2"}, SourceUnsupported, r"no weight map for .*'qwen2'.*known: llama"),
+        ({"architectures": ["LlamaForTokens"]}, SourceUnsupported, "architecture 'LlamaForTokens'"),
+        ({"hidden_act": "gelu"}, SourceUnsupported, "activation 'gelu'"),
+        ({"rope_parameters": {"rope_type": "yarn"}}, SourceUnsupported, "rope type 'yarn'"),
+        ({"rope_parameters": None, "rope_scaling": {"type": "dynamic"}}, SourceUnsupported, "dyna"),
+        ({"rope_parameters": {"partial_rotary_factor": 0.5}}, SourceUnsupported, "partial"),
+        ({"rope_parameters": [1]}, SourceInvalid, "rope_parameters is"),
+    ],
+)
+def test_models_the_runtime_cannot_compute_are_refused_before_the_build(
+    change: dict[str, Any],
+    kind: type[Exception],
+    message: str,
+    tmp_path: Path,
+    store: SnapshotStore,
+) -> None:
+    write_tiny_llama(tmp_path / "model")
+    path = tmp_path / "model" / "config.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | change))
+    with pytest.raises(kind, match=message):
+        build(DirectorySource(tmp_path / "model"), store)
+    assert not (store.root / ".building").exists()
 
 
 def test_old_rotary_buffers_are_ignored(tmp_path: Path, store: SnapshotStore) -> None:

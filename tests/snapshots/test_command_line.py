@@ -94,6 +94,14 @@ def test_verify_names_the_tensor_and_fails(tiny_llama: Path, store: SnapshotStor
     assert (problem["chunk"], problem["tensors"]) == (0, ["embed_tokens.weight"])
     assert "embed_tokens.weight" in damaged.stderr
 
+    run("pin", "tiny-llama", *where[:2])
+    taken = run("verify", "tiny-llama", *where, "--quarantine")
+    assert taken.code == ExitCode.CORRUPTED
+    assert ".quarantine" in taken.stderr
+    assert store.list() == []
+    assert run("build", tiny_llama, *where).code == ExitCode.OK
+    assert run("verify", "tiny-llama", *where, "--quarantine").code == ExitCode.OK
+
 
 def test_failure_is_told_to_people_and_programs(tmp_path: Path, store: SnapshotStore) -> None:
     result = run("build", tmp_path / "none", "--store", store.root, "--progress", "json")
@@ -232,6 +240,17 @@ def test_hub_failures_say_what_is_wrong(
     assert result.code == code, result.stderr
     assert result.events[-1]["type"] == kind
     assert result.events[-1]["hint"] or "v9" in result.events[-1]["message"]
+
+
+def test_hub_model_that_cannot_be_served_is_refused_before_it_is_fetched(
+    hub: FakeHub, store: SnapshotStore
+) -> None:
+    path = hub.directory / "config.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | {"hidden_act": "gelu"}))
+    result = build_from(hub, "org/tiny", store)
+    assert result.events[-1]["type"] == "SourceUnsupported"
+    assert "gelu" in result.events[-1]["message"]
+    assert not [path for path in hub.paths if path.endswith(".safetensors")]
 
 
 def test_hub_pickles_are_refused_before_they_are_fetched(

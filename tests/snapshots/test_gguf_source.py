@@ -126,6 +126,41 @@ def test_factors_of_another_scaling_are_refused(tmp_path: Path, store: SnapshotS
         build(GgufSource(path), store)
 
 
+@pytest.mark.parametrize(
+    ("metadata", "expected"),
+    [
+        ({"scaling.type": "linear", "scaling.factor": 4.0}, ("linear", 4.0)),
+        ({"scaling.factor": 2.0}, ("linear", 2.0)),
+        ({"scale_linear": 2.0}, ("linear", 2.0)),
+        ({"scaling.type": "linear", "scaling.factor": 0.0}, ("default", None)),
+        ({"scaling.type": "none"}, ("default", None)),
+    ],
+)
+def test_linear_scaling_is_taken_over(
+    metadata: dict[str, str | float],
+    expected: tuple[str, float | None],
+    tmp_path: Path,
+    store: SnapshotStore,
+) -> None:
+    path = tmp_path / "tiny.gguf"
+    write_gguf(path, write_tiny_llama(tmp_path / "source"), rope_metadata=metadata)
+    snapshot = build(GgufSource(path), store).snapshot
+    parameters = json.loads((snapshot.path / "config.json").read_text())["rope_parameters"]
+    assert (parameters["rope_type"], parameters.get("factor")) == expected
+    assert parameters["rope_theta"] == 10_000.0
+
+
+def test_other_scalings_are_refused(tmp_path: Path, store: SnapshotStore) -> None:
+    path = tmp_path / "tiny.gguf"
+    model = write_tiny_llama(tmp_path / "source")
+    write_gguf(path, model, rope_metadata={"scaling.type": "yarn", "scaling.factor": 4.0})
+    with pytest.raises(SourceUnsupported, match=r"rope\.scaling\.type 'yarn'"):
+        build(GgufSource(path), store)
+    write_gguf(path, model, rope_factors=[1.0] * 8, rope_metadata={"scaling.factor": 4.0})
+    with pytest.raises(SourceUnsupported, match="exclude each other"):
+        build(GgufSource(path), store)
+
+
 @pytest.mark.parametrize("share", [0.0001, 0.001, 0.01, 0.1, 0.5, 0.99])
 def test_files_that_are_cut_short_are_refused(
     share: float, gguf_file: Path, store: SnapshotStore

@@ -6,7 +6,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from snapshots.architectures.llama import LLAMA, QWEN2
+from snapshots.architectures.llama import LLAMA
 from snapshots.errors import SourceInvalid, TensorParallelUnsupported
 from snapshots.layout import (
     DTYPE_CODES,
@@ -49,8 +49,8 @@ DTYPES = st.sampled_from(list(DTYPE_CODES))
 def layouts_of(
     shape: ModelShape, dtype: str = "bfloat16", num_ranks: int = 1
 ) -> tuple[RankLayout, ...]:
-    present = {numbered(part.name, layer) for part, layer in parts_of(QWEN2, shape)}
-    return plan(QWEN2, shape, present=present, dtype=dtype, tensor_parallel_sizes=(num_ranks,))
+    present = {numbered(part.name, layer) for part, layer in parts_of(LLAMA, shape)}
+    return plan(LLAMA, shape, present=present, dtype=dtype, tensor_parallel_sizes=(num_ranks,))
 
 
 def dividing(shape: ModelShape, num_ranks: int) -> bool:
@@ -115,7 +115,7 @@ def test_ranks_together_take_every_row_and_column(shape: ModelShape, num_ranks: 
                     columns = range(*(piece.columns or (0, 1)))
                     taken.setdefault(piece.source, []).append((range(*piece.rows), columns))
                 assert end <= tensor.slot.shape[0]
-    for part, layer in parts_of(QWEN2, shape):
+    for part, layer in parts_of(LLAMA, shape):
         name = numbered(part.name, layer)
         if name == "lm_head.weight" and shape.is_tied:
             continue

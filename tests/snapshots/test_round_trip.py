@@ -5,14 +5,15 @@ from pathlib import Path
 import pytest
 import torch
 from safetensors import safe_open
-from transformers import LlamaForCausalLM, Qwen2Config, Qwen2ForCausalLM
+from safetensors.torch import load_file, save_file
+from transformers import LlamaForCausalLM
 
 from snapshots.builder import BuildOptions, build
 from snapshots.layout import GROUP_ALIGNMENT, TENSOR_ALIGNMENT
 from snapshots.loader import load_rank, open_rank, views
 from snapshots.sources.directory import DirectorySource
 from snapshots.store import Snapshot, SnapshotStore
-from tests.checkpoints import TinyLlama, write_checkpoint, write_tiny_llama
+from tests.checkpoints import TinyLlama, write_tiny_llama
 
 TINY_SHAPES = [
     TinyLlama(),
@@ -61,26 +62,20 @@ def test_ranks_beyond_the_key_value_heads_share_them(tmp_path: Path, store: Snap
 
 
 def test_attention_biases_are_fused_too(tmp_path: Path, store: SnapshotStore) -> None:
-    config = Qwen2Config(
-        num_hidden_layers=2,
-        hidden_size=64,
-        num_attention_heads=4,
-        num_key_value_heads=2,
-        intermediate_size=96,
-        vocab_size=300,
-        initializer_range=0.2,
-    )
-    model = Qwen2ForCausalLM(config)
-    for name, parameter in model.named_parameters():
-        if name.endswith("bias"):
-            torch.nn.init.normal_(parameter)
-    write_checkpoint(tmp_path / "model", model, is_sharded=False)
+    write_tiny_llama(tmp_path / "model")
+    path = tmp_path / "model" / "model.safetensors"
+    attention = "model.layers.{}.self_attn"
+    sizes = {"q": 64, "k": 32, "v": 32}
+    biases = {
+        f"{attention.format(layer)}.{part}_proj.bias": torch.randn(size)
+        for layer in range(2)
+        for part, size in sizes.items()
+    }
+    save_file(load_file(path) | biases, path)
     snapshot = build(
         DirectorySource(tmp_path / "model"), store, BuildOptions(tensor_parallel_sizes=(1, 2))
     ).snapshot
-    state = model.state_dict()
-    attention = "model.layers.1.self_attn"
-    expected = torch.cat([state[f"{attention}.{part}_proj.bias"] for part in "qkv"])
+    expected = torch.cat([biases[f"{attention.format(1)}.{part}_proj.bias"] for part in sizes])
     name = "layers.1.self_attn.qkv_proj.bias"
     assert torch.equal(load(snapshot)[name], expected)
     ranks = [load(snapshot, 2, rank)[name] for rank in range(2)]

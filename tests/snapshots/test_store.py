@@ -11,6 +11,7 @@ from snapshots.errors import InvalidName, ManifestError, SnapshotAmbiguous, Snap
 from snapshots.locking import Locked, locked
 from snapshots.sources.directory import DirectorySource
 from snapshots.store import Snapshot, SnapshotStore
+from snapshots.verifier import find_corruption
 
 
 @pytest.fixture(scope="module")
@@ -182,6 +183,15 @@ def test_live_builds_survive_collecting_and_abandoned_ones_do_not(store: Snapsho
     ]
 
 
+def test_age_of_a_build_counts_from_its_last_step(store: SnapshotStore) -> None:
+    store.stage("slow").mkdir(parents=True)
+    (store.stage("slow") / "journal.jsonl").touch()
+    os.utime(store.stage("slow"), (0, 0))
+    assert ".building/slow" not in [entry.ref for entry in store.collect()]
+    os.utime(store.stage("slow") / "journal.jsonl", (0, 0))
+    assert [entry.ref for entry in store.collect()] == [".building/slow"]
+
+
 def test_quarantined_snapshot_is_out_of_use_until_collected(store: SnapshotStore) -> None:
     alpha = store.get("alpha")
     place = store.quarantine("alpha", "chunk 3 is wrong")
@@ -197,6 +207,31 @@ def test_broken_snapshot_can_be_quarantined(store: SnapshotStore) -> None:
     (alpha.path / "manifest.json").write_text("{")
     assert store.quarantine(alpha.ref, "no manifest").is_dir()
     assert store.broken() == []
+
+
+@pytest.mark.parametrize("damage", ["manifest", "truncate", "remove", "config"])
+def test_broken_snapshot_is_built_again_and_its_remains_are_set_aside(
+    damage: str, store: SnapshotStore, tiny_llama: Path
+) -> None:
+    alpha = store.get("alpha")
+    store.pin("alpha", "function-a")
+    rank = alpha.path / "tp1" / "rank0.safetensors"
+    if damage == "manifest":
+        (alpha.path / "manifest.json").write_text("{")
+    elif damage == "truncate":
+        os.truncate(rank, 4096)
+    elif damage == "remove":
+        rank.unlink()
+    else:
+        (alpha.path / "config.json").unlink()
+    assert find(store, str(tiny_llama)) is None
+    options = BuildOptions(name="alpha", dtype="float32")
+    report = build(DirectorySource(tiny_llama), store, options)
+    assert not report.is_reused
+    assert report.snapshot.ref == alpha.ref
+    assert list(find_corruption(store.get("alpha"), lambda _: None)) == []
+    assert (store.root / ".quarantine" / alpha.ref / "quarantine.txt").read_text()
+    assert store.pins("alpha") == ["function-a"]
 
 
 def test_links_in_the_store_are_not_followed(store: SnapshotStore, tmp_path: Path) -> None:

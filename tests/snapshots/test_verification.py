@@ -9,6 +9,7 @@ import torch
 
 from snapshots.builder import BuildOptions, build
 from snapshots.errors import ManifestError, SnapshotCorrupted, SnapshotNotFound
+from snapshots.files import has_file, read_file
 from snapshots.loader import OpenRank, load_rank, open_rank, views
 from snapshots.manifest import CHUNK_BYTES
 from snapshots.sources.directory import DirectorySource
@@ -146,6 +147,29 @@ def test_damaged_plain_files_are_named(name: str, snapshot: Snapshot) -> None:
     (snapshot.path / name).unlink()
     (problem,) = problems(snapshot)
     assert "cannot be opened" in problem.message
+
+
+def test_files_that_do_not_belong_to_the_snapshot_are_named(snapshot: Snapshot) -> None:
+    (snapshot.path / "tp1" / "extra").touch()
+    (snapshot.path / "link").symlink_to(snapshot.path / "gone")
+    found = [problem.path for problem in problems(snapshot)]
+    assert found == [snapshot.path / "link", snapshot.path / "tp1" / "extra"]
+
+
+def test_plain_file_is_read_only_as_it_was_built(snapshot: Snapshot) -> None:
+    content = (snapshot.path / "config.json").read_bytes()
+    assert has_file(snapshot, "config.json")
+    assert read_file(snapshot, "config.json") == content
+    flip(snapshot.path / "config.json", 7)
+    with pytest.raises(SnapshotCorrupted, match=r"config\.json: has been changed"):
+        read_file(snapshot, "config.json")
+    (snapshot.path / "config.json").unlink()
+    with pytest.raises(SnapshotCorrupted, match=r"config\.json: cannot be read"):
+        read_file(snapshot, "config.json")
+    (snapshot.path / "extra.json").write_text("{}")
+    assert not has_file(snapshot, "extra.json")
+    with pytest.raises(SnapshotCorrupted, match=r"extra\.json: is not in the manifest"):
+        read_file(snapshot, "extra.json")
 
 
 def test_ranks_and_snapshots_that_do_not_exist_are_refused(

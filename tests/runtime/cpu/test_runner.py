@@ -1,11 +1,15 @@
 import json
 import math
+import shutil
+from collections.abc import Mapping
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 import torch
 
 from runtime.config import EngineConfig
+from runtime.cpu import linear
 from runtime.cpu.linear import is_packing_faster
 from runtime.cpu.runner import CpuRunner
 from runtime.engine.engine import Engine
@@ -15,6 +19,8 @@ from runtime.linux import resident_bytes
 from runtime.memory.weights import SnapshotWeights
 from runtime.model.config import ModelConfig
 from snapshots.builder import BuildOptions, build
+from snapshots.checksums import plain_file
+from snapshots.manifest import Manifest
 from snapshots.sources.directory import DirectorySource
 from snapshots.store import SnapshotStore
 from tests.checkpoints import TinyLlama, write_tiny_llama
@@ -136,6 +142,28 @@ def test_packing_between_steps_does_not_change_tokens_and_gives_weights_back(
     assert runner.weights_bytes != loaded_bytes
 
 
+@needs_packing
+def test_packing_that_fails_ends_no_sequence(
+    tiny_snapshot: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    runner = CpuRunner.open(tiny_snapshot, EngineConfig())
+    runner.load_weights()
+    runner.allocate_kv()
+    expected, _ = generate(runner, num_tokens=1)
+    calls = []
+
+    def failing(weight: torch.Tensor) -> torch.ScriptObject:
+        calls.append(weight)
+        raise MemoryError
+
+    monkeypatch.setattr(linear, "_pack", failing)
+    tokens, finished = generate(runner)
+    assert (tokens[:1], finished.reason) == (expected, FinishReason.LENGTH)
+    num_calls = len(calls)
+    assert generate(runner)[0] == tokens
+    assert len(calls) == num_calls > 0, "it is not tried again"
+
+
 def test_released_runner_can_load_again_and_answers_the_same(tiny_snapshot: Path) -> None:
     runner = CpuRunner.open(tiny_snapshot, EngineConfig())
     assert runner.weights_bytes == runner.kv_cache_bytes == 0
@@ -163,14 +191,25 @@ def test_released_runner_can_load_again_and_answers_the_same(tiny_snapshot: Path
 def test_end_tokens_come_from_the_generation_config_first(
     tiny_snapshot: Path, tmp_path: Path, files: dict[str, object], expected: set[int]
 ) -> None:
-    copy = tmp_path / tiny_snapshot.name
+    copy = relisted(tiny_snapshot, tmp_path, files)
+    assert CpuRunner.open(copy, EngineConfig()).eos_token_ids == expected
+
+
+def relisted(snapshot: Path, target: Path, files: Mapping[str, object]) -> Path:
+    """Copy a snapshot with other generation configs, as if it had been built with them."""
+    copy = target / "copy"
     copy.mkdir()
-    for path in tiny_snapshot.iterdir():
-        if path.name != "generation_config.json":
+    for path in snapshot.iterdir():
+        if path.name not in ("generation_config.json", "manifest.json"):
             (copy / path.name).symlink_to(path)
     for name, content in files.items():
         (copy / name).write_text(json.dumps(content))
-    assert CpuRunner.open(copy, EngineConfig()).eos_token_ids == expected
+    manifest = Manifest.from_json((snapshot / "manifest.json").read_text())
+    kept = [file for file in manifest.files if file.path != "generation_config.json"]
+    listed = (*kept, *(plain_file(copy, name) for name in files))
+    manifest = replace(manifest, files=listed)
+    (copy / "manifest.json").write_text(manifest.to_json())
+    return copy.rename(target / manifest.ref)
 
 
 def test_dtype_other_than_the_snapshots_is_refused(tiny_snapshot: Path) -> None:
@@ -183,9 +222,21 @@ def test_tensor_parallelism_is_refused_on_the_cpu(tiny_snapshot: Path) -> None:
         CpuRunner.open(tiny_snapshot, EngineConfig(tensor_parallel_size=2))
 
 
-def test_unreadable_configuration_is_a_damaged_snapshot(tmp_path: Path) -> None:
-    (tmp_path / "config.json").write_text("{")
-    with pytest.raises(SnapshotDamaged, match=r"config\.json"):
+@pytest.mark.parametrize("name", ["config.json", "generation_config.json"])
+def test_changed_configuration_is_a_damaged_snapshot(
+    name: str, tiny_snapshot: Path, tmp_path: Path
+) -> None:
+    copy = tmp_path / tiny_snapshot.name
+    shutil.copytree(tiny_snapshot, copy)
+    content = json.loads((copy / name).read_text())
+    (copy / name).write_text(json.dumps(content | {"eos_token_id": 9}))
+    with pytest.raises(SnapshotDamaged, match=rf"{name}: has been changed"):
+        CpuRunner.open(copy, EngineConfig())
+
+
+def test_missing_manifest_is_a_damaged_snapshot(tmp_path: Path) -> None:
+    (tmp_path / "config.json").write_text("{}")
+    with pytest.raises(SnapshotDamaged, match="no manifest"):
         CpuRunner.open(tmp_path, EngineConfig())
 
 

@@ -3,7 +3,14 @@ from typing import Any
 import pytest
 
 from runtime.errors import LoadFailed
-from runtime.model.config import ModelConfig, RopeConfig, RopeType
+from runtime.model.config import (
+    SUPPORTED_ACTIVATIONS,
+    SUPPORTED_ARCHITECTURES,
+    ModelConfig,
+    RopeConfig,
+    RopeType,
+)
+from snapshots.architectures import registry
 
 MINIMAL: dict[str, Any] = {
     "architectures": ["LlamaForCausalLM"],
@@ -88,3 +95,9 @@ def test_what_the_engine_cannot_run_is_refused_by_name(
 ) -> None:
     with pytest.raises(LoadFailed, match=match):
         ModelConfig.from_hf(MINIMAL | overrides)
+
+
+def test_what_is_built_is_what_can_be_loaded() -> None:
+    assert SUPPORTED_ARCHITECTURES == registry.CLASSES
+    assert SUPPORTED_ACTIVATIONS == registry.ACTIVATIONS
+    assert tuple(RopeType) == registry.ROPE_TYPES

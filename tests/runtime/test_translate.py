@@ -1,0 +1,42 @@
+from runtime.engine.sequence import SamplingParams, SequenceKey
+from runtime.rpc import inference_pb2 as pb
+from runtime.translate import sequence_request
+
+KEY = SequenceKey(3, 7)
+
+
+def over_the_wire(sampling: pb.SamplingParams) -> SamplingParams:
+    """Return what the engine gets of sampling parameters that were sent."""
+    sent = pb.Submit(sequence_id=7, prompt_token_ids=[5, 6], sampling=sampling)
+    request = sequence_request(KEY, pb.Submit.FromString(sent.SerializeToString()))
+    assert request.key == KEY
+    assert request.prompt_token_ids == [5, 6]
+    return request.sampling
+
+
+def test_every_sampling_parameter_reaches_the_engine() -> None:
+    sent = pb.SamplingParams(
+        temperature=0.5,
+        top_p=0.25,
+        top_k=40,
+        min_p=0.125,
+        seed=0,
+        max_tokens=9,
+        stop_token_ids=[2, 11, 2],
+        ignore_eos=True,
+    )
+    assert {field.name for field, _ in sent.ListFields()} == set(sent.DESCRIPTOR.fields_by_name)
+    assert over_the_wire(sent) == SamplingParams(
+        temperature=0.5,
+        top_p=0.25,
+        top_k=40,
+        min_p=0.125,
+        seed=0,
+        max_tokens=9,
+        stop_token_ids=frozenset({2, 11}),
+        ignore_eos=True,
+    )
+
+
+def test_no_seed_is_not_seed_zero() -> None:
+    assert over_the_wire(pb.SamplingParams(max_tokens=1)).seed is None
