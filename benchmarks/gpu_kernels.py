@@ -65,10 +65,18 @@ def time_decode(num_seqs: int, seq_len: int) -> None:
         num_heads=HEADS, num_kv_heads=KV_HEADS, head_dim=HEAD_DIM, device="cuda"
     )
     rows, lens = ints(range(num_seqs)), ints([seq_len] * num_seqs)
+    num_decodes = ints([num_seqs])
     show(
         f"decode attention, {num_seqs} x {seq_len}",
         lambda: decode_attention(
-            qkv, cache, out, block_tables=tables, rows=rows, seq_lens=lens, workspace=workspace
+            qkv,
+            cache,
+            out,
+            block_tables=tables,
+            rows=rows,
+            seq_lens=lens,
+            num_decodes=num_decodes,
+            workspace=workspace,
         ),
         num_bytes=num_seqs * seq_len * 2 * KV_HEADS * HEAD_DIM * 2,
     )

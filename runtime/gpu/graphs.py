@@ -1,66 +1,93 @@
-"""CUDA graphs of the decode step, for a handful of batch sizes.
+"""CUDA graphs of whole steps, for a handful of shapes.
 
-A size is captured when it was needed twice, so a start captures nothing and a burst captures what
-it uses. Until then, and for batches with chunks of prompts, kernels are launched one by one.
+A shape is captured when it was needed twice, so a start captures nothing and a burst captures what
+it uses. Until then its kernels are launched one by one, which takes the host longer than some
+steps take the GPU.
 """
 
 from bisect import bisect_left
 from collections import Counter
 from collections.abc import Callable
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
 from runtime.gpu.device import Device
+from runtime.gpu.limits import TOKENS_ALIGNMENT, BatchLimits
 
 CAPTURE_AFTER = 2
-SIZES = (1, 2, 4, 8, 16, 32, 48, 64, 96, 128, 160, 192, 224, 256, 320, 384, 448, 512)
+DECODE_SIZES = (1, 2, 4, 8, 16, 32, 48, 64, 96, 128, 160, 192, 224, 256, 320, 384, 448, 512)
+SPARE_TILES = 16  # each chunk of a prompt has one that is not full
 
 
-class DecodeGraphs:
-    """Runs decode steps, of sizes rounded up.
+class StepShape(NamedTuple):
+    """Sizes of everything a step launches.
 
-    Args:
-        run: Runs a decode batch of a size; returns its logits.
-        max_num_seqs: Largest batch.
-        device: On the CPU there are no graphs, only sizes.
+    Attributes:
+        num_tokens: Padding included.
+        num_tiles: Of chunks of prompts; 0 if every sequence decodes.
     """
 
-    def __init__(self, run: Callable[[int], Tensor], max_num_seqs: int, device: Device) -> None:
+    num_tokens: int
+    num_tiles: int
+
+
+class StepGraphs:
+    """Runs steps, with shapes rounded up to those that are captured.
+
+    Args:
+        run: Launches a step of a shape, the batch being on the device; returns its result.
+        limits: Of the batches.
+        device: On the CPU there are no graphs, only shapes.
+    """
+
+    def __init__(
+        self, run: Callable[[StepShape], Tensor], limits: BatchLimits, device: Device
+    ) -> None:
         self._run = run
+        self._limits = limits
         self._device = device
-        self._sizes = [size for size in SIZES if size < max_num_seqs] + [max_num_seqs]
-        self._uses: Counter[int] = Counter()
-        self._graphs: dict[int, tuple[torch.cuda.CUDAGraph, Tensor]] = {}
+        self._decode_sizes = [size for size in DECODE_SIZES if size < limits.num_seqs]
+        self._decode_sizes.append(limits.num_seqs)
+        self._uses: Counter[StepShape] = Counter()
+        self._graphs: dict[StepShape, tuple[torch.cuda.CUDAGraph, Tensor]] = {}
         self._pool = torch.cuda.graph_pool_handle() if device.is_gpu else None
 
     @property
     def num_captured(self) -> int:
-        """Sizes that have a graph."""
+        """Shapes that have a graph."""
         return len(self._graphs)
 
-    def padded(self, num_seqs: int) -> int:
-        """Return the size at which a batch runs."""
-        return self._sizes[bisect_left(self._sizes, num_seqs)]
+    def shape_of(self, num_tokens: int, num_tiles: int) -> StepShape:
+        """Return the shape at which to run a batch; no tiles if every sequence decodes."""
+        if num_tiles == 0:
+            return StepShape(self._decode_sizes[bisect_left(self._decode_sizes, num_tokens)], 0)
+        padded = -(-num_tokens // TOKENS_ALIGNMENT) * TOKENS_ALIGNMENT
+        return StepShape(padded, max(num_tiles, self._usual_tiles(padded)))
 
-    def run(self, size: int) -> Tensor:
-        """Run a decode batch of that size; return its logits, valid until the next run."""
-        if size in self._graphs:
-            graph, logits = self._graphs[size]
+    def run(self, shape: StepShape) -> Tensor:
+        """Run the batch on the device; return its result, valid until the next run."""
+        if shape in self._graphs:
+            graph, result = self._graphs[shape]
             graph.replay()
-            return logits
-        logits = self._run(size)
-        self._uses[size] += 1
-        if self._device.is_gpu and self._uses[size] >= CAPTURE_AFTER:
-            self._capture(size)
-        return logits
+            return result
+        result = self._run(shape)
+        is_usual = shape.num_tiles in (0, self._usual_tiles(shape.num_tokens))
+        self._uses[shape] += is_usual
+        if self._device.is_gpu and self._uses[shape] >= CAPTURE_AFTER:
+            self._capture(shape)
+        return result
 
-    def _capture(self, size: int) -> None:
+    def _usual_tiles(self, num_tokens: int) -> int:
+        return num_tokens // self._limits.tile_size + SPARE_TILES
+
+    def _capture(self, shape: StepShape) -> None:
         """Record what `run` launches; nothing is computed."""
         graph = torch.cuda.CUDAGraph()
         graph.capture_begin(pool=self._pool, capture_error_mode="thread_local")
         try:
-            logits = self._run(size)
+            result = self._run(shape)
         finally:
             graph.capture_end()
-        self._graphs[size] = graph, logits
+        self._graphs[shape] = graph, result

@@ -4,13 +4,15 @@ from dataclasses import dataclass
 
 from runtime.kernels.batch_inputs import Field
 
+TOKENS_ALIGNMENT = 64  # batches with chunks of prompts are padded to a multiple of this
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class BatchLimits:
     """Sizes that hold for every batch.
 
     Attributes:
-        num_tokens: Tokens of one batch.
+        num_tokens: Tokens of one batch, padding included; a multiple of TOKENS_ALIGNMENT.
         num_seqs: Sequences of one batch, and sequences that hold blocks.
         num_blocks_each: Blocks of one sequence.
         tile_size: Queries that one program of the chunk attention takes.
@@ -33,8 +35,13 @@ class BatchLimits:
 
     @property
     def num_tiles(self) -> int:
-        """Tiles of one batch: each sequence's last one may be nearly empty."""
-        return self.num_tokens // self.tile_size + self.num_seqs
+        """Tiles of one batch, padding included: each sequence's last one may be nearly empty."""
+        return self.num_tokens // self.tile_size + max(self.num_seqs, 64)
+
+    @property
+    def num_records(self) -> int:
+        """Records of one batch: each sequence's, and one for padding."""
+        return self.num_seqs + 1
 
     @property
     def num_numbers(self) -> int:

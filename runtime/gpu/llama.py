@@ -75,7 +75,8 @@ class GpuLlama:
         block_tables: Tensor,
         *,
         num_tokens: int,
-        num_decodes: int,
+        max_decodes: int,
+        num_decodes: Tensor,
         tiles: Tensor | None,
     ) -> Tensor:
         """Run a batch through all layers.
@@ -84,8 +85,9 @@ class GpuLlama:
             inputs: Filled.
             kv_cache: [num_layers, num_blocks, 2, num_kv_heads, block_size, head_dim]; written.
             block_tables: int32 [num_rows, max_blocks].
-            num_tokens: Tokens of the batch.
-            num_decodes: Leading sequences with one token each.
+            num_tokens: Tokens of the batch, padding included.
+            max_decodes: There are no more sequences with one token than this.
+            num_decodes: int32 [1], how many leading sequences have one token each.
             tiles: Of the others, for the chunk attention; None if there are none.
 
         Returns:
@@ -95,23 +97,23 @@ class GpuLlama:
             buffer[:num_tokens] for buffer in self._buffers.values()
         )
         positions, slots = inputs.positions[:num_tokens], inputs.slots[:num_tokens]
-        rows, seq_lens = inputs.rows[:num_decodes], inputs.seq_lens[:num_decodes]
+        rows, seq_lens = inputs.rows[:max_decodes], inputs.seq_lens[:max_decodes]
         eps = self._config.rms_norm_eps
         torch.index_select(self._embedding, 0, inputs.token_ids[:num_tokens], out=hidden)
         for layer, layer_cache in zip(self._layers, kv_cache.unbind(), strict=True):
             rms_norm(hidden, layer.input_norm, eps, normed)
             layer.qkv(normed, qkv)
             rope_and_cache(qkv, layer_cache, positions, slots, self._angles)
-            if num_decodes:
-                decode_attention(
-                    qkv,
-                    layer_cache,
-                    attended[:num_decodes],
-                    block_tables=block_tables,
-                    rows=rows,
-                    seq_lens=seq_lens,
-                    workspace=self._workspace,
-                )
+            decode_attention(
+                qkv,
+                layer_cache,
+                attended[:max_decodes],
+                block_tables=block_tables,
+                rows=rows,
+                seq_lens=seq_lens,
+                num_decodes=num_decodes,
+                workspace=self._workspace,
+            )
             if tiles is not None:
                 chunk_attention(
                     qkv,

@@ -14,13 +14,13 @@ from torch import Tensor
 from runtime.config import EngineConfig
 from runtime.engine.batch import PendingTokens, ScheduledBatch
 from runtime.gpu.device import Device
-from runtime.gpu.graphs import DecodeGraphs
-from runtime.gpu.limits import BatchLimits
+from runtime.gpu.graphs import StepGraphs, StepShape
+from runtime.gpu.limits import TOKENS_ALIGNMENT, BatchLimits
 from runtime.gpu.llama import GpuLlama, activation_bytes
 from runtime.gpu.memory import allocate_slab, device_memory
 from runtime.gpu.rows import Rows
 from runtime.gpu.sampling import GpuSampler
-from runtime.gpu.staging import BatchStaging, StagedBatch
+from runtime.gpu.staging import BatchStaging, describe
 from runtime.gpu.warm_up import warm_up_batches
 from runtime.gpu.weights import GpuWeights
 from runtime.kernels.batch_inputs import ModelInputs, expand_batch
@@ -66,7 +66,7 @@ class GpuRunner:
         most = max(PREFILL_TOKENS_ALONE, config.max_num_seqs + PREFILL_TOKENS_BESIDE_DECODES)
         budget = min(config.max_num_batched_tokens, most)
         limits = BatchLimits(
-            num_tokens=budget,
+            num_tokens=-(-budget // TOKENS_ALIGNMENT) * TOKENS_ALIGNMENT,
             num_seqs=min(config.max_num_seqs, budget),
             num_blocks_each=self._blocks_of(
                 config.max_model_len or model_config.max_position_embeddings
@@ -83,7 +83,7 @@ class GpuRunner:
         self._block_tables = torch.zeros(
             limits.num_rows, limits.num_blocks_each, dtype=torch.int32, device=device
         )
-        self._inputs = ModelInputs.allocate(limits.num_tokens, limits.num_seqs, device)
+        self._inputs = ModelInputs.allocate(limits.num_tokens, limits.num_records, device)
         self._staging = BatchStaging(limits, self._device)
         self._sampler = GpuSampler(limits, model_config.vocab_size, self._device)
         self._graphs = self._new_graphs()
@@ -148,7 +148,7 @@ class GpuRunner:
 
     @property
     def num_graphs(self) -> int:
-        """Batch sizes whose decode step is a CUDA graph."""
+        """Shapes of steps that are CUDA graphs."""
         return self._graphs.num_captured
 
     def load_weights(self, on_progress: OnProgress | None = None) -> LoadReport:
@@ -216,82 +216,71 @@ class GpuRunner:
         assert self._model is not None, "weights are loaded"
         self._rows.retire(batch.retired)
         with self._device.computing():
-            staged = self._staging.send(batch, self._rows)
-            hidden = self._forward(staged)
-            step = self._limits.num_seqs
+            described = describe(batch, self._rows, self._limits.tile_size)
+            shape = StepShape(described.num_tokens, max(1, described.num_tiles))
+            self._staging.send(described, shape)
+            hidden = self._run(shape)
             parts = [
                 self._model.logits(part, None, len(part))[:, : self.vocab_size].clone()
-                for part in hidden.split(step)
+                for part in hidden.split(self._limits.num_seqs)
             ]
             return torch.cat(parts)
 
     def _launch(self, batch: ScheduledBatch) -> PendingTokens:
-        num_seqs = len(batch.sequences)
-        padded = self._graphs.padded(num_seqs) if num_seqs <= self._limits.num_seqs else num_seqs
-        staged = self._staging.send(batch, self._rows, num_padded=padded)
-        num_sampled = len(staged.sampled)
-        if staged.is_decode:
-            logits = self._graphs.run(padded)[:num_sampled]
+        assert self._model is not None, "weights are loaded"
+        described = describe(batch, self._rows, self._limits.tile_size)
+        shape = self._graphs.shape_of(described.num_tokens, described.num_tiles)
+        self._staging.send(described, shape)
+        result = self._graphs.run(shape)
+        num_sampled = len(described.sampled)
+        if shape.num_tiles == 0:
+            logits = result[:num_sampled]
+        elif num_sampled:
+            rows = self._staging.sampled_tokens[:num_sampled]
+            logits = self._model.logits(result, rows, num_sampled)
         else:
-            logits = self._chunk_logits(staged)
+            logits = result[:0]
         return self._sampler.launch(
             logits,
-            staged.sampled,
-            [index for index, item in enumerate(batch.sequences) if item.is_sampled],
+            described.sampled,
+            described.sampled_seqs,
             rows=self._rows,
-            sampled=self._staging.sampled[:num_sampled],
+            sampled=self._staging.sampled_seqs[:num_sampled],
             batch_rows=self._inputs.rows,
             seq_lens=self._inputs.seq_lens,
         )
 
-    def _chunk_logits(self, staged: StagedBatch) -> Tensor:
-        assert self._model is not None, "weights are loaded"
-        hidden = self._forward(staged)
-        num_sampled = len(staged.sampled)
-        if not num_sampled:
-            return hidden
-        rows = self._staging.sampled_rows[:num_sampled]
-        return self._model.logits(hidden, rows, num_sampled)
+    def _run(self, shape: StepShape) -> Tensor:
+        """Launch the batch on the device; what a CUDA graph records.
 
-    def _forward(self, staged: StagedBatch) -> Tensor:
+        Returns:
+            Logits of all sequences if all decode, else hidden states of all tokens.
+        """
         assert self._model is not None, "weights are loaded"
-        self._expand(staged.num_seqs)
-        return self._model.forward(
-            self._inputs,
-            self._kv_cache,
-            self._block_tables,
-            num_tokens=staged.num_tokens,
-            num_decodes=staged.num_decodes,
-            tiles=self._staging.tiles[: staged.num_tiles] if staged.num_tiles else None,
-        )
-
-    def _run_decode(self, size: int) -> Tensor:
-        """Launch a decode batch of a size, padding included; what a CUDA graph records."""
-        assert self._model is not None, "weights are loaded"
-        self._expand(size)
-        hidden = self._model.forward(
-            self._inputs,
-            self._kv_cache,
-            self._block_tables,
-            num_tokens=size,
-            num_decodes=size,
-            tiles=None,
-        )
-        return self._model.logits(hidden, None, size)
-
-    def _expand(self, num_seqs: int) -> None:
+        max_decodes = min(shape.num_tokens, self._limits.num_seqs)
         expand_batch(
+            self._staging.num_records,
             self._staging.records,
             self._staging.numbers,
             self._block_tables,
             self._sampler.last_tokens,
             self._inputs,
-            num_seqs=num_seqs,
+            max_records=max_decodes + 1,
             block_size=self._config.block_size,
         )
+        hidden = self._model.forward(
+            self._inputs,
+            self._kv_cache,
+            self._block_tables,
+            num_tokens=shape.num_tokens,
+            max_decodes=max_decodes,
+            num_decodes=self._staging.num_decodes,
+            tiles=self._staging.tiles[: shape.num_tiles] if shape.num_tiles else None,
+        )
+        return hidden if shape.num_tiles else self._model.logits(hidden, None, shape.num_tokens)
 
-    def _new_graphs(self) -> DecodeGraphs:
-        return DecodeGraphs(self._run_decode, self._limits.num_seqs, self._device)
+    def _new_graphs(self) -> StepGraphs:
+        return StepGraphs(self._run, self._limits, self._device)
 
     def _blocks_of(self, num_tokens: int) -> int:
         return -(-num_tokens // self._config.block_size)

@@ -1,6 +1,6 @@
 """A batch on its way to the device: described in pinned memory, copied in one piece."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from itertools import cycle
 
 import torch
@@ -8,120 +8,129 @@ from torch import Tensor
 
 from runtime.engine.batch import ScheduledBatch, ScheduledSequence
 from runtime.gpu.device import Device
+from runtime.gpu.graphs import StepShape
 from runtime.gpu.limits import BatchLimits
 from runtime.gpu.rows import Rows
 
 NUM_BUFFERS = 3  # one more than batches in flight, so none is written while it is copied
+NO_TILE = (-1, 0)
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class StagedBatch:
-    """What the host needs to know of a batch that was sent.
+@dataclass(slots=True)
+class BatchDescription:
+    """A batch as numbers; see `runtime.kernels.batch_inputs`.
 
     Attributes:
         num_decodes: Leading sequences with one token each.
+        tiles: (sequence, first token) of every tile, flat.
         sampled: Sequences to sample from, in the order of their logits.
-        is_decode: Whether every sequence has one token and is sampled.
+        sampled_seqs: Their places among the sequences.
+        sampled_tokens: The places of their last tokens among the tokens.
     """
 
-    num_seqs: int
-    num_tokens: int
-    num_decodes: int
-    num_tiles: int
-    sampled: list[ScheduledSequence]
-    is_decode: bool
+    num_tokens: int = 0
+    num_decodes: int = 0
+    records: list[int] = field(default_factory=list)
+    numbers: list[int] = field(default_factory=list)
+    tiles: list[int] = field(default_factory=list)
+    sampled: list[ScheduledSequence] = field(default_factory=list)
+    sampled_seqs: list[int] = field(default_factory=list)
+    sampled_tokens: list[int] = field(default_factory=list)
+
+    @property
+    def num_tiles(self) -> int:
+        """Tiles needed; at least one unless all tokens are decodes that are sampled."""
+        is_decode = self.num_tokens == self.num_decodes == len(self.sampled)
+        return 0 if is_decode else max(1, len(self.tiles) // 2)
+
+
+def describe(batch: ScheduledBatch, rows: Rows, tile_size: int) -> BatchDescription:
+    """Return a batch as numbers; block ids count as sent from now on."""
+    found = BatchDescription()
+    records, numbers = found.records, found.numbers
+    num_tokens = 0
+    for index, item in enumerate(batch.sequences):
+        row = rows.of(item)
+        first_block, offset, size = row.num_blocks, len(numbers), item.num_tokens
+        new_blocks = item.block_ids[first_block:]
+        row.num_blocks += len(new_blocks)
+        num_given, num_new = len(item.token_ids), len(new_blocks)
+        records += (
+            row.index, item.start, num_tokens, size, num_given, offset, first_block, num_new
+        )  # fmt: skip
+        numbers += new_blocks
+        numbers += item.token_ids
+        if size == 1 and found.num_decodes == index:
+            found.num_decodes += 1
+        else:
+            for first in range(0, size, tile_size):
+                found.tiles += (index, first)
+        num_tokens += size
+        if item.is_sampled:
+            found.sampled.append(item)
+            found.sampled_seqs.append(index)
+            found.sampled_tokens.append(num_tokens - 1)
+    found.num_tokens = num_tokens
+    return found
 
 
 class BatchStaging:
     """Buffers of one layout on the host and on the device.
 
     Attributes:
-        records: int32 [num_seqs, len(Field)] on the device.
-        sampled: int32 [num_seqs], the batch's sequence that each row of logits is of.
-        sampled_rows: int32 [num_seqs], the batch's token that each row of logits is of.
+        num_records: int32 [1] on the device, like all below.
+        num_decodes: int32 [1], leading sequences with one token each.
+        records: int32 [num_records, len(Field)].
+        sampled_seqs: int32 [num_seqs], the batch's sequence that each row of logits is of.
+        sampled_tokens: int32 [num_seqs], the batch's token that each row of logits is of.
         tiles: int32 [num_tiles, 2], for the chunk attention.
         numbers: int32, what the records refer to.
     """
 
     def __init__(self, limits: BatchLimits, device: Device) -> None:
-        self._limits = limits
-        sizes = (
-            limits.num_seqs * limits.record_size,
+        self._padding_row = limits.padding_row
+        sizes = [
+            2,
+            limits.num_records * limits.record_size,
             limits.num_seqs,
             limits.num_seqs,
             2 * limits.num_tiles,
             limits.num_numbers,
-        )
+        ]
+        # Aligned, so that kernels see the same alignment of pointers whatever the limits.
+        sizes = [-(-size // 4) * 4 for size in sizes]
         self._starts = [sum(sizes[:index]) for index in range(len(sizes))]
         self._on_device = torch.zeros(sum(sizes), dtype=torch.int32, device=device.name)
         self._buffers = cycle(
             [device.pinned(sum(sizes), dtype=torch.int32) for _ in range(NUM_BUFFERS)]
         )
-        records, self.sampled, self.sampled_rows, tiles, self.numbers = self._on_device.split(
-            list(sizes)
+        counts, records, sampled_seqs, sampled_tokens, tiles, numbers = self._on_device.split(sizes)
+        self.num_records, self.num_decodes = counts[0:1], counts[1:2]
+        num_record_numbers = limits.num_records * limits.record_size
+        self.records = records[:num_record_numbers].view(-1, limits.record_size)
+        self.sampled_seqs, self.sampled_tokens = sampled_seqs, sampled_tokens
+        self.tiles, self.numbers = tiles.view(-1, 2), numbers
+
+    def send(self, batch: BatchDescription, shape: StepShape) -> None:
+        """Copy a batch to the device, padded to a shape."""
+        records, tiles = batch.records, batch.tiles
+        num_padding = shape.num_tokens - batch.num_tokens
+        if num_padding > 0:
+            first = batch.num_tokens
+            records += (self._padding_row, -num_padding, first, num_padding, 0, 0, 0, 0)
+        tiles += NO_TILE * (shape.num_tiles - len(tiles) // 2)
+        num_records = len(records) // self.records.shape[1]
+        sections = (
+            [num_records, batch.num_decodes],
+            records,
+            batch.sampled_seqs,
+            batch.sampled_tokens,
+            tiles,
+            batch.numbers,
         )
-        self.records = records.view(limits.num_seqs, limits.record_size)
-        self.tiles = tiles.view(limits.num_tiles, 2)
-
-    def send(self, batch: ScheduledBatch, rows: Rows, *, num_padded: int = 0) -> StagedBatch:
-        """Describe a batch and copy that to the device.
-
-        Args:
-            batch: Decodes first.
-            rows: Its sequences' places.
-            num_padded: Records to fill up to, with padding.
-        """
-        records: list[int] = []
-        numbers: list[int] = []
-        tiles: list[int] = []
-        sampled: list[ScheduledSequence] = []
-        sampled_seqs: list[int] = []
-        sampled_rows: list[int] = []
-        num_tokens = num_decodes = 0
-        for index, item in enumerate(batch.sequences):
-            row = rows.of(item)
-            first_block, offset, size = row.num_blocks, len(numbers), item.num_tokens
-            new_blocks = item.block_ids[first_block:]
-            row.num_blocks += len(new_blocks)
-            records += (
-                row.index,
-                item.start,
-                num_tokens,
-                size,
-                len(item.token_ids),
-                offset,
-                first_block,
-                len(new_blocks),
-            )
-            numbers += new_blocks
-            numbers += item.token_ids
-            if size == 1 and num_decodes == index:
-                num_decodes += 1
-            else:
-                for first in range(0, size, self._limits.tile_size):
-                    tiles += (index, first)
-            num_tokens += size
-            if item.is_sampled:
-                sampled.append(item)
-                sampled_seqs.append(index)
-                sampled_rows.append(num_tokens - 1)
-        num_seqs = len(batch.sequences)
-        for index in range(num_seqs, num_padded):
-            records += (self._limits.padding_row, -1, index, 1, 0, 0, 0, 0)
-        self._copy(records, sampled_seqs, sampled_rows, tiles, numbers)
-        return StagedBatch(
-            num_seqs=num_seqs,
-            num_tokens=num_tokens,
-            num_decodes=num_decodes,
-            num_tiles=len(tiles) // 2,
-            sampled=sampled,
-            is_decode=num_decodes == len(sampled) == num_seqs,
-        )
-
-    def _copy(self, *sections: list[int]) -> None:
         buffer: Tensor = next(self._buffers)
         view = buffer.numpy()
         for start, section in zip(self._starts, sections, strict=True):
             view[start : start + len(section)] = section
-        end = self._starts[-1] + len(sections[-1])
+        end = self._starts[-1] + len(batch.numbers)
         self._on_device[:end].copy_(buffer[:end], non_blocking=True)

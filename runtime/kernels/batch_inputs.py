@@ -19,7 +19,8 @@ BLOCK = 128
 class Field(IntEnum):
     """Columns of a sequence's record.
 
-    A record with START = -1 pads the batch: its one token has no place in the cache.
+    A record whose tokens have negative positions, up to -1, pads the batch: they have no place in
+    the cache.
     """
 
     ROW = 0  # of the tables on the GPU
@@ -59,27 +60,30 @@ class ModelInputs(NamedTuple):
 
 
 def expand_batch(
+    counts: Tensor,
     records: Tensor,
     numbers: Tensor,
     block_tables: Tensor,
     last_tokens: Tensor,
     inputs: ModelInputs,
     *,
-    num_seqs: int,
+    max_records: int,
     block_size: int,
 ) -> None:
     """Extend block tables and fill the model's inputs.
 
     Args:
-        records: int32 [num_seqs or more, len(Field)].
+        counts: int32 [1 or more], the first is how many records there are.
+        records: int32 [max_records or more, len(Field)].
         numbers: int32, what the records refer to.
         block_tables: int32 [num_rows, max_blocks]; extended.
         last_tokens: int32 [num_rows], the token sampled last for each row.
         inputs: Written.
-        num_seqs: Records to read.
+        max_records: There are no more than this.
         block_size: Tokens per block.
     """
-    _expand_kernel[(num_seqs,)](
+    _expand_kernel[(max_records,)](
+        counts,
         records,
         numbers,
         block_tables,
@@ -92,17 +96,18 @@ def expand_batch(
 
 
 def expand_batch_reference(
+    counts: Tensor,
     records: Tensor,
     numbers: Tensor,
     block_tables: Tensor,
     last_tokens: Tensor,
     inputs: ModelInputs,
     *,
-    num_seqs: int,
+    max_records: int,
     block_size: int,
 ) -> None:
     """Do what `expand_batch` does, in plain torch."""
-    for index, record in enumerate(records[:num_seqs].tolist()):
+    for index, record in enumerate(records[: int(counts[0])].tolist()):
         row, start, query_start, num_tokens, num_given, offset, first_block, num_blocks = record
         block_tables[row, first_block : first_block + num_blocks] = numbers[
             offset : offset + num_blocks
@@ -123,6 +128,7 @@ def expand_batch_reference(
 
 @triton.jit
 def _expand_kernel(
+    counts_ptr,
     records_ptr,
     numbers_ptr,
     block_tables_ptr,
@@ -138,6 +144,8 @@ def _expand_kernel(
     BLOCK: tl.constexpr,
 ):
     seq = tl.program_id(0)
+    if seq >= tl.load(counts_ptr):
+        return
     record_ptr = records_ptr + seq * 8
     row = tl.load(record_ptr).to(tl.int64)
     start = tl.load(record_ptr + 1)

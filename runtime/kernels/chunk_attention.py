@@ -35,7 +35,8 @@ def chunk_attention(
         qkv: [num_tokens, (num_heads + 2 * num_kv_heads) * head_dim], queries rotated.
         kv_cache: [num_blocks, 2, num_kv_heads, block_size, head_dim].
         out: [num_tokens, num_heads * head_dim]; rows of the tiles' tokens are written.
-        tiles: int32 [num_tiles, 2], a sequence and the first of `tile_size` tokens in its chunk.
+        tiles: int32 [num_tiles, 2], a sequence and the first of `tile_size` tokens in its chunk;
+            a negative sequence is no tile.
         block_tables: int32 [num_rows, max_blocks].
         rows: int32 [num_seqs], each sequence's row of `block_tables`.
         query_starts: int32 [num_seqs + 1], where in the batch each chunk begins, and the end.
@@ -149,6 +150,8 @@ def _chunk_kernel(
     head = tl.program_id(1)
     kv_head = head // (NUM_HEADS // NUM_KV_HEADS)
     seq = tl.load(tiles_ptr + 2 * tile)
+    if seq < 0:
+        return
     tile_start = tl.load(tiles_ptr + 2 * tile + 1)
     query_start = tl.load(query_starts_ptr + seq)
     num_queries = tl.load(query_starts_ptr + seq + 1) - query_start

@@ -51,6 +51,7 @@ def decode_attention(
     block_tables: Tensor,
     rows: Tensor,
     seq_lens: Tensor,
+    num_decodes: Tensor,
     workspace: SplitWorkspace,
 ) -> None:
     """Attend from one query of each sequence to all its tokens, the query's own included.
@@ -58,10 +59,11 @@ def decode_attention(
     Args:
         qkv: [num_seqs or more, (num_heads + 2 * num_kv_heads) * head_dim], queries rotated.
         kv_cache: [num_blocks, 2, num_kv_heads, block_size, head_dim].
-        out: [num_seqs, num_heads * head_dim]; written; zeros where a sequence has no tokens.
+        out: [num_seqs, num_heads * head_dim]; its first `num_decodes` rows are written.
         block_tables: int32 [num_rows, max_blocks].
         rows: int32 [num_seqs], each sequence's row of `block_tables`.
-        seq_lens: int32 [num_seqs], tokens to attend to; 0 pads the batch.
+        seq_lens: int32 [num_seqs], tokens to attend to.
+        num_decodes: int32 [1], how many of the sequences there are.
         workspace: For sequences that are split.
     """
     _, _, num_kv_heads, block_size, head_dim = kv_cache.shape
@@ -77,6 +79,7 @@ def decode_attention(
         block_tables,
         rows,
         seq_lens,
+        num_decodes,
         head_dim**-0.5 * LOG2_E,
         TABLE_STRIDE=block_tables.stride(0),
         NUM_HEADS=num_heads,
@@ -97,6 +100,7 @@ def decode_attention(
             workspace.outputs,
             workspace.log_sums,
             seq_lens,
+            num_decodes,
             NUM_HEADS=num_heads,
             HEAD_DIM=head_dim,
             NUM_SPLITS=splits,
@@ -130,6 +134,7 @@ def _decode_kernel(
     block_tables_ptr,
     rows_ptr,
     seq_lens_ptr,
+    num_decodes_ptr,
     scale,
     TABLE_STRIDE: tl.constexpr,
     NUM_HEADS: tl.constexpr,
@@ -148,6 +153,8 @@ def _decode_kernel(
     GROUP: tl.constexpr = NUM_HEADS // NUM_KV_HEADS
     PAGE_HEAD: tl.constexpr = PAGE * HEAD_DIM
 
+    if seq >= tl.load(num_decodes_ptr):
+        return
     seq_len = tl.load(seq_lens_ptr + seq)
     split_tokens = _tokens_per_split(seq_len, NUM_SPLITS, BLOCK_N)
     start = split * split_tokens
@@ -202,6 +209,7 @@ def _merge_kernel(
     parts_ptr,
     log_sums_ptr,
     seq_lens_ptr,
+    num_decodes_ptr,
     NUM_HEADS: tl.constexpr,
     HEAD_DIM: tl.constexpr,
     NUM_SPLITS: tl.constexpr,
@@ -210,6 +218,8 @@ def _merge_kernel(
 ):
     seq = tl.program_id(0).to(tl.int64)
     head = tl.program_id(1)
+    if seq >= tl.load(num_decodes_ptr):
+        return
     dims = tl.arange(0, BLOCK_DIM)
     splits = tl.arange(0, NUM_SPLITS)
     seq_len = tl.load(seq_lens_ptr + seq)

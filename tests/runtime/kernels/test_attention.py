@@ -49,13 +49,15 @@ def test_decode(dtype: torch.dtype, shape: tuple[int, int, int, int], lens: list
     cache = new_cache(shape, dtype, lens)
     qkv = torch.randn(len(lens), (num_heads + 2 * num_kv_heads) * head_dim).to(DEVICE, dtype)
     out = poisoned(len(lens), num_heads * head_dim, dtype=dtype)
+    padded = torch.cat((out, torch.ones_like(out[:2])))
     decode_attention(
-        qkv,
+        torch.cat((qkv, qkv[:2])),
         cache.kv_cache,
-        out,
+        padded,
         block_tables=cache.block_tables,
         rows=cache.rows,
         seq_lens=cache.seq_lens,
+        num_decodes=torch.tensor([len(lens)], dtype=torch.int32, device=DEVICE),
         workspace=SplitWorkspace(
             num_heads=num_heads, num_kv_heads=num_kv_heads, head_dim=head_dim, device=DEVICE
         ),
@@ -68,7 +70,8 @@ def test_decode(dtype: torch.dtype, shape: tuple[int, int, int, int], lens: list
         query_starts=torch.arange(len(lens) + 1),
         seq_lens=cache.seq_lens,
     )
-    assert relative_error(out, expected) < tolerance(dtype)
+    assert relative_error(padded[:-2], expected) < tolerance(dtype)
+    assert padded[-2:].eq(1.0).all(), "padding is left alone"
 
 
 def test_few_sequences_are_split_and_many_are_not() -> None:
@@ -95,6 +98,7 @@ def test_chunks_of_any_length_over_any_prefix(
         for seq, num_queries in enumerate(chunks)
         for first in range(0, num_queries, tile_size(dtype))
     ]
+    tiles.append((-1, 0))
     chunk_attention(
         qkv,
         cache.kv_cache,

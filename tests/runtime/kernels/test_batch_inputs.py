@@ -27,8 +27,8 @@ def random_records(rng: random.Random) -> tuple[list[list[int]], list[int], int]
         records.append(record)
         numbers += [rng.randrange(1000) for _ in range(num_blocks + num_given)]
         query_start += num_tokens
-    records.append([NUM_ROWS, -1, query_start, 1, 0, 0, 0, 0])
-    return records, numbers, query_start + 1
+    records.append([NUM_ROWS, -9, query_start, 9, 0, 0, 0, 0])
+    return records, numbers, query_start + 9
 
 
 def on_device(values: list[int] | list[list[int]]) -> Tensor:
@@ -45,16 +45,17 @@ def test_expanded_batch_is_that_of_the_reference() -> None:
             inputs = ModelInputs.allocate(num_tokens, len(records), device)
             own_tables = tables.to(device, copy=True)
             expand(
+                on_device([len(records)]).to(device),
                 on_device(records).to(device),
                 on_device(numbers).to(device),
                 own_tables,
                 last_tokens.to(device),
                 inputs,
-                num_seqs=len(records),
+                max_records=len(records) + 3,
                 block_size=BLOCK_SIZE,
             )
             results.append([*(x.cpu() for x in inputs), own_tables.cpu()])
         for found, expected in zip(*results, strict=True):
             assert torch.equal(found, expected)
-        assert results[0][2][-1] == -1, "padding has no place in the cache"
+        assert results[0][2][-9:].tolist() == [-1] * 9, "padding has no place in the cache"
         assert results[0][4][-1] == 0, "and nothing to attend to"
