@@ -49,9 +49,9 @@ def test_decode(dtype: torch.dtype, shape: tuple[int, int, int, int], lens: list
     cache = new_cache(shape, dtype, lens)
     qkv = torch.randn(len(lens), (num_heads + 2 * num_kv_heads) * head_dim).to(DEVICE, dtype)
     out = poisoned(len(lens), num_heads * head_dim, dtype=dtype)
-    padded = torch.cat((out, torch.ones_like(out[:2])))
+    padded = torch.cat((out, torch.ones(2, out.shape[1], dtype=dtype, device=DEVICE)))
     decode_attention(
-        torch.cat((qkv, qkv[:2])),
+        torch.cat((qkv, qkv[:1], qkv[:1])),
         cache.kv_cache,
         padded,
         block_tables=cache.block_tables,
