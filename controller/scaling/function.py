@@ -13,7 +13,7 @@ from pathlib import Path
 import structlog
 
 from controller.backends.base import RuntimeBackend, RuntimeInfo
-from controller.errors import ActivationFailed, Conflict, ShuttingDown
+from controller.errors import ActivationFailed, ApiError, Conflict, ModelNotFound, ShuttingDown
 from controller.scaling.books import Books
 from controller.scaling.deployment import Deployment
 from controller.scaling.effects import Effects
@@ -37,6 +37,7 @@ from functions.spec import ColdPolicy, FunctionSpec
 log = structlog.get_logger(__name__)
 
 TIMER_RESOLUTION_S = 0.001
+DEFECT_PAUSE_S = 1.0
 
 
 class Function:
@@ -71,7 +72,7 @@ class Function:
 
     @property
     def name(self) -> str:
-        """The function's name, also its first served name."""
+        """The function's name; clients call it by its served names."""
         return self.spec.name
 
     @property
@@ -106,9 +107,16 @@ class Function:
     # Requests: called by FunctionGeneration.
 
     def admit(self, ticket: Ticket) -> None:
-        """Lease or queue at once, or raise QueueFull, ActivationFailed or ShuttingDown."""
+        """Lease or queue at once, or raise why not.
+
+        Raises:
+            QueueFull: No place is left.
+            ActivationFailed: No replica can be brought up now.
+            ModelNotFound: The function has been deleted.
+            ShuttingDown: The controller is stopping.
+        """
         if self._is_shut:
-            raise ShuttingDown("the controller is stopping; retry elsewhere", retry_after_s=5.0)
+            raise self._refusal()
         if self.tier is not Tier.READY and self.spec.queue.on_cold is ColdPolicy.REJECT:
             self._wake_without_waiting()
             eta = self.eta_s(self.tier, 0.0)
@@ -120,10 +128,12 @@ class Function:
         self._after_grant(ticket)
 
     def readmit(self, ticket: Ticket) -> None:
-        """Queue again, at the head, after the leased replica was lost."""
+        """Queue again, at the head, after the leased replica was lost; a shut function refuses."""
         if ticket.replica is not None:
             self.lost(ticket.replica, "the connection to the runtime broke")
         self.set.readmit(ticket)
+        if self._is_shut:
+            self._refuse_waiters()
         self.poke()
 
     def abandon(self, ticket: Ticket) -> None:
@@ -169,9 +179,17 @@ class Function:
         """Own the function until it is closed or the task is cancelled; effects end with it."""
         try:
             while not (self.set.is_closing and not self.set.replicas):
-                self._turn()
+                try:
+                    self._turn()
+                except Exception:
+                    # A defect in one decision must not end all that come after it.
+                    log.exception("turn failed", function=self.name)
+                    await asyncio.sleep(DEFECT_PAUSE_S)
+                    continue
                 await self._wait_for_change()
         finally:
+            self._is_shut = True
+            self._refuse_waiters()
             if self._warming is not None:
                 self._warming.cancel()
             await self._effects.close()
@@ -240,9 +258,8 @@ class Function:
         """Take no more requests and remove every replica; `run` returns when they are gone."""
         self._is_shut = True
         self.set.is_closing = True
+        self._refuse_waiters()
         now = self.clock.monotonic()
-        gone = ActivationFailed(f"{self.name!r} was deleted")
-        self._notify(self.set.fail_waiters(gone))
         for replica in list(self.set.replicas.values()):
             instruction = self.set.drain(replica, now=now, reason="function deleted")
             if instruction is not None:
@@ -252,8 +269,7 @@ class Function:
     async def finish_requests(self, timeout_s: float) -> None:
         """Take no more requests and give the running ones time; replicas stay as they are."""
         self._is_shut = True
-        stopping = ShuttingDown("the controller is stopping; retry elsewhere", retry_after_s=5.0)
-        self._notify(self.set.fail_waiters(stopping))
+        self._refuse_waiters()
         deadline = self.clock.monotonic() + timeout_s
         while self._live and self.clock.monotonic() < deadline:
             self._changed.clear()
@@ -295,7 +311,7 @@ class Function:
         self.poke()
 
     async def exited(self, info: RuntimeInfo) -> None:
-        """Hear from the backend that a runtime has exited."""
+        """Hear from a backend that a runtime, of this function or another, has exited."""
         replica = self.set.replicas.get(info.runtime_id)
         if replica is not None:
             code = "" if info.exit_code is None else f" with status {info.exit_code}"
@@ -377,6 +393,15 @@ class Function:
             self.books.account(waiter.replica)
             self._notify([waiter])
         self.poke()
+
+    def _refusal(self) -> ApiError:
+        """Return why a shut function takes no request."""
+        if self.set.is_closing:
+            return ModelNotFound(f"{self.name!r} was deleted; GET /v1/models lists what is served")
+        return ShuttingDown("the controller is stopping; retry elsewhere", retry_after_s=5.0)
+
+    def _refuse_waiters(self) -> None:
+        self._notify(self.set.fail_waiters(self._refusal()))
 
     def _notify(self, waiters: Iterable[Waiter]) -> None:
         for waiter in waiters:

@@ -43,6 +43,7 @@ from controller.scaling.reconcile import (
 )
 from controller.scaling.views import entry_view
 from functions.spec import FunctionSpec, revision
+from snapshots.errors import SnapshotError
 from snapshots.store import SnapshotStore
 
 log = structlog.get_logger(__name__)
@@ -77,6 +78,7 @@ class ControlPlane:
         self._build = build
         self._snapshots = SnapshotStore(node.snapshot_store)
         self._entries: dict[str, Entry] = {}
+        self._closing: set[Function] = set()  # deleted, and some request still runs
         self._background = Background()
         self._deploying = asyncio.Lock()
         node.pool.on_release(self.poke_all)
@@ -138,7 +140,7 @@ class ControlPlane:
 
     async def finish_requests(self, timeout_s: float) -> None:
         """Take no more requests; return when the running ones are over or out of time."""
-        functions = self._functions().values()
+        functions = self._all_functions()
         await asyncio.gather(*(function.finish_requests(timeout_s) for function in functions))
 
     async def stop(self, *, stop_runtimes: bool) -> None:
@@ -148,17 +150,17 @@ class ControlPlane:
             stop_runtimes: Whether to remove the runtimes too; else the next start adopts them.
         """
         if stop_runtimes:
-            await asyncio.gather(*(function.stop() for function in self._functions().values()))
+            await asyncio.gather(*(function.stop() for function in self._all_functions()))
         await self._background.cancel()
 
     async def sweep(self) -> None:
         """Have every function look at its deadlines."""
-        for function in self._functions().values():
+        for function in self._all_functions():
             function.sweep()
 
     async def reconcile(self) -> None:
         """Remove orphans, and replace replicas whose engine hangs."""
-        await remove_orphans(self._backends, self._functions())
+        await remove_orphans(self._backends, self._replica_ids)
         await asyncio.gather(*(replace_silent(function) for function in self._functions().values()))
 
     def poke_all(self) -> None:
@@ -207,14 +209,15 @@ class ControlPlane:
             await self._store.delete(name)
             del self._entries[name]
         self._reaper.forget(name)
-        self.node.metrics.forget(name)
         if entry.builder is not None:
             entry.builder.cancel()
-        if entry.function is not None and entry.owner is not None:
-            entry.function.close()
-            await asyncio.wait([entry.owner])
-        if entry.snapshot is not None:
-            self._snapshots.unpin(entry.snapshot, owner=name)
+        function, owner = entry.function, entry.owner
+        if function is not None and owner is not None:
+            self._closing.add(function)
+            owner.add_done_callback(lambda _: self._closing.discard(function))
+            function.close()
+            await asyncio.wait([owner])
+        self._clear_up(entry)
 
     async def warm(self, name: str) -> None:
         """Return once a replica is ready."""
@@ -281,6 +284,21 @@ class ControlPlane:
 
     # Inside.
 
+    def _all_functions(self) -> list[Function]:
+        """Return every function with an owner, those included that are being deleted."""
+        return [*self._functions().values(), *self._closing]
+
+    def _replica_ids(self) -> set[str]:
+        return {replica for function in self._all_functions() for replica in function.set.replicas}
+
+    def _clear_up(self, entry: Entry) -> None:
+        """Let go of what a deleted function held, unless its name has been deployed again."""
+        name, current = entry.spec.name, self._entries.get(entry.spec.name)
+        if current is None:
+            self.node.metrics.forget(name)
+        if entry.snapshot is not None and (current is None or current.snapshot != entry.snapshot):
+            self._snapshots.unpin(entry.snapshot, owner=name)
+
     def _functions(self) -> dict[str, Function]:
         entries = self._entries.items()
         return {name: entry.function for name, entry in entries if entry.function is not None}
@@ -313,8 +331,8 @@ class ControlPlane:
         if snapshot is not None:
             try:
                 self._install(entry, deployment_of(spec, stored.backend, snapshot.path))
-            except ApiError as error:
-                log.error("snapshot not usable", function=spec.name, error=error.message)
+            except (ApiError, SnapshotError, OSError) as error:
+                log.error("snapshot not usable", function=spec.name, error=str(error))
         return entry
 
     def _accept(
@@ -347,6 +365,11 @@ class ControlPlane:
             entry.snapshot_state, entry.error = SnapshotState.FAILED, str(error)
             log.error("no snapshot", function=entry.spec.name, error=str(error))
             return
+        except Exception as error:
+            # The root of the build: nobody else could say that it is over.
+            entry.snapshot_state, entry.error = SnapshotState.FAILED, f"{error!r}; see the log"
+            log.exception("no snapshot", function=entry.spec.name)
+            return
         finally:
             entry.build = None
         if entry.function is not None and entry.owner is None:
@@ -372,11 +395,13 @@ class ControlPlane:
         while True:
             try:
                 async for info in backend.watch():
-                    function = self._functions().get(info.function)
-                    if function is not None:
+                    for function in self._all_functions():
                         await function.exited(info)
             except BackendError as error:
                 log.warning("cannot watch", backend=backend.name, error=str(error))
+            except Exception:
+                # A defect in one exit must not hide all that come after it.
+                log.exception("watch failed", backend=backend.name)
             await asyncio.sleep(WATCH_RETRY_S)
 
 

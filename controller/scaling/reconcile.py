@@ -1,7 +1,8 @@
 """Runtimes as they are against replicas as they should be: adopt, remove, replace."""
 
 import asyncio
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Set as AbstractSet
 from dataclasses import dataclass
 
 import structlog
@@ -101,15 +102,21 @@ async def replace_silent(function: Function) -> None:
 
 
 async def remove_orphans(
-    backends: Mapping[str, RuntimeBackend], functions: Mapping[str, Function]
+    backends: Mapping[str, RuntimeBackend], owned: Callable[[], AbstractSet[str]]
 ) -> int:
-    """Remove every runtime that is no function's replica; returns how many."""
-    owned = {replica_id for function in functions.values() for replica_id in function.set.replicas}
+    """Remove every runtime that is no function's replica; returns how many.
+
+    Args:
+        backends: Where to look.
+        owned: Returns the ids of all replicas. Asked before and after each listing, which takes
+            time: a replica may have been created, or may be on its way out, meanwhile.
+    """
     num_removed = 0
     for backend in backends.values():
         try:
+            before = owned()
             for info in await backend.list():
-                if info.runtime_id not in owned and not _is_owned(info, functions):
+                if info.runtime_id not in before | owned():
                     log.warning("removing an orphan", runtime_id=info.runtime_id)
                     await backend.delete(info.runtime_id)
                     num_removed += 1
@@ -119,12 +126,6 @@ async def remove_orphans(
         except BackendError as error:
             log.warning("cannot look for orphans", backend=backend.name, error=str(error))
     return num_removed
-
-
-def _is_owned(info: RuntimeInfo, functions: Mapping[str, Function]) -> bool:
-    """Look again: the listing took time, and a replica may have been created meanwhile."""
-    function = functions.get(info.function)
-    return function is not None and info.runtime_id in function.set.replicas
 
 
 async def _check(

@@ -11,6 +11,7 @@ from controller.errors import (
     ApiError,
     Conflict,
     FirstTokenTimeout,
+    ModelNotFound,
     QueueFull,
     RuntimeDied,
     ShuttingDown,
@@ -19,6 +20,7 @@ from controller.scaling.activation import ColdStart
 from controller.scaling.function import Function
 from controller.scaling.journal import UsageEntry
 from controller.scaling.lifecycle import ReplicaState, Tier
+from controller.scaling.replica import Instruction
 from controller.scaling.serving import FunctionGeneration
 from tests.fakes.runtime import FakeRuntime
 from tests.fakes.world import World, collect, deployment, request, spec_of
@@ -350,7 +352,7 @@ async def test_a_closed_function_finishes_and_leaves_nothing() -> None:
         running = asyncio.create_task(collect(function, max_tokens=50))
         await asyncio.sleep(0.1)
         function.close()
-        with pytest.raises(ShuttingDown):
+        with pytest.raises(ModelNotFound):
             await collect(function)
         assert len(await running) == 50
         await asyncio.sleep(1.0)
@@ -466,3 +468,66 @@ async def test_the_ledger_sees_idle_and_active_as_requests_come_and_go() -> None
 def _states(world: World) -> set[str]:
     timelines = world.ledger._timelines.values()
     return {str(one.state) for line in timelines for one in line.open_intervals}
+
+
+async def test_a_request_whose_replica_dies_while_its_function_is_deleted_is_told() -> None:
+    world = World(make_runtime=lambda: FakeRuntime(step_s=5.0))
+    async with world.function() as function:
+        task = asyncio.create_task(collect(function))
+        await asyncio.sleep(2.0)
+        function.close()
+        world.runtime.crash()
+        async with asyncio.timeout(5.0):
+            with pytest.raises(ModelNotFound, match="was deleted"):
+                await task
+
+
+async def test_a_request_whose_replica_dies_while_the_controller_stops_is_told() -> None:
+    world = World(make_runtime=lambda: FakeRuntime(step_s=5.0))
+    async with world.function() as function:
+        task = asyncio.create_task(collect(function))
+        await asyncio.sleep(2.0)
+        stopping = asyncio.create_task(function.finish_requests(60.0))
+        await asyncio.sleep(0.1)
+        world.runtime.crash()
+        async with asyncio.timeout(5.0):
+            with pytest.raises(ShuttingDown):
+                await task
+            await stopping
+
+
+async def test_a_deleted_function_says_so_to_a_request_that_comes_late() -> None:
+    world = World()
+    async with world.function() as function:
+        generation = function.generate(request())
+        function.close()
+        with pytest.raises(ModelNotFound, match="'tiny' was deleted"):
+            await generation.__aenter__()
+
+
+async def test_whoever_still_waits_when_the_owner_ends_is_told() -> None:
+    world = World(make_runtime=lambda: FakeRuntime(load_s=1000.0))
+    async with world.function() as function:
+        task = asyncio.create_task(collect(function))
+        await asyncio.sleep(1.0)
+    async with asyncio.timeout(5.0):
+        with pytest.raises(ShuttingDown):
+            await task
+
+
+async def test_a_defect_in_one_decision_does_not_end_the_owner(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    world = World()
+    async with world.function() as function:
+        plan, calls = function.set.plan, []
+
+        def fails_once(now: float) -> list[Instruction]:
+            calls.append(now)
+            if len(calls) == 1:
+                raise RuntimeError("a defect")
+            return plan(now)
+
+        monkeypatch.setattr(function.set, "plan", fails_once)
+        async with asyncio.timeout(10.0):
+            assert await collect(function) == [3, 4, 5, 6]

@@ -9,7 +9,15 @@ from typing import Any
 
 import pytest
 
-from controller.errors import ActivationFailed, Conflict, InvalidSpec, ModelNotFound, NotFound
+from controller.backends.base import RuntimeInfo
+from controller.errors import (
+    ActivationFailed,
+    Conflict,
+    InvalidSpec,
+    ModelNotFound,
+    NotFound,
+    RuntimeDied,
+)
 from controller.scaling.entry import StoredFunction
 from controller.scaling.plane import ControlPlane
 from controller.scaling.preparation import BuildProgress, PreparationFailed
@@ -47,6 +55,7 @@ class Machine:
         self.world = World()
         self.world.node = replace(self.world.node, snapshot_store=snapshot.parent)
         self.build_error = ""
+        self.unforeseen: Exception | None = None
         self.may_build = asyncio.Event()
         self.may_build.set()
 
@@ -62,6 +71,8 @@ class Machine:
         """Pretend to build what is already there."""
         on_progress(BuildProgress(phase="convert", done_bytes=43, total_bytes=100))
         await self.may_build.wait()
+        if self.unforeseen is not None:
+            raise self.unforeseen
         if self.build_error:
             raise PreparationFailed(self.build_error)
         return self.snapshot.name
@@ -260,3 +271,99 @@ async def test_an_exit_seen_by_the_backend_ends_the_start(smollm2_snapshot: Path
 
 def _slow_runtime() -> FakeRuntime:
     return FakeRuntime(load_s=1000.0)
+
+
+async def test_a_deleted_function_finishes_what_runs_whatever_sweeps_come(
+    smollm2_snapshot: Path,
+) -> None:
+    machine = Machine(smollm2_snapshot)
+    async with machine.controller() as plane:
+        await plane.deploy(spec_of(), "fake")
+        await until_built(plane)
+        running = asyncio.create_task(collect(plane.resolve("tiny"), max_tokens=100))
+        await asyncio.sleep(1.5)
+        deleting = asyncio.create_task(plane.delete("tiny"))
+        await asyncio.sleep(0.1)
+        await plane.reconcile()
+        await plane.sweep()
+        assert machine.world.backend.machine.runtimes
+        assert len(await running) == 100
+        await deleting
+        assert not machine.world.backend.machine.runtimes
+
+
+async def test_a_deleted_function_still_keeps_its_deadlines_and_hears_of_exits(
+    smollm2_snapshot: Path,
+) -> None:
+    machine = Machine(smollm2_snapshot)
+    async with machine.controller() as plane:
+        await plane.deploy(spec_of(timeouts={"stream_idle": 2}), "fake")
+        await until_built(plane)
+        running = asyncio.create_task(collect(plane.resolve("tiny"), max_tokens=1000))
+        await asyncio.sleep(1.5)
+        machine.world.runtime.is_stuck = True
+        deleting = asyncio.create_task(plane.delete("tiny"))
+        for _ in range(10):
+            await asyncio.sleep(1.0)
+            await plane.sweep()
+        with pytest.raises(RuntimeDied, match=r"timeouts\.stream_idle"):
+            await running
+        await deleting
+
+
+async def test_a_name_deployed_again_keeps_its_pin_when_the_old_one_has_ended(
+    smollm2_snapshot: Path,
+) -> None:
+    machine = Machine(smollm2_snapshot)
+    async with machine.controller() as plane:
+        await plane.deploy(spec_of(), "fake")
+        await until_built(plane)
+        running = asyncio.create_task(collect(plane.resolve("tiny"), max_tokens=300))
+        await asyncio.sleep(1.5)
+        deleting = asyncio.create_task(plane.delete("tiny"))
+        await asyncio.sleep(0.1)
+        await plane.deploy(spec_of(), "fake")
+        await until_built(plane)
+        assert await collect(plane.resolve("tiny")) == [3, 4, 5, 6]
+        assert len(await running) == 300
+        await deleting
+        assert "tiny" in SnapshotStore(machine.snapshot.parent).pins(machine.snapshot.name)
+        await plane.reconcile()
+        assert len(machine.world.backend.machine.runtimes) == 1
+
+
+@pytest.mark.parametrize("failure", [OSError("no more processes"), ValueError("what is this?")])
+async def test_a_build_that_fails_in_an_unforeseen_way_is_told(
+    smollm2_snapshot: Path, failure: Exception
+) -> None:
+    machine = Machine(smollm2_snapshot)
+    machine.unforeseen = failure
+    async with machine.controller() as plane:
+        await plane.deploy(spec_of(), "fake")
+        view = await until_built(plane)
+        assert view["snapshot_state"] == "failed"
+        assert str(failure) in view["last_error"]
+
+
+async def test_a_watch_that_breaks_in_an_unforeseen_way_goes_on(
+    smollm2_snapshot: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    machine = Machine(smollm2_snapshot)
+    machine.world.make_runtime = _slow_runtime
+    watch, calls = machine.world.backend.watch, []
+
+    def breaks_once() -> AsyncIterator[RuntimeInfo]:
+        calls.append(1)
+        if len(calls) == 1:
+            raise RuntimeError("a defect")
+        return watch()
+
+    monkeypatch.setattr(machine.world.backend, "watch", breaks_once)
+    async with machine.controller() as plane:
+        await plane.deploy(spec_of(), "fake")
+        await until_built(plane)
+        waiting = asyncio.create_task(collect(plane.resolve("tiny")))
+        await asyncio.sleep(1.5)
+        machine.world.backend.exit(machine.world.backend.created[0].runtime_id, exit_code=3)
+        with pytest.raises(ActivationFailed, match="status 3"):
+            await waiting
