@@ -14,7 +14,7 @@ ApiError
 ├── InternalError             500
 ├── RuntimeDied               502  the replica went away while it served this request
 ├── ActivationFailed          503  temporary, Retry-After
-├── NoCapacity                503  temporary, Retry-After
+├── StoreUnavailable          503  temporary, Retry-After
 ├── ShuttingDown              503  temporary, Retry-After
 ├── ActivationTimeout         504  no replica became ready within the queue timeout
 └── FirstTokenTimeout         504  a replica took the request and produced nothing in time
@@ -147,11 +147,11 @@ class ActivationFailed(ApiError):
     code = "activation_failed"
 
 
-class NoCapacity(ApiError):
-    """No device is free now, but one could become free."""
+class StoreUnavailable(ApiError):
+    """The database cannot be used now; what is warm and known serves on."""
 
     status = 503
-    code = "no_capacity"
+    code = "store_unavailable"
 
 
 class ShuttingDown(ApiError):

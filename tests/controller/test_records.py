@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from controller.errors import NotFound
+from controller.errors import NotFound, StoreUnavailable
 from controller.gateway.auth import hash_key
 from controller.ledger.ledger import Ledger
 from controller.records import Records
@@ -160,3 +160,61 @@ async def test_the_first_key_is_written_once_and_only_for_its_owner(
     mode = (await asyncio.to_thread(path.stat)).st_mode
     assert stat.S_IMODE(mode) == 0o600
     assert not await records.bootstrap_key(path)
+
+
+async def test_a_key_that_was_used_lately_opens_while_the_database_is_away(
+    records: Records, database: Database, clock: FakeClock
+) -> None:
+    used = hash_key((await records.create_key("used", expires_in_s=None))["key"])
+    unused = hash_key((await records.create_key("unused", expires_in_s=None))["key"])
+    assert await records.find(used) is not None
+    database.close()
+    clock.advance(3600.0)
+    assert await records.find(used) is not None
+    with pytest.raises(StoreUnavailable) as told:
+        await records.find(unused)
+    assert told.value.retry_after_s is not None
+
+
+async def test_what_clients_ask_for_is_503_while_the_database_is_away(
+    records: Records, database: Database, clock: FakeClock
+) -> None:
+    database.close()
+    stored = StoredFunction(spec=spec_of(), backend="process", created_us=START_US)
+    for call in (
+        records.keys(),
+        records.create_key("ci", expires_in_s=None),
+        records.revoke_key("id"),
+        records.cold_starts(function=None, limit=1),
+        records.put(stored),
+        records.delete("tiny"),
+    ):
+        with pytest.raises(StoreUnavailable):
+            await call
+
+
+async def test_a_life_that_ends_after_the_calendar_leaves_no_key_behind(records: Records) -> None:
+    with pytest.raises((ValueError, OverflowError)):
+        await records.create_key("eternal", expires_in_s=1e12)
+    assert await records.keys() == []
+
+
+async def test_a_first_key_is_made_again_when_none_can_be_used(
+    records: Records, tmp_path: Path, clock: FakeClock
+) -> None:
+    path = tmp_path / "bootstrap.key"
+    short = await records.create_key("short", expires_in_s=60.0)
+    long = await records.create_key("long", expires_in_s=3600.0)
+    assert not await records.bootstrap_key(path)
+    await records.revoke_key(long["id"])
+    clock.advance(61.0)
+    assert await records.bootstrap_key(path)
+    assert {key["id"] for key in await records.keys()} > {short["id"], long["id"]}
+
+
+async def test_a_first_key_that_cannot_be_written_is_not_stored(
+    records: Records, tmp_path: Path
+) -> None:
+    with pytest.raises(OSError, match="nowhere"):
+        await records.bootstrap_key(tmp_path / "nowhere" / "bootstrap.key")
+    assert await records.keys() == []

@@ -18,6 +18,7 @@ from functions.units import parse_duration
 
 MAX_LOG_LINES = 10_000
 MAX_COLD_STARTS = 1_000
+MAX_KEY_LIFE_S = 100 * 365 * 86_400
 Name = str
 Json = dict[str, Any]
 
@@ -99,7 +100,7 @@ class KeyBody(BaseModel):
     model_config = ConfigDict(extra="forbid")
 
     name: str = Field(min_length=1, max_length=100)
-    expires_in_s: float | None = Field(default=None, gt=0, allow_inf_nan=False)
+    expires_in_s: float | None = Field(default=None, gt=0, le=MAX_KEY_LIFE_S, allow_inf_nan=False)
 
 
 def admin_router(plane: Plane, history: History, keys: Keys, clock: Clock) -> APIRouter:
