@@ -4,6 +4,7 @@ ApiError
 ├── InvalidRequest            400  the body or a field is wrong; says what to change
 │   └── ContextLengthExceeded 400
 ├── Unauthorized              401
+├── Forbidden                 403  a web page of another site has made a browser call
 ├── NotFound                  404
 │   └── ModelNotFound         404
 ├── RequestTimedOut           408  the client sent its body too slowly
@@ -71,6 +72,14 @@ class Unauthorized(ApiError):
     status = 401
     type = "invalid_request_error"
     code = "invalid_api_key"
+
+
+class Forbidden(ApiError):
+    """A web page of another site has made a browser call, or may have."""
+
+    status = 403
+    type = "invalid_request_error"
+    code = "forbidden"
 
 
 class NotFound(ApiError):

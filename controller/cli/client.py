@@ -141,7 +141,7 @@ def error_of(envelope: object, *, status: int, retry_after: str | None = None) -
     hint = None
     if problem is TryLater and retry_after:
         hint = f"try again in {retry_after} s"
-    if problem is KeyRefused:
+    if status == 401:
         hint = "set COLDSPARK_API_KEY or --api-key"
     if problem is NotFoundProblem:
         hint = "`coldspark list` shows what is deployed"

@@ -1,6 +1,7 @@
 """What every call passes on its way in, outermost first; all of it pure ASGI.
 
 - `RequestContext`: request id, figures, and an answer when all else fails.
+- `OriginGate` (origin.py): nothing that another web site makes a browser send.
 - `ApiKeys` (auth.py), where keys are required.
 - `BodyGate`: the whole body within its limits, then a watch on the client: when it leaves, the
   call is cancelled, whatever it was waiting for.

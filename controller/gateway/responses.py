@@ -30,6 +30,7 @@ ERROR_RESPONSES: dict[int | str, dict[str, Any]] = {
     for status, meaning in {
         400: "The body or a field is wrong; the message says what to change.",
         401: "The API key is missing, unknown, expired or revoked.",
+        403: "A web page of another site has made a browser call.",
         404: "No function serves this model.",
         408: "The body did not arrive in time.",
         413: "The body is too large.",
