@@ -102,7 +102,7 @@ class Call:
                         key_id=self.key_id,
                     )
                 ),
-                self.text.detokenizer(),
+                self.text.detokenizer(body.stop_token_ids or ()),
                 StopFilter(body.stop),
             )
             for index, (prompt, max_tokens) in enumerate(zip(prompts, budgets, strict=True))

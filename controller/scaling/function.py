@@ -21,7 +21,7 @@ from controller.scaling.generation import GenerationRequest
 from controller.scaling.lifecycle import COMING, ENDING, Lifecycle, ReplicaState, Tier
 from controller.scaling.link import RuntimeLink, SequenceStream
 from controller.scaling.node import Home, Node
-from controller.scaling.policy import replica_floor
+from controller.scaling.policy import Floor, replica_floor
 from controller.scaling.replica import (
     Instruction,
     ParkReplica,
@@ -68,6 +68,7 @@ class Function:
         self._live: set[FunctionGeneration] = set()
         self._changed = asyncio.Event()
         self._is_shut = False
+        self._known_floor: Floor | None = None
         self._drained: dict[str, asyncio.Event] = {}
 
     @property
@@ -284,6 +285,7 @@ class Function:
         self.deployment = deployment
         self.backend = backend
         self.set.update(deployment.spec, deployment.runtime_hash)
+        self._known_floor = None
         self.poke()
 
     def adopt(
@@ -382,7 +384,10 @@ class Function:
         self._changed.clear()
 
     def _floor(self) -> int:
-        return replica_floor(self.spec.scaling, self.spec.schedules, self.clock.now())
+        now = self.clock.now()
+        if self._known_floor is None or not self._known_floor.holds(now):
+            self._known_floor = replica_floor(self.spec.scaling, self.spec.schedules, now)
+        return self._known_floor.num_replicas
 
     def _grant(self) -> None:
         for waiter in self.set.grant():

@@ -1,7 +1,7 @@
 """A controller's scaling world on fake machines and loop time."""
 
 import asyncio
-from collections.abc import AsyncIterator, Callable, Mapping
+from collections.abc import AsyncIterator, Callable
 from contextlib import asynccontextmanager
 from datetime import UTC, datetime, timedelta
 from decimal import Decimal
@@ -55,7 +55,7 @@ class ForgetfulRepository:
         return 0
 
 
-def spec_of(**sections: Mapping[str, object]) -> FunctionSpec:
+def spec_of(**sections: object) -> FunctionSpec:
     """Return a spec of a tiny CPU function with some sections replaced."""
     base: dict[str, object] = {
         "name": "tiny",

@@ -4,6 +4,7 @@ import asyncio
 import random
 
 import pytest
+from apscheduler.triggers.cron import CronTrigger
 
 from controller.errors import (
     ActivationFailed,
@@ -22,6 +23,7 @@ from controller.scaling.journal import UsageEntry
 from controller.scaling.lifecycle import ReplicaState, Tier
 from controller.scaling.replica import Instruction
 from controller.scaling.serving import FunctionGeneration
+from functions.spec import ScheduleSpec
 from tests.fakes.runtime import FakeRuntime
 from tests.fakes.world import World, collect, deployment, request, spec_of
 
@@ -531,3 +533,26 @@ async def test_a_defect_in_one_decision_does_not_end_the_owner(
         monkeypatch.setattr(function.set, "plan", fails_once)
         async with asyncio.timeout(10.0):
             assert await collect(function) == [3, 4, 5, 6]
+
+
+async def test_a_schedule_is_looked_up_at_its_edges_only(monkeypatch: pytest.MonkeyPatch) -> None:
+    from controller.scaling import policy
+
+    looked: list[float] = []
+    trigger = policy.cron_trigger
+
+    def counted(schedule: ScheduleSpec) -> CronTrigger:
+        looked.append(now())
+        return trigger(schedule)
+
+    monkeypatch.setattr(policy, "cron_trigger", counted)
+    world = World()  # it is Monday, noon, and 0 s by the loop
+    schedule = {"cron": "1 12 * * *", "min_replicas": 1, "duration": 60}
+    spec = spec_of(schedules=[schedule], scaling={"idle_timeout": 10})
+    async with world.function(spec) as function:
+        tiers = []
+        for seconds in (50.0, 20.0, 70.0):
+            await asyncio.sleep(seconds)
+            tiers.append(function.tier)
+    assert tiers == [Tier.STOPPED, Tier.READY, Tier.PARKED]
+    assert len(looked) == 3
