@@ -33,6 +33,7 @@ from controller.metrics import Metrics
 from controller.records import Records
 from controller.scaling.devices import find_devices
 from controller.scaling.journal import Journal
+from controller.scaling.last_logs import LastLogs
 from controller.scaling.node import Node
 from controller.scaling.placement import Device, DeviceKind, DevicePool
 from controller.scaling.plane import ControlPlane
@@ -91,6 +92,7 @@ async def run(settings: Settings) -> None:
             journal=journal,
             metrics=metrics,
             snapshot_store=settings.snapshot_store,
+            last_logs=LastLogs(settings.last_logs_dir),
             gpu_hour_usd=settings.gpu_hour_usd,
             epoch=unix_us(clock.now()) // 1_000_000,
         )

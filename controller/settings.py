@@ -67,6 +67,11 @@ class Settings(BaseSettings):
         return self.home / "runtimes"
 
     @property
+    def last_logs_dir(self) -> Path:
+        """One file a function: the end of the log of its last runtime that is gone."""
+        return self.home / "last-logs"
+
+    @property
     def database_url(self) -> str:
         """SQLAlchemy URL of the embedded database."""
         return f"sqlite:///{self.home / 'coldspark.db'}"

@@ -156,6 +156,7 @@ class Effects:
         if link is not None:
             await link.close()
         backend, delay_s = function.homes[replica.id].backend, 0.1
+        await function.node.last_logs.keep(function.name, backend, replica.id)
         while True:
             try:
                 await backend.delete(replica.id)

@@ -217,7 +217,7 @@ class ControlPlane:
             owner.add_done_callback(lambda _: self._closing.discard(function))
             function.close()
             await asyncio.wait([owner])
-        self._clear_up(entry)
+        await self._clear_up(entry)
 
     async def warm(self, name: str) -> None:
         """Return once a replica is ready."""
@@ -231,13 +231,25 @@ class ControlPlane:
         """Drain and remove every replica; the function stays deployed."""
         await self._servable(self._entry(name)).stop()
 
-    async def logs(self, name: str, *, tail: int, follow: bool) -> AsyncIterator[str]:
-        """Yield log lines of a function's replicas, one replica after the other.
+    def logs(self, name: str, *, tail: int, follow: bool) -> AsyncIterator[str]:
+        """Return log lines of a function's replicas, one replica after the other.
 
-        With `follow` it is the newest replica, and new lines come until it is gone.
+        With `follow` it is the newest replica, and new lines come until it is gone. Without any
+        replica it is the end of the last one's log.
+
+        Raises:
+            NotFound: No such function is deployed.
+            ActivationFailed: It has no snapshot yet.
         """
-        function = self._servable(self._entry(name))
+        return self._log_lines(self._servable(self._entry(name)), tail=tail, follow=follow)
+
+    async def _log_lines(
+        self, function: Function, *, tail: int, follow: bool
+    ) -> AsyncIterator[str]:
         replica_ids = list(function.homes)
+        if not replica_ids:
+            for line in await self.node.last_logs.lines(function.name, tail=tail):
+                yield line
         for replica_id in replica_ids[-1:] if follow else replica_ids:
             backend = function.homes[replica_id].backend
             try:
@@ -273,15 +285,6 @@ class ControlPlane:
         """Return every function's view, by name."""
         return [entry_view(entry) for _, entry in sorted(self._entries.items())]
 
-    def function(self, name: str) -> Function:
-        """Return a function by name.
-
-        Raises:
-            NotFound: No such function is deployed.
-            ActivationFailed: It has no snapshot yet.
-        """
-        return self._servable(self._entry(name))
-
     # Inside.
 
     def _all_functions(self) -> list[Function]:
@@ -291,11 +294,12 @@ class ControlPlane:
     def _replica_ids(self) -> set[str]:
         return {replica for function in self._all_functions() for replica in function.set.replicas}
 
-    def _clear_up(self, entry: Entry) -> None:
+    async def _clear_up(self, entry: Entry) -> None:
         """Let go of what a deleted function held, unless its name has been deployed again."""
         name, current = entry.spec.name, self._entries.get(entry.spec.name)
         if current is None:
             self.node.metrics.forget(name)
+            await self.node.last_logs.forget(name)
         if entry.snapshot is not None and (current is None or current.snapshot != entry.snapshot):
             self._snapshots.unpin(entry.snapshot, owner=name)
 

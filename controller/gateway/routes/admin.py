@@ -50,7 +50,7 @@ class Plane(Protocol):
         """Remove the replicas."""
 
     def logs(self, name: str, *, tail: int, follow: bool) -> AsyncIterator[str]:
-        """Yield log lines of the function's replicas."""
+        """Return log lines of the function's replicas, or raise why there are none."""
 
     def view(self, name: str) -> Json:
         """Return one function."""
@@ -158,7 +158,6 @@ def _add_functions(router: APIRouter, plane: Plane) -> None:
         follow: bool = False,
     ) -> StreamingResponse:
         """Stream the log lines of a function's replicas as text."""
-        plane.view(name)
         lines = plane.logs(name, tail=tail, follow=follow)
         return StreamingResponse(_with_line_ends(lines), media_type="text/plain; charset=utf-8")
 

@@ -367,3 +367,56 @@ async def test_a_watch_that_breaks_in_an_unforeseen_way_goes_on(
         machine.world.backend.exit(machine.world.backend.created[0].runtime_id, exit_code=3)
         with pytest.raises(ActivationFailed, match="status 3"):
             await waiting
+
+
+async def test_the_last_log_is_there_when_its_replica_is_gone(smollm2_snapshot: Path) -> None:
+    machine = Machine(smollm2_snapshot)
+    machine.world.make_runtime = _slow_runtime
+    async with machine.controller() as plane:
+        await plane.deploy(spec_of(), "fake")
+        await until_built(plane)
+        waiting = asyncio.create_task(collect(plane.resolve("tiny")))
+        await asyncio.sleep(0.5)
+        (created,) = machine.world.backend.created
+        for line in ("loading", "out of memory"):
+            machine.world.backend.machine.log(created.runtime_id, line)
+        machine.world.backend.exit(created.runtime_id, exit_code=137)
+        with pytest.raises(ActivationFailed, match="out of memory"):
+            await waiting
+        await asyncio.sleep(0.1)
+        assert not machine.world.backend.machine.runtimes
+        told = [line async for line in plane.logs("tiny", tail=100, follow=False)]
+        assert told == ["loading", "out of memory"]
+        assert [line async for line in plane.logs("tiny", tail=1, follow=True)] == told[1:]
+        await plane.delete("tiny")
+        assert await plane.node.last_logs.lines("tiny", tail=9) == []
+
+
+async def test_logs_are_refused_at_once_while_there_is_no_snapshot(
+    smollm2_snapshot: Path,
+) -> None:
+    machine = Machine(smollm2_snapshot)
+    async with machine.controller() as plane:
+        machine.may_build.clear()
+        await plane.deploy(spec_of(), "fake")
+        with pytest.raises(ActivationFailed, match="is being built"):
+            plane.logs("tiny", tail=1, follow=False)
+        with pytest.raises(NotFound):
+            plane.logs("nobody", tail=1, follow=False)
+        machine.may_build.set()
+
+
+async def test_a_build_that_fails_is_told_before_what_failed_earlier(
+    smollm2_snapshot: Path,
+) -> None:
+    machine = Machine(smollm2_snapshot)
+    async with machine.controller() as plane:
+        await plane.deploy(spec_of(), "fake")
+        await until_built(plane)
+        await collect(plane.resolve("tiny"))
+        machine.world.runtime.crash()
+        await asyncio.sleep(0.1)
+        assert "runtime" in plane.view("tiny")["last_error"]
+        machine.build_error = "no such directory"
+        await plane.deploy(spec_of(model={"source": "./other"}), "fake")
+        assert (await until_built(plane))["last_error"] == "no such directory"
