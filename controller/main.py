@@ -38,7 +38,7 @@ from controller.scaling.node import Node
 from controller.scaling.placement import Device, DeviceKind, DevicePool
 from controller.scaling.plane import ControlPlane
 from controller.scaling.reaper import Reaper
-from controller.settings import Settings
+from controller.settings import Settings, family_of, url_of
 from controller.store.database import Database
 from controller.store.ledger import LedgerStore
 from runtime.rpc.client import RuntimeClient
@@ -122,8 +122,7 @@ def listen(host: str, port: int) -> socket.socket:
     Raises:
         OSError: The address is taken or not ours.
     """
-    family = socket.AF_INET6 if ":" in host else socket.AF_INET
-    return socket.create_server((host, port), family=family, backlog=2048)
+    return socket.create_server((host, port), family=family_of(host), backlog=2048)
 
 
 class GatewayServer:
@@ -171,7 +170,7 @@ class GatewayServer:
         for name in (signal.SIGINT, signal.SIGTERM):
             loop.add_signal_handler(name, self._stopping.set)
         host, port = self._listener.getsockname()[:2]
-        log.info("listening", url=f"http://{host}:{port}")
+        log.info("listening", url=url_of(host, port))
         serving = asyncio.create_task(self._server.serve(sockets=[self._listener]), name="gateway")
         stopping = asyncio.create_task(self._stopping.wait(), name="signal")
         await asyncio.wait([serving, stopping], return_when=asyncio.FIRST_COMPLETED)

@@ -4,6 +4,7 @@ A malformed or unknown variable stops the start with its name.
 """
 
 import os
+import socket
 from decimal import Decimal
 from pathlib import Path
 
@@ -75,6 +76,16 @@ class Settings(BaseSettings):
     def database_url(self) -> str:
         """SQLAlchemy URL of the embedded database."""
         return f"sqlite:///{self.home / 'coldspark.db'}"
+
+
+def url_of(host: str, port: int) -> str:
+    """Return the URL of a controller; an IPv6 address needs brackets there."""
+    return f"http://[{host}]:{port}" if ":" in host else f"http://{host}:{port}"
+
+
+def family_of(host: str) -> socket.AddressFamily:
+    """Return the kind of socket that listens at an address."""
+    return socket.AF_INET6 if ":" in host else socket.AF_INET
 
 
 def load_settings(**overrides: object) -> Settings:
