@@ -82,7 +82,7 @@ async def run(settings: Settings) -> None:
         )
         stack.push_async_callback(ledger.flush)
         records = Records(database, ledger, clock)
-        journal = Journal(records.write)
+        journal = Journal(records.write, on_dropped=metrics.journal_entry_dropped)
         stack.push_async_callback(journal.flush)
         node = Node(
             clock=clock,

@@ -112,15 +112,48 @@ async def test_a_journal_that_cannot_be_written_keeps_its_entries_within_a_bound
             raise OSError("disk full")
         written.extend(entries)
 
-    journal = Journal(write)
+    dropped: list[None] = []
+    journal = Journal(write, on_dropped=lambda: dropped.append(None))
     for number in range(10_050):
         journal.add(cold_start(number))
     with pytest.raises(OSError, match="disk full"):
         await journal.flush()
     is_away = False
     await journal.flush()
-    assert journal.num_dropped == 50
+    assert len(dropped) == 50
     assert len(written) == 10_000
+
+
+@pytest.mark.parametrize("fails", [False, True])
+async def test_what_comes_during_a_write_is_neither_lost_nor_written_twice(fails: bool) -> None:
+    may_write = asyncio.Event()
+    written: list[int] = []
+
+    async def write(entries: list[Entry]) -> None:
+        await may_write.wait()
+        if fails:
+            raise OSError("disk full")
+        written.extend(entry.started_us for entry in entries if isinstance(entry, ColdStart))
+
+    dropped: list[None] = []
+    journal = Journal(write, on_dropped=lambda: dropped.append(None))
+    for number in range(10_000):
+        journal.add(cold_start(number))
+    first, second = (asyncio.create_task(journal.flush()) for _ in range(2))
+    await asyncio.sleep(0)
+    await asyncio.sleep(0)
+    for number in range(10_000, 10_010):
+        journal.add(cold_start(number))
+    first.cancel()
+    await asyncio.sleep(0)
+    may_write.set()
+    await asyncio.wait([first, second])
+    assert first.cancelled()
+    assert (second.exception() is not None) is fails
+    fails = False
+    await journal.flush()
+    assert written == list(range(len(dropped), 10_010))
+    assert len(dropped) == (10 if second.exception() else 0)
 
 
 async def test_history_is_kept_for_its_days(records: Records, clock: FakeClock) -> None:
