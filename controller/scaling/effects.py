@@ -63,11 +63,6 @@ class Effects:
         self._function = function
         self._tasks: dict[str, asyncio.Task[None]] = {}
         self._watches: dict[str, asyncio.Task[None]] = {}
-        self._waking: set[str] = set()
-
-    def is_waking(self, replica: Replica) -> bool:
-        """Return whether the replica is on its way back from being parked."""
-        return replica.id in self._waking
 
     async def start(self, replica: Replica) -> None:
         """Create a runtime, load the snapshot, open the stream."""
@@ -111,7 +106,6 @@ class Effects:
         function = self._function
         link = function.links[replica.id]
         activation = function.books.began(replica, Tier.PARKED)
-        self._waking.add(replica.id)
         gpus = function.homes[replica.id].gpus
         try:
             async with self._translated(replica, limit_s=function.spec.timeouts.startup):
@@ -124,8 +118,6 @@ class Effects:
             function.ready(replica)
         except ReplicaLost as error:
             function.lost(replica, str(error))
-        finally:
-            self._waking.discard(replica.id)
 
     async def park(self, replica: Replica) -> None:
         """Have a runtime give its memory back."""

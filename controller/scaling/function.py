@@ -326,7 +326,7 @@ class Function:
         """Note that a replica is gone or useless, and have it removed."""
         if replica.state in ENDING or replica.id not in self.set.replicas:
             return
-        is_start = replica.state in COMING and not self._effects.is_waking(replica)
+        is_start = replica.state in COMING and not replica.is_waking
         log.warning("replica lost", function=self.name, replica_id=replica.id, reason=reason)
         self.last_error = reason
         self.books.failed(replica)

@@ -82,5 +82,7 @@ def cron_trigger(schedule: ScheduleSpec) -> CronTrigger:
 
 def backoff_s(num_failures: int) -> float:
     """Return how long to wait before another start after consecutive failures."""
+    if num_failures == 0:
+        return 0.0
     doublings = min(max(num_failures - 1, 0), 16)
     return min(FIRST_BACKOFF_S * 2.0**doublings, MAX_BACKOFF_S)
