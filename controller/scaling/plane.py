@@ -5,13 +5,13 @@ It keeps the desired state in the store, has snapshots built, and gives each fun
 
 import asyncio
 import difflib
-from collections.abc import AsyncIterator, Callable, Mapping, Sequence
+from collections.abc import AsyncIterator, Callable, Iterable, Mapping, Sequence
 from importlib.metadata import version
 from typing import Any
 
 import structlog
 
-from controller.backends.base import BackendError, RuntimeBackend
+from controller.backends.base import BackendError, BackendUnavailable, RuntimeBackend
 from controller.clock import unix_us
 from controller.errors import (
     ActivationFailed,
@@ -36,6 +36,7 @@ from controller.scaling.preparation import (
 )
 from controller.scaling.reaper import Reaper
 from controller.scaling.reconcile import (
+    Found,
     adopted_claims,
     find_adoptable,
     remove_orphans,
@@ -79,6 +80,7 @@ class ControlPlane:
         self._snapshots = SnapshotStore(node.snapshot_store)
         self._entries: dict[str, Entry] = {}
         self._closing: set[Function] = set()  # deleted, and some request still runs
+        self._unseen = list(backends.values())  # what runs there is still to be taken over
         self._background = Background()
         self._deploying = asyncio.Lock()
         node.pool.on_release(self.poke_all)
@@ -123,12 +125,11 @@ class ControlPlane:
         """Load the desired state, take over what runs, and begin to own it."""
         for stored in await self._store.load():
             self._entries[stored.spec.name] = self._restore(stored)
-        found = await find_adoptable(self._backends, self._functions(), self.node.connect)
+        found = await self._find_adoptable()
+        for backend in self._unseen:
+            log.warning("cannot look for runtimes yet", backend=backend.name)
         await self.node.ledger.recover(adopted_claims(found))
-        for candidate in found:
-            candidate.function.adopt(
-                candidate.info, candidate.link, candidate.state, candidate.device_ids
-            )
+        _adopt(found)
         for entry in self._entries.values():
             self._reaper.follow_schedules(entry.spec, _poker(entry))
             if entry.function is not None:
@@ -159,8 +160,11 @@ class ControlPlane:
             function.sweep()
 
     async def reconcile(self) -> None:
-        """Remove orphans, and replace replicas whose engine hangs."""
-        await remove_orphans(self._backends, self._replica_ids)
+        """Adopt what a backend that was away has kept, remove orphans, replace hung engines."""
+        if self._unseen:
+            _adopt(await self._find_adoptable())
+        seen = [backend for backend in self._backends.values() if backend not in self._unseen]
+        await remove_orphans(seen, self._replica_ids)
         await asyncio.gather(*(replace_silent(function) for function in self._functions().values()))
 
     def poke_all(self) -> None:
@@ -291,6 +295,22 @@ class ControlPlane:
         """Return every function with an owner, those included that are being deleted."""
         return [*self._functions().values(), *self._closing]
 
+    async def _find_adoptable(self) -> list[Found]:
+        """Return what to take over of the backends that have not been seen yet."""
+        found: list[Found] = []
+        for backend in list(self._unseen):
+            try:
+                found += await find_adoptable(
+                    backend, self._functions(), self._replica_ids, self.node.connect
+                )
+            except BackendUnavailable:
+                continue  # said at the start; a machine without Docker needs no more warnings
+            except BackendError as error:
+                log.warning("cannot look for runtimes", backend=backend.name, error=str(error))
+            else:
+                self._unseen.remove(backend)
+        return found
+
     def _replica_ids(self) -> set[str]:
         return {replica for function in self._all_functions() for replica in function.set.replicas}
 
@@ -407,6 +427,11 @@ class ControlPlane:
                 # A defect in one exit must not hide all that come after it.
                 log.exception("watch failed", backend=backend.name)
             await asyncio.sleep(WATCH_RETRY_S)
+
+
+def _adopt(found: Iterable[Found]) -> None:
+    for one in found:
+        one.function.adopt(one.info, one.link, one.state, one.device_ids)
 
 
 def _poker(entry: Entry) -> Callable[[], None]:

@@ -49,24 +49,27 @@ class Found:
 
 
 async def find_adoptable(
-    backends: Mapping[str, RuntimeBackend], functions: Mapping[str, Function], connect: Connect
+    backend: RuntimeBackend,
+    functions: Mapping[str, Function],
+    owned: Callable[[], AbstractSet[str]],
+    connect: Connect,
 ) -> list[Found]:
-    """Return the running runtimes to take over; remove all others of this cluster.
+    """Return a backend's running runtimes to take over; remove all others of this cluster.
 
-    Runtimes of a backend that cannot be reached are left alone.
+    Replicas that are owned already are left alone.
+
+    Raises:
+        BackendError: The backend cannot say what there is.
     """
-    found: list[Found] = []
-    for backend in backends.values():
-        try:
-            infos = await backend.list()
-        except BackendError as error:
-            log.warning("cannot look for runtimes", backend=backend.name, error=str(error))
-            continue
-        checked = await asyncio.gather(
-            *(_check(info, backend, functions, connect) for info in infos)
+    infos = await backend.list()
+    checked = await asyncio.gather(
+        *(
+            _check(info, backend, functions, connect)
+            for info in infos
+            if info.runtime_id not in owned()
         )
-        found += [candidate for candidate in checked if candidate is not None]
-    return found
+    )
+    return [candidate for candidate in checked if candidate is not None]
 
 
 def adopted_claims(found: Iterable[Found]) -> dict[str, AdoptedClaim]:
@@ -102,7 +105,7 @@ async def replace_silent(function: Function) -> None:
 
 
 async def remove_orphans(
-    backends: Mapping[str, RuntimeBackend], owned: Callable[[], AbstractSet[str]]
+    backends: Iterable[RuntimeBackend], owned: Callable[[], AbstractSet[str]]
 ) -> int:
     """Remove every runtime that is no function's replica; returns how many.
 
@@ -112,7 +115,7 @@ async def remove_orphans(
             time: a replica may have been created, or may be on its way out, meanwhile.
     """
     num_removed = 0
-    for backend in backends.values():
+    for backend in backends:
         try:
             before = owned()
             for info in await backend.list():

@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 
-from controller.backends.base import RuntimeInfo
+from controller.backends.base import BackendUnavailable, RuntimeInfo
 from controller.errors import (
     ActivationFailed,
     Conflict,
@@ -420,3 +420,40 @@ async def test_a_build_that_fails_is_told_before_what_failed_earlier(
         machine.build_error = "no such directory"
         await plane.deploy(spec_of(model={"source": "./other"}), "fake")
         assert (await until_built(plane))["last_error"] == "no such directory"
+
+
+async def test_replicas_of_a_backend_that_was_away_at_the_start_are_adopted_when_it_is_back(
+    smollm2_snapshot: Path,
+) -> None:
+    machine = Machine(smollm2_snapshot)
+    (built,) = (
+        s for s in SnapshotStore(smollm2_snapshot.parent).list() if s.path == smollm2_snapshot
+    )
+    async with machine.controller() as plane:
+        await plane.deploy(spec_of(model={"source": built.manifest.source.location}), "fake")
+        await until_built(plane)
+        await collect(plane.resolve("tiny"))
+    (kept,) = machine.world.backend.created
+    machine.restart()
+    machine.world.backend.error = BackendUnavailable("the daemon is away", temporary=True)
+    async with machine.controller() as plane:
+        await plane.reconcile()
+        machine.world.backend.error = None
+        await plane.reconcile()
+        assert list(machine.world.backend.machine.runtimes) == [kept.runtime_id]
+        assert await collect(plane.resolve("tiny")) == [3, 4, 5, 6]
+        assert machine.world.backend.created == [kept]
+
+
+async def test_a_late_look_at_a_backend_leaves_new_replicas_alone(smollm2_snapshot: Path) -> None:
+    machine = Machine(smollm2_snapshot)
+    machine.world.backend.error = BackendUnavailable("the daemon is away", temporary=True)
+    async with machine.controller() as plane:
+        await plane.deploy(spec_of(), "fake")
+        await until_built(plane)
+        machine.world.backend.error = None
+        starting = asyncio.create_task(collect(plane.resolve("tiny")))
+        await asyncio.sleep(0.5)
+        await plane.reconcile()
+        assert await starting == [3, 4, 5, 6]
+        assert len(machine.world.backend.created) == 1
