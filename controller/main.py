@@ -54,16 +54,20 @@ class AlreadyRunning(Exception):
 
 
 def serve(settings: Settings) -> None:
-    """Run the controller until SIGINT or SIGTERM.
+    """Run the controller until SIGINT or SIGTERM; each further one gives up on what it waits for.
 
     Raises:
         AlreadyRunning: Another controller owns the home directory.
+        KeyboardInterrupt: It had to give up on something.
         OSError: The address cannot be listened on.
     """
     configure_logging()
     settings.home.mkdir(parents=True, exist_ok=True, mode=0o700)
     with home_lock(settings.home):
-        uvloop.run(run(settings))
+        try:
+            uvloop.run(run(settings))
+        except asyncio.CancelledError:
+            raise KeyboardInterrupt from None
 
 
 async def run(settings: Settings) -> None:
@@ -165,20 +169,34 @@ class GatewayServer:
         )
 
     async def serve_until_signal(self) -> None:
-        """Serve, and return when a signal has come and the last stream is over."""
-        loop = asyncio.get_running_loop()
+        """Serve, and return when a signal has come and the last stream is over.
+
+        A second signal cancels the calling task, here or in whatever it does afterwards.
+        """
+        loop, task = asyncio.get_running_loop(), asyncio.current_task()
+        assert task is not None
         for name in (signal.SIGINT, signal.SIGTERM):
-            loop.add_signal_handler(name, self._stopping.set)
+            loop.add_signal_handler(name, self._on_signal, task)
         host, port = self._listener.getsockname()[:2]
         log.info("listening", url=url_of(host, port))
         serving = asyncio.create_task(self._server.serve(sockets=[self._listener]), name="gateway")
         stopping = asyncio.create_task(self._stopping.wait(), name="signal")
-        await asyncio.wait([serving, stopping], return_when=asyncio.FIRST_COMPLETED)
-        log.info("stopping")
-        await self._plane.finish_requests(self._settings.shutdown_timeout_s)
-        self._server.should_exit = True
-        stopping.cancel()
-        await serving
+        try:
+            await asyncio.wait([serving, stopping], return_when=asyncio.FIRST_COMPLETED)
+            log.info("stopping")
+            await self._plane.finish_requests(self._settings.shutdown_timeout_s)
+            self._server.should_exit = True
+            await serving
+        finally:
+            for left in (serving, stopping):
+                left.cancel()
+            await asyncio.wait([serving, stopping])
+
+    def _on_signal(self, task: asyncio.Task[None]) -> None:
+        if self._stopping.is_set():
+            log.warning("not waiting any longer")
+            task.cancel()
+        self._stopping.set()
 
 
 class _Server(uvicorn.Server):

@@ -141,7 +141,7 @@ class Effects:
         await self.remove(replica)
 
     async def remove(self, replica: Replica) -> None:
-        """Remove a runtime for good and free its devices, trying until it is gone."""
+        """Remove a runtime for good and free its devices, trying for as long as that can help."""
         function = self._function
         await self._unwatch(replica)
         link = function.links.get(replica.id)
@@ -155,6 +155,8 @@ class Effects:
                 break
             except BackendError as error:
                 log.warning("delete failed", replica_id=replica.id, error=str(error))
+                if not error.temporary:
+                    break  # the sweep for orphans will find it, should it still be there
                 await asyncio.sleep(delay_s)
                 delay_s = min(2 * delay_s, 10.0)
         function.set.stopped(replica, now=function.clock.monotonic())

@@ -50,6 +50,7 @@ from snapshots.store import SnapshotStore
 log = structlog.get_logger(__name__)
 
 WATCH_RETRY_S = 1.0
+STOP_TIMEOUT_S = 60.0
 BUILD_RETRY_AFTER_S = 5.0
 
 
@@ -144,14 +145,19 @@ class ControlPlane:
         functions = self._all_functions()
         await asyncio.gather(*(function.finish_requests(timeout_s) for function in functions))
 
-    async def stop(self, *, stop_runtimes: bool) -> None:
+    async def stop(self, *, stop_runtimes: bool, timeout_s: float = STOP_TIMEOUT_S) -> None:
         """Let go of everything.
 
         Args:
             stop_runtimes: Whether to remove the runtimes too; else the next start adopts them.
+            timeout_s: How long that may take; what is left then is for the next start to find.
         """
         if stop_runtimes:
-            await asyncio.gather(*(function.stop() for function in self._all_functions()))
+            try:
+                async with asyncio.timeout(timeout_s):
+                    await asyncio.gather(*(function.stop() for function in self._all_functions()))
+            except TimeoutError:
+                log.warning("runtimes left running", replica_ids=sorted(self._replica_ids()))
         await self._background.cancel()
 
     async def sweep(self) -> None:

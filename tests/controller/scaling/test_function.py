@@ -6,6 +6,7 @@ import random
 import pytest
 from apscheduler.triggers.cron import CronTrigger
 
+from controller.backends.base import BackendError, BackendUnavailable
 from controller.errors import (
     ActivationFailed,
     ActivationTimeout,
@@ -394,8 +395,6 @@ async def test_two_functions_take_turns_on_one_gpu() -> None:
 
 
 async def test_a_hanging_backend_delete_is_retried_until_the_runtime_is_gone() -> None:
-    from controller.backends.base import BackendUnavailable
-
     world = World()
     async with world.function() as function:
         await function.warm()
@@ -556,3 +555,14 @@ async def test_a_schedule_is_looked_up_at_its_edges_only(monkeypatch: pytest.Mon
             tiers.append(function.tier)
     assert tiers == [Tier.STOPPED, Tier.READY, Tier.PARKED]
     assert len(looked) == 3
+
+
+async def test_a_delete_that_can_never_succeed_is_left_to_the_sweep() -> None:
+    world = World()
+    async with world.function() as function:
+        await function.warm()
+        world.backend.error = BackendError("no such permission")
+        async with asyncio.timeout(5.0):
+            await function.stop()
+        assert not function.set.replicas
+        assert world.backend.machine.runtimes

@@ -457,3 +457,14 @@ async def test_a_late_look_at_a_backend_leaves_new_replicas_alone(smollm2_snapsh
         await plane.reconcile()
         assert await starting == [3, 4, 5, 6]
         assert len(machine.world.backend.created) == 1
+
+
+async def test_stopping_ends_although_a_runtime_cannot_be_removed(smollm2_snapshot: Path) -> None:
+    machine = Machine(smollm2_snapshot)
+    async with machine.controller() as plane:
+        await plane.deploy(spec_of(), "fake")
+        await until_built(plane)
+        await collect(plane.resolve("tiny"))
+        machine.world.backend.error = BackendUnavailable("the daemon is away", temporary=True)
+        async with asyncio.timeout(31.0):
+            await plane.stop(stop_runtimes=True, timeout_s=30.0)
