@@ -16,6 +16,7 @@ ApiError
 ├── RuntimeDied               502  the replica went away while it served this request
 ├── ActivationFailed          503  temporary, Retry-After
 ├── StoreUnavailable          503  temporary, Retry-After
+├── Overloaded                503  temporary, Retry-After
 ├── ShuttingDown              503  temporary, Retry-After
 ├── ActivationTimeout         504  no replica became ready within the queue timeout
 └── FirstTokenTimeout         504  a replica took the request and produced nothing in time
@@ -161,6 +162,13 @@ class StoreUnavailable(ApiError):
 
     status = 503
     code = "store_unavailable"
+
+
+class Overloaded(ApiError):
+    """Too much is on its way into the controller at once."""
+
+    status = 503
+    code = "overloaded"
 
 
 class ShuttingDown(ApiError):

@@ -34,6 +34,11 @@ class Settings(BaseSettings):
         default="local", pattern=r"^[a-z0-9][-a-z0-9]{0,62}$", description="Label on runtimes."
     )
     max_body_bytes: int = Field(default=4 << 20, ge=1024, description="Largest request body.")
+    max_unread_bytes: int = Field(
+        default=256 << 20,
+        ge=1024,
+        description="Bytes of all request bodies that are still being received, together.",
+    )
     body_timeout_s: float = Field(default=30.0, gt=0, description="Longest wait for a whole body.")
     max_prompts: int = Field(default=256, ge=1, description="Most prompts in one completion call.")
     heartbeat_s: float = Field(

@@ -48,6 +48,7 @@ def create_app(
         Middleware(
             BodyGate,
             max_body_bytes=settings.max_body_bytes,
+            max_unread_bytes=settings.max_unread_bytes,
             body_timeout_s=settings.body_timeout_s,
         ),
     ]

@@ -18,6 +18,7 @@ from controller.errors import (
     InternalError,
     InvalidRequest,
     NotFound,
+    Overloaded,
     RequestTimedOut,
     Unauthorized,
 )
@@ -58,7 +59,7 @@ def error_response(error: ApiError) -> JSONResponse:
     if isinstance(error, Unauthorized):
         # A browser asks for a login on Basic, so that the dashboard can be seen.
         headers["www-authenticate"] = 'Bearer, Basic realm="Coldspark API key as password"'
-    if isinstance(error, BodyTooLarge | RequestTimedOut):
+    if isinstance(error, BodyTooLarge | RequestTimedOut | Overloaded):
         headers["connection"] = "close"  # the rest of the body is still on its way
     return JSONResponse(error.envelope(), status_code=error.status, headers=headers)
 

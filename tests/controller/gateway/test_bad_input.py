@@ -416,3 +416,19 @@ def test_no_json_makes_the_gateway_fail(
             assert set(response.json()["error"]) == {"message", "type", "param", "code"}
 
     asyncio.run(ask())
+
+
+async def test_bodies_on_their_way_are_bounded_together(make_app: AppMaker) -> None:
+    app = make_app(max_body_bytes=4096, max_unread_bytes=6000)
+    slow = AsgiCall(app, CHAT, [b" " * 4000], is_complete=False)
+    await asyncio.sleep(0.01)
+    refused = AsgiCall(app, CHAT, [b" " * 4000], is_complete=False)
+    await refused.finished()
+    assert refused.status == 503
+    assert refused.headers["retry-after"] == "1"
+    assert json.loads(refused.text)["error"]["code"] == "overloaded"
+    slow.leave()
+    await slow.finished()
+    served = AsgiCall(app, CHAT, [json.dumps(HELLO).encode() + b" " * 4000])
+    await served.finished()
+    assert served.status == 200
