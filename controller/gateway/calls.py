@@ -145,7 +145,7 @@ class Call:
                 f"the prompt has {num_prompt} tokens, so the context of {self.function.name!r}, "
                 f"{limit} tokens, leaves {room} for the answer and not {wanted}; "
                 "shorten the prompt or lower the limit",
-                param="max_tokens",
+                param=body.limit_field,
             )
         return wanted
 

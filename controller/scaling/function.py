@@ -212,6 +212,8 @@ class Function:
         Raises:
             ApiError: It could not be brought up in time.
         """
+        if self._is_shut:
+            raise self._refusal()
         ticket = Ticket(num_bytes=0)
         now = self.clock.monotonic()
         self.set.admit(ticket, now=now)
@@ -233,7 +235,8 @@ class Function:
         """Park every ready replica now and return when it is done.
 
         Raises:
-            Conflict: Requests are in flight or waiting, or replicas must be kept ready.
+            Conflict: Requests are in flight or waiting, replicas must be kept ready, or a runtime
+                refuses.
         """
         busy = self.set.in_flight + self.set.num_queued
         if busy:
@@ -243,9 +246,13 @@ class Function:
                 f"{self.name!r} keeps {self._floor()} replicas ready; lower scaling.min_replicas "
                 "or wait for its schedule to end"
             )
-        instructions = self.set.park_now(now=self.clock.monotonic(), reason="asked to")
-        self._execute(instructions)
-        await self._effects.settled([instruction.replica for instruction in instructions])
+        self._execute(self.set.park_now(now=self.clock.monotonic(), reason="asked to"))
+        parking = [r for r in self.set.replicas.values() if r.state is ReplicaState.PARKING]
+        await self._effects.settled(parking)
+        for replica in parking:
+            move = replica.lifecycle.history[-1]
+            if (move.source, move.target) == (ReplicaState.PARKING, ReplicaState.READY):
+                raise Conflict(f"{self.name!r} was not parked: {move.reason}; it serves on")
 
     async def stop(self) -> None:
         """Drain and remove every replica and return when they are gone; the function stays."""
@@ -317,18 +324,24 @@ class Function:
         replica = self.set.replicas.get(info.runtime_id)
         if replica is not None:
             code = "" if info.exit_code is None else f" with status {info.exit_code}"
-            reason = await self._effects.with_log_tail(replica, f"the runtime exited{code}")
-            self.lost(replica, reason)
+            log_tail = await self._effects.log_tail(replica)
+            self.lost(replica, f"the runtime exited{code}", log_tail=log_tail)
 
     # Facts: called by the effects.
 
-    def lost(self, replica: Replica, reason: str) -> None:
-        """Note that a replica is gone or useless, and have it removed."""
+    def lost(self, replica: Replica, reason: str, *, log_tail: str = "") -> None:
+        """Note that a replica is gone or useless, and have it removed.
+
+        Args:
+            replica: The lost one.
+            reason: Why; clients are told.
+            log_tail: The end of its log, which only the operator gets to see.
+        """
         if replica.state in ENDING or replica.id not in self.set.replicas:
             return
         is_start = replica.state in COMING and not replica.is_waking
         log.warning("replica lost", function=self.name, replica_id=replica.id, reason=reason)
-        self.last_error = reason
+        self.last_error = f"{reason}; its log ends: {log_tail}" if log_tail else reason
         self.books.failed(replica)
         now = self.clock.monotonic()
         waiters = self.set.failed(replica, now=now, reason=reason, is_start=is_start)
@@ -428,7 +441,7 @@ class Function:
     async def _warm_quietly(self) -> None:
         try:
             await self.warm()
-        except ActivationFailed as error:
+        except ApiError as error:
             log.warning("warm-up failed", function=self.name, error=error.message)
 
     def _execute(self, instructions: Iterable[Instruction]) -> None:

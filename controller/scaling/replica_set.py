@@ -258,7 +258,7 @@ class ReplicaSet:
         wait_s = max(self.backoff.retry_at - now, 0.0)
         return ActivationFailed(
             f"{self.spec.name!r} could not be started: {self.backoff.reason}; the next attempt is "
-            f"possible in {wait_s:.0f} s",
+            f"possible in {wait_s:.0f} s; `coldspark logs {self.spec.name}` may say more",
             retry_after_s=wait_s,
         )
 

@@ -226,6 +226,13 @@ async def test_limit_beyond_the_context_is_refused_with_numbers(
     assert response.status_code == 200
 
 
+async def test_the_newer_name_of_the_limit_is_named_where_it_was_used(
+    client: httpx.AsyncClient,
+) -> None:
+    for field in ("max_tokens", "max_completion_tokens"):
+        assert (await refused(client, CHAT, {**HELLO, field: 1000}))["param"] == field
+
+
 async def test_a_long_prompt_leaves_what_is_left_by_default(
     client: httpx.AsyncClient, function: FakeFunction
 ) -> None:

@@ -184,7 +184,7 @@ async def test_a_start_that_fails_is_told_at_once_and_backed_off() -> None:
         assert await collect(function) == [3, 4, 5, 6], "the back-off expires by itself"
 
 
-async def test_an_exit_during_the_start_is_told_with_the_end_of_its_log() -> None:
+async def test_an_exit_during_the_start_is_told_and_its_log_only_to_the_operator() -> None:
     world = World(make_runtime=lambda: FakeRuntime(load_s=1000.0))
     async with world.function() as function:
         task = asyncio.create_task(collect(function))
@@ -193,8 +193,10 @@ async def test_an_exit_during_the_start_is_told_with_the_end_of_its_log() -> Non
         world.backend.machine.log(runtime_id, "ImportError: no module named torch")
         world.backend.exit(runtime_id, exit_code=1)
         await function.exited(await world.backend.inspect(runtime_id))
-        with pytest.raises(ActivationFailed, match=r"status 1.*no module named torch"):
+        with pytest.raises(ActivationFailed, match=r"status 1.*`coldspark logs tiny`") as told:
             await task
+        assert "torch" not in told.value.message
+        assert "no module named torch" in function.last_error
         assert now() < 2.0
 
 
@@ -566,3 +568,31 @@ async def test_a_delete_that_can_never_succeed_is_left_to_the_sweep() -> None:
             await function.stop()
         assert not function.set.replicas
         assert world.backend.machine.runtimes
+
+
+async def test_parking_by_hand_says_when_the_runtime_refuses() -> None:
+    world = World()
+    async with world.function() as function:
+        await function.warm()
+        world.runtime.fails.add("park")
+        with pytest.raises(Conflict, match="told to refuse park"):
+            await function.park()
+
+
+async def test_parking_by_hand_waits_for_one_that_is_under_way() -> None:
+    world = World(make_runtime=lambda: FakeRuntime(park_s=5.0))
+    async with world.function() as function:
+        await function.warm()
+        first = asyncio.create_task(function.park())
+        await asyncio.sleep(0.1)
+        await function.park()
+        assert states(function) == {ReplicaState.PARKED}
+        await first
+
+
+async def test_a_deleted_function_is_not_warmed() -> None:
+    world = World()
+    async with world.function() as function:
+        function.close()
+        with pytest.raises(ModelNotFound):
+            await function.warm()
