@@ -82,7 +82,7 @@ async def run(settings: Settings) -> None:
             devices=device_rates(devices, settings.gpu_hour_usd),
             clock=clock,
             repository=LedgerStore(database),
-            on_closed=partial(count_device_time, metrics),
+            on_spent=partial(count_device_time, metrics),
         )
         stack.push_async_callback(ledger.flush)
         records = Records(database, ledger, clock)
@@ -216,8 +216,8 @@ def open_backends(settings: Settings) -> Mapping[str, RuntimeBackend]:
 
 
 def count_device_time(metrics: Metrics, interval: Interval) -> None:
-    """Add a closed ledger interval to the exported device-seconds."""
-    assert interval.end_us is not None, "only closed intervals are counted"
+    """Add a ledger interval that has ended to the exported device-seconds."""
+    assert interval.end_us is not None, "only time that has passed is counted"
     device_us = (interval.end_us - interval.start_us) * interval.share_ppm / WHOLE_PPM
     metrics.add_gpu_seconds(
         function=interval.function or "", state=str(interval.state), seconds=device_us / 1e6

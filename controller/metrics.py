@@ -184,7 +184,7 @@ class Metrics:
         self._crashes.labels(function).inc()
 
     def add_gpu_seconds(self, *, function: str, state: str, seconds: float) -> None:
-        """Add device-seconds that a ledger interval has closed."""
+        """Add device-seconds that have passed."""
         self._gpu_seconds.labels(function, state).inc(seconds)
 
     def journal_entry_dropped(self) -> None:

@@ -3,6 +3,7 @@
 from collections.abc import AsyncIterator, Mapping
 from datetime import datetime, timedelta
 from enum import StrEnum
+from pathlib import Path
 from typing import Annotated, Any, Literal, Protocol
 
 from fastapi import APIRouter, Query, Response
@@ -14,6 +15,7 @@ from controller.errors import InvalidRequest, InvalidSpec
 from controller.gateway.bodies import JsonRoute
 from controller.gateway.responses import ERROR_RESPONSES
 from functions.loader import SpecError, load_object
+from functions.spec import is_local_source
 from functions.units import parse_duration
 
 MAX_LOG_LINES = 10_000
@@ -136,6 +138,7 @@ def _add_functions(router: APIRouter, plane: Plane) -> None:
             raise InvalidSpec(
                 f"the path names {name!r} and the spec {spec.name!r}; use one name", param="name"
             )
+        _check_source(spec.model.source)
         is_new = await plane.deploy(spec, body.backend)
         return JSONResponse(plane.view(name), status_code=201 if is_new else 200)
 
@@ -198,6 +201,16 @@ def _add_keys(router: APIRouter, keys: Keys) -> None:
     async def revoke_key(key_id: str) -> None:
         """Revoke an API key at once."""
         await keys.revoke_key(key_id)
+
+
+def _check_source(source: str) -> None:
+    """Refuse a path that means one thing to the client and another to the controller."""
+    if is_local_source(source) and not Path(source).is_absolute():
+        raise InvalidSpec(
+            f"model.source is {source!r}, a path from some directory; send an absolute one, "
+            "as `coldspark deploy` does",
+            param="spec.model.source",
+        )
 
 
 def _moment(text: str, now: datetime) -> datetime:

@@ -62,3 +62,25 @@ async def test_a_key_with_an_impossible_life_is_refused(
     assert response.status_code == 400
     assert response.json()["error"]["param"] == "expires_in_s"
     assert asked.calls == []
+
+
+@pytest.mark.parametrize("source", ["./model", "../model", "~/model", "model.gguf"])
+async def test_a_path_from_the_clients_directory_is_refused(
+    client: httpx.AsyncClient, asked: Asked, source: str
+) -> None:
+    body = {"spec": {"name": "tiny", "model": {"source": source}}}
+    response = await client.put("/api/v1/functions/tiny", json=body)
+    assert response.status_code == 422
+    assert response.json()["error"]["param"] == "spec.model.source"
+    assert "absolute" in response.json()["error"]["message"]
+    assert asked.calls == []
+
+
+@pytest.mark.parametrize("source", ["/models/tiny", "/models/tiny.gguf", "org/tiny", "org/tiny@v1"])
+async def test_a_source_that_means_the_same_everywhere_is_deployed(
+    client: httpx.AsyncClient, asked: Asked, source: str
+) -> None:
+    body = {"spec": {"name": "tiny", "model": {"source": source}}}
+    response = await client.put("/api/v1/functions/tiny", json=body)
+    assert response.status_code == 200
+    assert [name for name, _ in asked.calls] == ["deploy"]
