@@ -3,8 +3,9 @@
 import asyncio
 import secrets
 import uuid
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import contextmanager, suppress
+from dataclasses import replace
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any, TypeVar
@@ -39,6 +40,7 @@ T = TypeVar("T")
 KEY_PREFIX = "sk-"
 KEY_BYTES = 32
 STORE_RETRY_AFTER_S = 2.0
+MAX_EARLIER = 5
 
 
 class Records:
@@ -62,15 +64,21 @@ class Records:
     # Functions: controller.scaling.plane.FunctionStore.
 
     async def load(self) -> list[StoredFunction]:
-        """Return every deployed function with its current revision."""
-        deployed = await self._database.run(lambda connection: Functions(connection).list())
+        """Return every deployed function with its current revision and some earlier ones."""
+
+        def work(connection: Connection) -> list[list[DeployedFunction]]:
+            table = Functions(connection)
+            return [[one, *table.earlier(one, limit=MAX_EARLIER)] for one in table.list()]
+
         functions = []
-        for function in deployed:
+        for current, *earlier in await self._database.run(work):
             try:
-                functions.append(_stored_function(function))
+                stored = _stored_function(current)
             except ValidationError as error:
                 # One spec of another version must not keep all the others from being served.
-                log.error("stored spec not valid", function=function.name, error=str(error))
+                log.error("stored spec not valid", function=current.name, error=str(error))
+                continue
+            functions.append(replace(stored, earlier=tuple(_valid(earlier))))
         return functions
 
     async def put(self, function: StoredFunction) -> None:
@@ -226,6 +234,12 @@ def _write_private(path: Path, text: str) -> None:
     path.unlink(missing_ok=True)
     path.touch(mode=0o600)
     path.write_text(text)
+
+
+def _valid(functions: Iterable[DeployedFunction]) -> Iterator[StoredFunction]:
+    for function in functions:
+        with suppress(ValidationError):
+            yield _stored_function(function)
 
 
 def _stored_function(function: DeployedFunction) -> StoredFunction:

@@ -135,7 +135,7 @@ class ControlPlane:
             self._reaper.follow_schedules(entry.spec, _poker(entry))
             if entry.function is not None:
                 entry.owner = self._own(entry.function)
-            else:
+            if entry.snapshot_state is not SnapshotState.READY:
                 entry.builder = self._prepare_in_background(entry)
         for backend in self._backends.values():
             _ = self._background.start(self._watch(backend), f"watch {backend.name}")
@@ -350,20 +350,32 @@ class ControlPlane:
                 )
 
     def _restore(self, stored: StoredFunction) -> Entry:
-        spec = stored.spec
-        entry = Entry(spec=spec, backend=stored.backend, created_us=stored.created_us)
-        snapshot = self._snapshots.find(
-            location=spec.model.location,
-            revision=spec.model.revision,
-            dtype=spec.model.dtype,
-            tensor_parallel_size=spec.engine.tensor_parallel_size,
-        )
-        if snapshot is not None:
-            try:
-                self._install(entry, deployment_of(spec, stored.backend, snapshot.path))
-            except (ApiError, SnapshotError, OSError) as error:
-                log.error("snapshot not usable", function=spec.name, error=str(error))
+        """Return a function with the newest of its revisions that has a snapshot, if one has."""
+        entry = Entry(spec=stored.spec, backend=stored.backend, created_us=stored.created_us)
+        for candidate in (stored, *stored.earlier):
+            if self._restored(entry, candidate):
+                if candidate is not stored:
+                    entry.snapshot_state = SnapshotState.BUILDING
+                break
         return entry
+
+    def _restored(self, entry: Entry, stored: StoredFunction) -> bool:
+        """Install a stored revision; says whether it could be."""
+        spec = stored.spec
+        try:
+            snapshot = self._snapshots.find(
+                location=spec.model.location,
+                revision=spec.model.revision,
+                dtype=spec.model.dtype,
+                tensor_parallel_size=spec.engine.tensor_parallel_size,
+            )
+            if snapshot is None:
+                return False
+            self._install(entry, deployment_of(spec, stored.backend, snapshot.path))
+        except (ApiError, SnapshotError, OSError) as error:
+            log.error("snapshot not usable", function=spec.name, error=str(error))
+            return False
+        return True
 
     def _accept(
         self, spec: FunctionSpec, backend: str, created_us: int, previous: Entry | None
@@ -410,7 +422,7 @@ class ControlPlane:
         if entry.snapshot not in (None, deployment.snapshot):
             self._snapshots.unpin(entry.snapshot, owner=deployment.spec.name)
         entry.snapshot, entry.snapshot_state = deployment.snapshot, SnapshotState.READY
-        backend = self._backends[entry.backend]
+        backend = self._backends[deployment.backend]
         if entry.function is None:
             created = entry.created_us // 1_000_000
             entry.function = Function(deployment, backend, self.node, created=created)

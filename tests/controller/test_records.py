@@ -81,6 +81,18 @@ async def test_a_spec_of_another_version_hides_no_other_function(
     assert [stored.spec.name for stored in await records.load()] == ["good"]
 
 
+async def test_earlier_revisions_come_with_the_current_one(
+    records: Records, clock: FakeClock
+) -> None:
+    for seconds in (1, 2, 3):
+        clock.advance(1)
+        spec = spec_of(scaling={"idle_timeout": seconds})
+        await records.put(StoredFunction(spec=spec, backend="process", created_us=START_US))
+    (stored,) = await records.load()
+    found = [one.spec.scaling.idle_timeout for one in (stored, *stored.earlier)]
+    assert found == [3, 2, 1]
+
+
 async def test_the_journal_ends_up_in_the_history(records: Records, clock: FakeClock) -> None:
     journal = Journal(records.write)
     record = GenerationRecord(request_id="r", function="tiny", tier="ready", outcome="stop")

@@ -468,3 +468,30 @@ async def test_stopping_ends_although_a_runtime_cannot_be_removed(smollm2_snapsh
         machine.world.backend.error = BackendUnavailable("the daemon is away", temporary=True)
         async with asyncio.timeout(31.0):
             await plane.stop(stop_runtimes=True, timeout_s=30.0)
+
+
+async def test_the_serving_revision_serves_on_after_a_restart_during_a_build(
+    smollm2_snapshot: Path,
+) -> None:
+    machine = Machine(smollm2_snapshot)
+    (built,) = (
+        s for s in SnapshotStore(smollm2_snapshot.parent).list() if s.path == smollm2_snapshot
+    )
+    old = spec_of(model={"source": built.manifest.source.location})
+    async with machine.controller() as plane:
+        await plane.deploy(old, "fake")
+        await until_built(plane)
+        await collect(plane.resolve("tiny"))
+    new = StoredFunction(spec=spec_of(), backend="fake", created_us=0)
+    earlier = machine.store.functions["tiny"]
+    machine.store.functions["tiny"] = replace(new, earlier=(earlier,))
+    machine.restart()
+    machine.may_build.clear()
+    async with machine.controller() as plane:
+        assert plane.view("tiny")["snapshot_state"] == "building"
+        assert await collect(plane.resolve("tiny")) == [3, 4, 5, 6]
+        assert len(machine.world.backend.created) == 1
+        machine.may_build.set()
+        assert (await until_built(plane))["snapshot_state"] == "ready"
+        assert plane.view("tiny")["source"] == "./model"
+        assert await collect(plane.resolve("tiny")) == [3, 4, 5, 6]
