@@ -204,8 +204,9 @@ def test_doctor_says_why_torch_is_missing(monkeypatch: pytest.MonkeyPatch, tmp_p
 
 @pytest.mark.parametrize("content", [b"this is no database" * 100, None])
 def test_up_tells_what_is_wrong_with_the_database(
-    cli: Cli, tmp_path: Path, content: bytes | None
+    cli: Cli, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, content: bytes | None
 ) -> None:
+    monkeypatch.setattr("controller.main.configure_logging", lambda: None)  # it is for good
     database = tmp_path / "coldspark.db"
     if content is None:
         database.mkdir()
