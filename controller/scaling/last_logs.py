@@ -34,12 +34,12 @@ class LastLogs:
             async with asyncio.timeout(READ_TIMEOUT_S):
                 async for line in backend.logs(runtime_id, tail=MAX_LINES):
                     lines.append(line)
-        except (BackendError, TimeoutError) as error:
+        except (BackendError, OSError) as error:  # running out of time is an OSError, too
             log.info("last log incomplete", runtime_id=runtime_id, error=str(error))
         if not lines:
             return
         try:
-            await self._write(function, "\n".join(lines).encode()[-MAX_BYTES:])
+            await self._write(function, "\n".join(lines).encode(errors="replace")[-MAX_BYTES:])
         except OSError as error:
             log.warning("last log not kept", runtime_id=runtime_id, error=str(error))
 

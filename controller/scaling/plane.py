@@ -126,9 +126,7 @@ class ControlPlane:
         """Load the desired state, take over what runs, and begin to own it."""
         for stored in await self._store.load():
             self._entries[stored.spec.name] = self._restore(stored)
-        found = await self._find_adoptable()
-        for backend in self._unseen:
-            log.warning("cannot look for runtimes yet", backend=backend.name)
+        found = await self._find_adoptable(is_first=True)
         await self.node.ledger.recover(adopted_claims(found))
         _adopt(found)
         for entry in self._entries.values():
@@ -168,7 +166,7 @@ class ControlPlane:
     async def reconcile(self) -> None:
         """Adopt what a backend that was away has kept, remove orphans, replace hung engines."""
         if self._unseen:
-            _adopt(await self._find_adoptable())
+            _adopt(await self._find_adoptable(is_first=False))
         seen = [backend for backend in self._backends.values() if backend not in self._unseen]
         await remove_orphans(seen, self._replica_ids)
         await asyncio.gather(*(replace_silent(function) for function in self._functions().values()))
@@ -301,18 +299,18 @@ class ControlPlane:
         """Return every function with an owner, those included that are being deleted."""
         return [*self._functions().values(), *self._closing]
 
-    async def _find_adoptable(self) -> list[Found]:
+    async def _find_adoptable(self, *, is_first: bool) -> list[Found]:
         """Return what to take over of the backends that have not been seen yet."""
         found: list[Found] = []
         for backend in list(self._unseen):
             try:
                 found += await find_adoptable(
-                    backend, self._functions(), self._replica_ids, self.node.connect
+                    backend, self._functions(), self._replica_ids, self.node
                 )
-            except BackendUnavailable:
-                continue  # said at the start; a machine without Docker needs no more warnings
             except BackendError as error:
-                log.warning("cannot look for runtimes", backend=backend.name, error=str(error))
+                # A machine without Docker needs no warning every time.
+                if is_first or not isinstance(error, BackendUnavailable):
+                    log.warning("cannot look for runtimes", backend=backend.name, error=str(error))
             else:
                 self._unseen.remove(backend)
         return found
@@ -323,11 +321,11 @@ class ControlPlane:
     async def _clear_up(self, entry: Entry) -> None:
         """Let go of what a deleted function held, unless its name has been deployed again."""
         name, current = entry.spec.name, self._entries.get(entry.spec.name)
+        if entry.snapshot is not None and (current is None or current.snapshot != entry.snapshot):
+            self._snapshots.unpin(entry.snapshot, owner=name)
         if current is None:
             self.node.metrics.forget(name)
             await self.node.last_logs.forget(name)
-        if entry.snapshot is not None and (current is None or current.snapshot != entry.snapshot):
-            self._snapshots.unpin(entry.snapshot, owner=name)
 
     def _functions(self) -> dict[str, Function]:
         entries = self._entries.items()

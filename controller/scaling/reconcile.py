@@ -17,7 +17,8 @@ from controller.backends.base import (
 from controller.ledger.intervals import AdoptedClaim, LedgerState
 from controller.scaling.function import Function
 from controller.scaling.lifecycle import ReplicaState
-from controller.scaling.link import Connect, RuntimeLink
+from controller.scaling.link import RuntimeLink
+from controller.scaling.node import Node
 from controller.scaling.placement import CPU_DEVICE_ID
 from runtime.rpc import inference_pb2 as pb
 from runtime.rpc.client import RuntimeRpcError
@@ -52,11 +53,11 @@ async def find_adoptable(
     backend: RuntimeBackend,
     functions: Mapping[str, Function],
     owned: Callable[[], AbstractSet[str]],
-    connect: Connect,
+    node: Node,
 ) -> list[Found]:
     """Return a backend's running runtimes to take over; remove all others of this cluster.
 
-    Replicas that are owned already are left alone.
+    Replicas that are owned already are left alone. The end of a removed one's log is kept.
 
     Raises:
         BackendError: The backend cannot say what there is.
@@ -64,7 +65,7 @@ async def find_adoptable(
     infos = await backend.list()
     checked = await asyncio.gather(
         *(
-            _check(info, backend, functions, connect)
+            _check(info, backend, functions, node)
             for info in infos
             if info.runtime_id not in owned()
         )
@@ -135,7 +136,7 @@ async def _check(
     info: RuntimeInfo,
     backend: RuntimeBackend,
     functions: Mapping[str, Function],
-    connect: Connect,
+    node: Node,
 ) -> Found | None:
     function = functions.get(info.function)
     fits = (
@@ -145,7 +146,7 @@ async def _check(
         and info.phase is RuntimePhase.RUNNING
     )
     if fits and function is not None:
-        link = RuntimeLink(connect(info.endpoint))
+        link = RuntimeLink(node.connect(info.endpoint))
         try:
             link.status = await link.connection.health(timeout_s=HEALTH_TIMEOUT_S)
             state = ADOPTABLE.get(link.status.state)
@@ -156,6 +157,8 @@ async def _check(
             log.warning("cannot adopt", runtime_id=info.runtime_id, error=str(error))
         await link.close()
     log.info("removing a runtime that cannot be adopted", runtime_id=info.runtime_id)
+    if function is not None:
+        await node.last_logs.keep(function.name, backend, info.runtime_id)
     try:
         await backend.delete(info.runtime_id)
     except BackendError as error:

@@ -223,12 +223,14 @@ async def test_a_new_controller_adopts_what_fits_and_removes_the_rest(
     (kept,) = machine.world.backend.created
     stranger = replace(kept, runtime_id="stranger", revision="old")
     await machine.world.backend.create(stranger)
+    machine.world.backend.machine.log("stranger", "what it said last")
     machine.restart()
     async with machine.controller() as plane:
         assert list(machine.world.backend.machine.runtimes) == [kept.runtime_id]
         assert plane.view("tiny")["tier"] == "ready"
         assert await collect(plane.resolve("tiny")) == [3, 4, 5, 6]
         assert machine.world.backend.created == [kept, stranger]
+        assert await plane.node.last_logs.lines("tiny", tail=9) == ["what it said last"]
 
 
 async def test_orphans_are_removed_and_replicas_are_not(smollm2_snapshot: Path) -> None:
