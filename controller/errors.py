@@ -4,6 +4,7 @@ ApiError
 ├── InvalidRequest            400  the body or a field is wrong; says what to change
 │   └── ContextLengthExceeded 400
 ├── Unauthorized              401
+├── Forbidden                 403  a web page of another site has made a browser call
 ├── NotFound                  404
 │   └── ModelNotFound         404
 ├── RequestTimedOut           408  the client sent its body too slowly
@@ -14,7 +15,8 @@ ApiError
 ├── InternalError             500
 ├── RuntimeDied               502  the replica went away while it served this request
 ├── ActivationFailed          503  temporary, Retry-After
-├── NoCapacity                503  temporary, Retry-After
+├── StoreUnavailable          503  temporary, Retry-After
+├── Overloaded                503  temporary, Retry-After
 ├── ShuttingDown              503  temporary, Retry-After
 ├── ActivationTimeout         504  no replica became ready within the queue timeout
 └── FirstTokenTimeout         504  a replica took the request and produced nothing in time
@@ -71,6 +73,14 @@ class Unauthorized(ApiError):
     status = 401
     type = "invalid_request_error"
     code = "invalid_api_key"
+
+
+class Forbidden(ApiError):
+    """A web page of another site has made a browser call, or may have."""
+
+    status = 403
+    type = "invalid_request_error"
+    code = "forbidden"
 
 
 class NotFound(ApiError):
@@ -147,11 +157,18 @@ class ActivationFailed(ApiError):
     code = "activation_failed"
 
 
-class NoCapacity(ApiError):
-    """No device is free now, but one could become free."""
+class StoreUnavailable(ApiError):
+    """The database cannot be used now; what is warm and known serves on."""
 
     status = 503
-    code = "no_capacity"
+    code = "store_unavailable"
+
+
+class Overloaded(ApiError):
+    """Too much is on its way into the controller at once."""
+
+    status = 503
+    code = "overloaded"
 
 
 class ShuttingDown(ApiError):

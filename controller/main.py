@@ -33,11 +33,12 @@ from controller.metrics import Metrics
 from controller.records import Records
 from controller.scaling.devices import find_devices
 from controller.scaling.journal import Journal
+from controller.scaling.last_logs import LastLogs
 from controller.scaling.node import Node
 from controller.scaling.placement import Device, DeviceKind, DevicePool
 from controller.scaling.plane import ControlPlane
 from controller.scaling.reaper import Reaper
-from controller.settings import Settings
+from controller.settings import Settings, family_of, url_of
 from controller.store.database import Database
 from controller.store.ledger import LedgerStore
 from runtime.rpc.client import RuntimeClient
@@ -53,16 +54,20 @@ class AlreadyRunning(Exception):
 
 
 def serve(settings: Settings) -> None:
-    """Run the controller until SIGINT or SIGTERM.
+    """Run the controller until SIGINT or SIGTERM; each further one gives up on what it waits for.
 
     Raises:
         AlreadyRunning: Another controller owns the home directory.
+        KeyboardInterrupt: It had to give up on something.
         OSError: The address cannot be listened on.
     """
     configure_logging()
     settings.home.mkdir(parents=True, exist_ok=True, mode=0o700)
     with home_lock(settings.home):
-        uvloop.run(run(settings))
+        try:
+            uvloop.run(run(settings))
+        except asyncio.CancelledError:
+            raise KeyboardInterrupt from None
 
 
 async def run(settings: Settings) -> None:
@@ -77,11 +82,11 @@ async def run(settings: Settings) -> None:
             devices=device_rates(devices, settings.gpu_hour_usd),
             clock=clock,
             repository=LedgerStore(database),
-            on_closed=partial(count_device_time, metrics),
+            on_spent=partial(count_device_time, metrics),
         )
         stack.push_async_callback(ledger.flush)
         records = Records(database, ledger, clock)
-        journal = Journal(records.write)
+        journal = Journal(records.write, on_dropped=metrics.journal_entry_dropped)
         stack.push_async_callback(journal.flush)
         node = Node(
             clock=clock,
@@ -91,6 +96,7 @@ async def run(settings: Settings) -> None:
             journal=journal,
             metrics=metrics,
             snapshot_store=settings.snapshot_store,
+            last_logs=LastLogs(settings.last_logs_dir),
             gpu_hour_usd=settings.gpu_hour_usd,
             epoch=unix_us(clock.now()) // 1_000_000,
         )
@@ -120,8 +126,7 @@ def listen(host: str, port: int) -> socket.socket:
     Raises:
         OSError: The address is taken or not ours.
     """
-    family = socket.AF_INET6 if ":" in host else socket.AF_INET
-    return socket.create_server((host, port), family=family, backlog=2048)
+    return socket.create_server((host, port), family=family_of(host), backlog=2048)
 
 
 class GatewayServer:
@@ -164,20 +169,34 @@ class GatewayServer:
         )
 
     async def serve_until_signal(self) -> None:
-        """Serve, and return when a signal has come and the last stream is over."""
-        loop = asyncio.get_running_loop()
+        """Serve, and return when a signal has come and the last stream is over.
+
+        A second signal cancels the calling task, here or in whatever it does afterwards.
+        """
+        loop, task = asyncio.get_running_loop(), asyncio.current_task()
+        assert task is not None
         for name in (signal.SIGINT, signal.SIGTERM):
-            loop.add_signal_handler(name, self._stopping.set)
+            loop.add_signal_handler(name, self._on_signal, task)
         host, port = self._listener.getsockname()[:2]
-        log.info("listening", url=f"http://{host}:{port}")
+        log.info("listening", url=url_of(host, port))
         serving = asyncio.create_task(self._server.serve(sockets=[self._listener]), name="gateway")
         stopping = asyncio.create_task(self._stopping.wait(), name="signal")
-        await asyncio.wait([serving, stopping], return_when=asyncio.FIRST_COMPLETED)
-        log.info("stopping")
-        await self._plane.finish_requests(self._settings.shutdown_timeout_s)
-        self._server.should_exit = True
-        stopping.cancel()
-        await serving
+        try:
+            await asyncio.wait([serving, stopping], return_when=asyncio.FIRST_COMPLETED)
+            log.info("stopping")
+            await self._plane.finish_requests(self._settings.shutdown_timeout_s)
+            self._server.should_exit = True
+            await serving
+        finally:
+            for left in (serving, stopping):
+                left.cancel()
+            await asyncio.wait([serving, stopping])
+
+    def _on_signal(self, task: asyncio.Task[None]) -> None:
+        if self._stopping.is_set():
+            log.warning("not waiting any longer")
+            task.cancel()
+        self._stopping.set()
 
 
 class _Server(uvicorn.Server):
@@ -197,8 +216,8 @@ def open_backends(settings: Settings) -> Mapping[str, RuntimeBackend]:
 
 
 def count_device_time(metrics: Metrics, interval: Interval) -> None:
-    """Add a closed ledger interval to the exported device-seconds."""
-    assert interval.end_us is not None, "only closed intervals are counted"
+    """Add a ledger interval that has ended to the exported device-seconds."""
+    assert interval.end_us is not None, "only time that has passed is counted"
     device_us = (interval.end_us - interval.start_us) * interval.share_ppm / WHOLE_PPM
     metrics.add_gpu_seconds(
         function=interval.function or "", state=str(interval.state), seconds=device_us / 1e6

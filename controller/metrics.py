@@ -119,6 +119,11 @@ class Metrics:
             *("function", "state"),
         )
 
+        self._journal_dropped = counter(
+            "journal_dropped_total",
+            "Requests, cold starts and transitions never written: the database was away too long.",
+        )
+
     def request_finished(self, *, function: str, code: int, is_cold: bool, seconds: float) -> None:
         """Count one call of the OpenAI API; the function is empty when none was resolved."""
         self._requests.labels(function, str(code), _flag(is_cold)).inc()
@@ -179,8 +184,12 @@ class Metrics:
         self._crashes.labels(function).inc()
 
     def add_gpu_seconds(self, *, function: str, state: str, seconds: float) -> None:
-        """Add device-seconds that a ledger interval has closed."""
+        """Add device-seconds that have passed."""
         self._gpu_seconds.labels(function, state).inc(seconds)
+
+    def journal_entry_dropped(self) -> None:
+        """Count an entry that the journal had no room for."""
+        self._journal_dropped.inc()
 
     def forget(self, function: str) -> None:
         """Drop the gauges of a deleted function; its counters stay, as Prometheus wants."""

@@ -4,6 +4,7 @@ A malformed or unknown variable stops the start with its name.
 """
 
 import os
+import socket
 from decimal import Decimal
 from pathlib import Path
 
@@ -33,6 +34,11 @@ class Settings(BaseSettings):
         default="local", pattern=r"^[a-z0-9][-a-z0-9]{0,62}$", description="Label on runtimes."
     )
     max_body_bytes: int = Field(default=4 << 20, ge=1024, description="Largest request body.")
+    max_unread_bytes: int = Field(
+        default=256 << 20,
+        ge=1024,
+        description="Bytes of all request bodies that are still being received, together.",
+    )
     body_timeout_s: float = Field(default=30.0, gt=0, description="Longest wait for a whole body.")
     max_prompts: int = Field(default=256, ge=1, description="Most prompts in one completion call.")
     heartbeat_s: float = Field(
@@ -67,9 +73,24 @@ class Settings(BaseSettings):
         return self.home / "runtimes"
 
     @property
+    def last_logs_dir(self) -> Path:
+        """One file a function: the end of the log of its last runtime that is gone."""
+        return self.home / "last-logs"
+
+    @property
     def database_url(self) -> str:
         """SQLAlchemy URL of the embedded database."""
         return f"sqlite:///{self.home / 'coldspark.db'}"
+
+
+def url_of(host: str, port: int) -> str:
+    """Return the URL of a controller; an IPv6 address needs brackets there."""
+    return f"http://[{host}]:{port}" if ":" in host else f"http://{host}:{port}"
+
+
+def family_of(host: str) -> socket.AddressFamily:
+    """Return the kind of socket that listens at an address."""
+    return socket.AF_INET6 if ":" in host else socket.AF_INET
 
 
 def load_settings(**overrides: object) -> Settings:

@@ -11,6 +11,8 @@ from dataclasses import dataclass
 WEEKDAYS = ("sun", "mon", "tue", "wed", "thu", "fri", "sat")
 MONTHS = ("jan", "feb", "mar", "apr", "may", "jun", "jul", "aug", "sep", "oct", "nov", "dec")
 
+LAST_DAYS = (31, 29, 31, 30, 31, 30, 31, 31, 30, 31, 30, 31)
+
 _PART = re.compile(r"(\*|[a-z]{3}|\d{1,2})(?:-([a-z]{3}|\d{1,2}))?(?:/(\d{1,2}))?", re.ASCII)
 
 
@@ -29,7 +31,8 @@ def parse_cron(expression: str) -> CronFields:
     """Return the fields of `minute hour day month weekday`.
 
     Lists, ranges, steps and three-letter English names are understood. A day of month and a day
-    of week together are refused: cron runs on either, most schedulers on both.
+    of week together are refused: cron runs on either, most schedulers on both. So are days that
+    none of the months has: a scheduler would search the calendar for them, again and again.
 
     Raises:
         ValueError: The expression cannot be used; the message says which field and why.
@@ -49,6 +52,8 @@ def parse_cron(expression: str) -> CronFields:
         raise ValueError(
             "must restrict the day of month or the day of week, not both; write two schedules"
         )
+    if day[0] > max(LAST_DAYS[number - 1] for number in month):
+        raise ValueError(f"must name a day that one of its months has, not {day[0]} of {fields[3]}")
     return CronFields(
         minute=_joined(minute, 60),
         hour=_joined(hour, 24),

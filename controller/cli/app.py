@@ -22,8 +22,10 @@ from controller.cli import (
 from controller.cli.connection import DEFAULT_URL, Connection
 from controller.cli.errors import EXIT_CODES, CliError, ExitCode
 from controller.cli.output import report
+from snapshots.exit_codes import EXIT_CODES as SNAPSHOT_EXIT_CODES
 
-EPILOG = "Exit codes: " + ", ".join(f"{code:d} {meaning}" for code, meaning in EXIT_CODES.items())
+_MEANINGS = SNAPSHOT_EXIT_CODES | EXIT_CODES  # `snapshots` hands its own through
+EPILOG = "Exit codes: " + ", ".join(f"{code:d} {_MEANINGS[code]}" for code in sorted(_MEANINGS))
 
 FUNCTIONS, NODE, FILES = "Functions", "Controller and node", "Files"
 
@@ -84,12 +86,6 @@ def run_command(arguments: Sequence[str]) -> int:
         return _report_usage(error)
     except (typer.Abort, KeyboardInterrupt):
         return ExitCode.INTERRUPTED
-    except (LookupError, TypeError, AttributeError) as error:  # a field was not where we read it
-        report(
-            f"the answer of the controller is not understood: {error!r}",
-            "is it of another version? compare `coldspark version` and `coldspark status -o json`",
-        )
-        return ExitCode.FAILURE
     except BrokenPipeError:
         return _close_stdout()
     return result if isinstance(result, int) else ExitCode.OK

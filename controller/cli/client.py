@@ -37,6 +37,8 @@ class ControllerClient:
 
     Every method raises Unreachable when nothing answers and another CliError when the answer is
     a refusal. Operations may take as long as the controller needs: only connecting is timed.
+
+    Read answers inside its context: a field that is not where it is read becomes a CliError there.
     """
 
     def __init__(self, connection: Connection) -> None:
@@ -61,6 +63,12 @@ class ControllerClient:
         traceback: TracebackType | None,
     ) -> None:
         self._http.close()
+        if isinstance(error, LookupError | TypeError | AttributeError):
+            raise CliError(
+                f"the answer of the controller is not understood: {error!r}",
+                hint="is it of another version? compare `coldspark version` and "
+                "`coldspark status -o json`",
+            ) from error
 
     def call(
         self, method: str, path: str, *, body: object = None, params: dict[str, Any] | None = None
@@ -141,7 +149,7 @@ def error_of(envelope: object, *, status: int, retry_after: str | None = None) -
     hint = None
     if problem is TryLater and retry_after:
         hint = f"try again in {retry_after} s"
-    if problem is KeyRefused:
+    if status == 401:
         hint = "set COLDSPARK_API_KEY or --api-key"
     if problem is NotFoundProblem:
         hint = "`coldspark list` shows what is deployed"

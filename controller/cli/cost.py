@@ -41,18 +41,18 @@ def cost(
     with connect(context) as controller:
         params = {"since": since, "by": by.value}
         report = controller.call("GET", "/api/v1/cost", params=params)
-    if output is OutputFormat.JSON:
-        print_json(report)
-        return
-    columns = (
-        by.upper(), ">ACTIVE", ">IDLE", ">STARTING", ">GIVEN BACK", ">REQUESTS", ">TOKENS",
-        ">COST", ">OF IT IDLE", ">ALWAYS ON",
-    )  # fmt: skip
-    rows = [_row(row["group"], row) for row in report["rows"]]
-    print_table(columns, [*rows, _row("total", report["total"])])
-    note(
-        f"{human_moment(report['since'])} to {human_moment(report['until'])}, {report['currency']}"
-    )
+        if output is OutputFormat.JSON:
+            print_json(report)
+            return
+        columns = (
+            by.upper(), ">ACTIVE", ">IDLE", ">STARTING", ">GIVEN BACK", ">REQUESTS", ">TOKENS",
+            ">COST", ">OF IT IDLE", ">ALWAYS ON",
+        )  # fmt: skip
+        rows = [_row(row["group"], row) for row in report["rows"]]
+        print_table(columns, [*rows, _row("total", report["total"])])
+        note(
+            f"{human_moment(report['since'])} to {human_moment(report['until'])}, {report['currency']}"
+        )
 
 
 def _row(group: str | None, row: Mapping[str, Any]) -> Sequence[object]:

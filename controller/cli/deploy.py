@@ -60,7 +60,7 @@ def deploy(
             body = {"spec": spec.to_json(), "backend": backend.value}
             view = controller.call("PUT", function_path(spec.name), body=body)
             views.append(_wait_for_snapshot(controller, view) if wait else view)
-    show_functions(views, output)
+        show_functions(views, output)
 
 
 def _load_all(files: Sequence[Path]) -> "list[FunctionSpec]":

@@ -236,14 +236,18 @@ def check_port(settings: "Settings") -> Finding:
     """The port is free, or it is a controller that holds it."""
     import httpx  # 0.1 s
 
-    address = f"{settings.host}:{settings.port}"
+    from controller.settings import family_of, url_of
+
+    url = url_of(settings.host, settings.port)
+    address = url.removeprefix("http://")
     try:
-        with socket.create_server((settings.host, settings.port)):
+        where = (settings.host, settings.port)
+        with socket.create_server(where, family=family_of(settings.host)):
             return Finding(check="port", verdict=Verdict.OK, detail=f"{address} is free")
     except OSError as error:
         reason = error.strerror
     try:
-        answer = httpx.get(f"http://{address}/api/v1/status", timeout=3, trust_env=False).text
+        answer = httpx.get(f"{url}/api/v1/status", timeout=3, trust_env=False).text
         is_ours = '"uptime_s"' in answer or '"invalid_api_key"' in answer
     except httpx.HTTPError:
         is_ours = False

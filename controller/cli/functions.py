@@ -34,7 +34,7 @@ def list_functions(context: typer.Context, output: OutputOption = OutputFormat.T
     """List the deployed functions and the tier each is in."""
     with connect(context) as controller:
         answer = controller.call("GET", "/api/v1/functions")
-    show_functions(answer["functions"], output)
+        show_functions(answer["functions"], output)
 
 
 def show_functions(views: Sequence[View], output: OutputFormat) -> None:
@@ -79,18 +79,18 @@ def describe(
     with connect(context) as controller:
         view = controller.call("GET", function_path(name))
         cold_starts = controller.call("GET", "/api/v1/cold-starts", params=params)["cold_starts"]
-    if output is OutputFormat.JSON:
-        print_json({**view, "cold_starts": cold_starts})
-        return
-    print_fields(_fields(view))
-    if view["replicas"]:
-        _heading("Replicas")
-        print_table(REPLICA_COLUMNS, [_replica_row(replica) for replica in view["replicas"]])
-    if cold_starts:
-        _heading("Last cold starts")
-        print_table(COLD_START_COLUMNS, [_cold_start_row(start) for start in cold_starts])
-    _heading("Spec")
-    _print_spec(view["spec"])
+        if output is OutputFormat.JSON:
+            print_json({**view, "cold_starts": cold_starts})
+            return
+        print_fields(_fields(view))
+        if view["replicas"]:
+            _heading("Replicas")
+            print_table(REPLICA_COLUMNS, [_replica_row(replica) for replica in view["replicas"]])
+        if cold_starts:
+            _heading("Last cold starts")
+            print_table(COLD_START_COLUMNS, [_cold_start_row(start) for start in cold_starts])
+        _heading("Spec")
+        _print_spec(view["spec"])
 
 
 def _fields(view: View) -> dict[str, object]:
@@ -169,12 +169,12 @@ def stop(
 def _operate(context: typer.Context, name: str, operation: str, output: OutputFormat) -> None:
     with connect(context) as controller:
         view = controller.call("POST", function_path(name, operation))
-    if output is OutputFormat.JSON:
-        print_json(view)
-        return
-    held = sum(get(replica, "memory", "weights_bytes") or 0 for replica in view["replicas"])
-    held += sum(get(replica, "memory", "kv_cache_bytes") or 0 for replica in view["replicas"])
-    print_fields({"name": view["name"], "tier": view["tier"], "holds": human_bytes(held)})
+        if output is OutputFormat.JSON:
+            print_json(view)
+            return
+        held = sum(get(replica, "memory", "weights_bytes") or 0 for replica in view["replicas"])
+        held += sum(get(replica, "memory", "kv_cache_bytes") or 0 for replica in view["replicas"])
+        print_fields({"name": view["name"], "tier": view["tier"], "holds": human_bytes(held)})
 
 
 def delete(

@@ -33,11 +33,11 @@ def create(
     body = {"name": name, "expires_in_s": None if expires_in is None else _seconds(expires_in)}
     with connect(context) as controller:
         key = controller.call("POST", "/api/v1/keys", body=body)
-    if output is OutputFormat.JSON:
-        print_json(key)
-        return
-    print_fields({"id": key["id"], "name": key["name"], "key": key["key"]})
-    note("keep the key now: it cannot be shown again")
+        if output is OutputFormat.JSON:
+            print_json(key)
+            return
+        print_fields({"id": key["id"], "name": key["name"], "key": key["key"]})
+        note("keep the key now: it cannot be shown again")
 
 
 def _seconds(text: str) -> float:
@@ -54,21 +54,21 @@ def list_keys(context: typer.Context, output: OutputOption = OutputFormat.TABLE)
     """List keys, without their secrets."""
     with connect(context) as controller:
         answer = controller.call("GET", "/api/v1/keys")
-    if output is OutputFormat.JSON:
-        print_json(answer)
-        return
-    columns = ("ID", "NAME", "CREATED", "EXPIRES", "REVOKED")
-    rows = [
-        (
-            key["id"],
-            key["name"],
-            human_moment(key.get("created_at")),
-            human_moment(key.get("expires_at")),
-            human_moment(key.get("revoked_at")),
-        )
-        for key in answer["keys"]
-    ]
-    print_table(columns, rows)
+        if output is OutputFormat.JSON:
+            print_json(answer)
+            return
+        columns = ("ID", "NAME", "CREATED", "EXPIRES", "REVOKED")
+        rows = [
+            (
+                key["id"],
+                key["name"],
+                human_moment(key.get("created_at")),
+                human_moment(key.get("expires_at")),
+                human_moment(key.get("revoked_at")),
+            )
+            for key in answer["keys"]
+        ]
+        print_table(columns, rows)
 
 
 @app.command("revoke")

@@ -24,6 +24,8 @@ from controller.cli.output import (
 if TYPE_CHECKING:
     import httpx
 
+    from controller.cli.client import ControllerClient
+
 
 @dataclass(slots=True, kw_only=True)
 class Answer:
@@ -51,21 +53,20 @@ def run(
     output: OutputOption = OutputFormat.TABLE,
 ) -> None:
     """Ask a function and stream its answer; tier and time to first token go to stderr."""
-    body = _body(name, _prompt(prompt), raw=raw)
+    body = _body(_prompt(prompt), raw=raw)
     options = {"max_tokens": max_tokens, "temperature": temperature}
     body.update({key: value for key, value in options.items() if value is not None})
     path = "/v1/completions" if raw else "/v1/chat/completions"
-    started = time.monotonic()
-    with (
-        connect(context) as controller,
-        controller.stream("POST", path, body=body) as response,
-    ):
-        answer = Answer(tier=response.headers.get("x-coldspark-tier"))
-        for text in _pieces(response, answer, started):
-            answer.pieces.append(text)
-            if output is OutputFormat.TABLE:
-                sys.stdout.write(clean(text) if sys.stdout.isatty() else text)
-                sys.stdout.flush()
+    with connect(context) as controller:
+        body["model"] = _model(controller, name)
+        started = time.monotonic()
+        with controller.stream("POST", path, body=body) as response:
+            answer = Answer(tier=response.headers.get("x-coldspark-tier"))
+            for text in _pieces(response, answer, started):
+                answer.pieces.append(text)
+                if output is OutputFormat.TABLE:
+                    sys.stdout.write(clean(text) if sys.stdout.isatty() else text)
+                    sys.stdout.flush()
     answer.duration_s = time.monotonic() - started
     _finish(answer, output)
 
@@ -77,11 +78,18 @@ def _prompt(argument: str) -> str:
     return text
 
 
-def _body(name: str, prompt: str, *, raw: bool) -> dict[str, Any]:
+def _model(controller: "ControllerClient", name: str) -> str:
+    """Return a model name that reaches a function; what is no function may be one itself."""
+    functions = controller.call("GET", "/api/v1/functions")["functions"]
+    served = {function["name"]: function["served_names"] for function in functions}
+    return str(served[name][0]) if name in served else name
+
+
+def _body(prompt: str, *, raw: bool) -> dict[str, Any]:
     asked: dict[str, Any] = {"prompt": prompt}
     if not raw:
         asked = {"messages": [{"role": "user", "content": prompt}]}
-    return {"model": name, "stream": True, "stream_options": {"include_usage": True}, **asked}
+    return {"stream": True, "stream_options": {"include_usage": True}, **asked}
 
 
 def _pieces(response: "httpx.Response", answer: Answer, started: float) -> Iterator[str]:

@@ -21,27 +21,27 @@ def status(context: typer.Context, output: OutputOption = OutputFormat.TABLE) ->
     """Show the controller and its devices."""
     with connect(context) as controller:
         view = controller.call("GET", "/api/v1/status")
-    if output is OutputFormat.JSON:
-        print_json(view)
-        return
-    fields = {
-        "version": view["version"],
-        "up for": human_seconds(view["uptime_s"]),
-        "functions": view["functions"],
-        "replicas": view["replicas"],
-    }
-    print_fields(fields)
-    typer.echo("\nDevices")
-    rows = [
-        (
-            device["id"],
-            device["kind"],
-            human_bytes(device["used_bytes"]),
-            human_bytes(device["memory_bytes"]),
-        )
-        for device in view["devices"]
-    ]
-    print_table(("ID", "KIND", ">USED", ">MEMORY"), rows)
+        if output is OutputFormat.JSON:
+            print_json(view)
+            return
+        fields = {
+            "version": view["version"],
+            "up for": human_seconds(view["uptime_s"]),
+            "functions": view["functions"],
+            "replicas": view["replicas"],
+        }
+        print_fields(fields)
+        typer.echo("\nDevices")
+        rows = [
+            (
+                device["id"],
+                device["kind"],
+                human_bytes(device["used_bytes"]),
+                human_bytes(device["memory_bytes"]),
+            )
+            for device in view["devices"]
+        ]
+        print_table(("ID", "KIND", ">USED", ">MEMORY"), rows)
 
 
 def version(output: OutputOption = OutputFormat.TABLE) -> None:

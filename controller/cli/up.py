@@ -26,12 +26,17 @@ def up(
     """Run the controller until Ctrl-C. COLDSPARK_* variables set the rest."""
     # The whole control plane: 1 s that no other command needs.
     from controller.main import AlreadyRunning, serve
+    from controller.store.errors import StoreError
 
     settings = read_settings(host=host, port=port, home=home)
     try:
         serve(settings)
     except AlreadyRunning as error:
         raise CliError(str(error)) from error
+    except StoreError as error:
+        raise CliError(
+            str(error), hint="docs/guides/operations.md says what is in the database and its place"
+        ) from error
     except OSError as error:
         raise CliError(
             f"the controller cannot run at {settings.host}:{settings.port} with "

@@ -10,6 +10,7 @@ from controller.clock import Clock
 from controller.gateway.auth import ApiKeys, KeyStore
 from controller.gateway.calls import Gateway
 from controller.gateway.middleware import BodyGate, RequestContext
+from controller.gateway.origin import OriginGate
 from controller.gateway.responses import add_error_handlers
 from controller.gateway.routes import chat, completions, health, models
 from controller.gateway.text import ModelTexts
@@ -43,14 +44,16 @@ def create_app(
     """
     middleware = [
         Middleware(RequestContext, metrics=metrics, clock=clock),
+        Middleware(OriginGate, is_local_only=not settings.require_api_keys),
         Middleware(
             BodyGate,
             max_body_bytes=settings.max_body_bytes,
+            max_unread_bytes=settings.max_unread_bytes,
             body_timeout_s=settings.body_timeout_s,
         ),
     ]
     if settings.require_api_keys:
-        middleware.insert(1, Middleware(ApiKeys, key_store=key_store, clock=clock))
+        middleware.insert(2, Middleware(ApiKeys, key_store=key_store, clock=clock))
     app = FastAPI(
         title="Coldspark",
         docs_url=None,

@@ -102,7 +102,7 @@ class Call:
                         key_id=self.key_id,
                     )
                 ),
-                self.text.detokenizer(),
+                self.text.detokenizer(body.stop_token_ids or ()),
                 StopFilter(body.stop),
             )
             for index, (prompt, max_tokens) in enumerate(zip(prompts, budgets, strict=True))
@@ -145,7 +145,7 @@ class Call:
                 f"the prompt has {num_prompt} tokens, so the context of {self.function.name!r}, "
                 f"{limit} tokens, leaves {room} for the answer and not {wanted}; "
                 "shorten the prompt or lower the limit",
-                param="max_tokens",
+                param=body.limit_field,
             )
         return wanted
 

@@ -1,6 +1,7 @@
 """What every call passes on its way in, outermost first; all of it pure ASGI.
 
 - `RequestContext`: request id, figures, and an answer when all else fails.
+- `OriginGate` (origin.py): nothing that another web site makes a browser send.
 - `ApiKeys` (auth.py), where keys are required.
 - `BodyGate`: the whole body within its limits, then a watch on the client: when it leaves, the
   call is cancelled, whatever it was waiting for.
@@ -20,6 +21,7 @@ from controller.errors import (
     BodyTooLarge,
     InternalError,
     InvalidRequest,
+    Overloaded,
     RequestTimedOut,
 )
 from controller.gateway.responses import error_response
@@ -92,6 +94,8 @@ class BodyGate:
     Args:
         app: The rest of the application.
         max_body_bytes: Longest body; not a byte more is kept.
+        max_unread_bytes: Most bytes of all bodies that are being read; nothing is admitted yet, so
+            no queue bounds them.
         body_timeout_s: Longest time from the head to the last byte of the body.
     """
 
@@ -100,14 +104,17 @@ class BodyGate:
         app: ASGIApp,
         *,
         max_body_bytes: int,
+        max_unread_bytes: int,
         body_timeout_s: float,
     ) -> None:
         self._app = app
+        self._max_unread_bytes = max_unread_bytes
+        self._num_unread_bytes = 0
         self._max_body_bytes = max_body_bytes
         self._body_timeout_s = body_timeout_s
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        """Answer 400, 408 or 413, or pass the call on with its body at hand."""
+        """Answer 400, 408, 413 or 503, or pass the call on with its body at hand."""
         if scope["type"] != "http" or scope["method"] not in ("POST", "PUT", "PATCH"):
             await self._app(scope, receive, send)
             return
@@ -140,8 +147,11 @@ class BodyGate:
                 while (message := await receive())["type"] == "http.request":
                     piece = message.get("body", b"")
                     num_bytes += len(piece)
+                    self._num_unread_bytes += len(piece)
                     if num_bytes > self._max_body_bytes:
                         raise self._too_large()
+                    if self._num_unread_bytes > self._max_unread_bytes:
+                        raise self._too_many()
                     pieces.append(piece)
                     if not message.get("more_body", False):
                         return b"".join(pieces)
@@ -149,7 +159,16 @@ class BodyGate:
             raise RequestTimedOut(
                 f"the body was not complete after {self._body_timeout_s:g} s; send it faster"
             ) from error
+        finally:
+            self._num_unread_bytes -= num_bytes
         return None
+
+    def _too_many(self) -> Overloaded:
+        return Overloaded(
+            f"request bodies of more than {self._max_unread_bytes} bytes are being sent at once; "
+            "retry shortly, or raise COLDSPARK_MAX_UNREAD_BYTES",
+            retry_after_s=1.0,
+        )
 
     def _too_large(self) -> BodyTooLarge:
         return BodyTooLarge(

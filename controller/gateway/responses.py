@@ -18,6 +18,7 @@ from controller.errors import (
     InternalError,
     InvalidRequest,
     NotFound,
+    Overloaded,
     RequestTimedOut,
     Unauthorized,
 )
@@ -30,6 +31,7 @@ ERROR_RESPONSES: dict[int | str, dict[str, Any]] = {
     for status, meaning in {
         400: "The body or a field is wrong; the message says what to change.",
         401: "The API key is missing, unknown, expired or revoked.",
+        403: "A web page of another site has made a browser call.",
         404: "No function serves this model.",
         408: "The body did not arrive in time.",
         413: "The body is too large.",
@@ -57,7 +59,7 @@ def error_response(error: ApiError) -> JSONResponse:
     if isinstance(error, Unauthorized):
         # A browser asks for a login on Basic, so that the dashboard can be seen.
         headers["www-authenticate"] = 'Bearer, Basic realm="Coldspark API key as password"'
-    if isinstance(error, BodyTooLarge | RequestTimedOut):
+    if isinstance(error, BodyTooLarge | RequestTimedOut | Overloaded):
         headers["connection"] = "close"  # the rest of the body is still on its way
     return JSONResponse(error.envelope(), status_code=error.status, headers=headers)
 

@@ -6,7 +6,7 @@ Reads the small files of a snapshot; knows neither weights nor replicas.
 import asyncio
 import json
 from collections import OrderedDict
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Self
@@ -129,9 +129,13 @@ class ModelText:
         (token_ids,) = await self._encode([text], add_special_tokens=False)
         return token_ids
 
-    def detokenizer(self) -> Detokenizer:
-        """Return a fresh incremental detokenizer for one sequence."""
-        return Detokenizer(self._tokenizer, self._hidden_token_ids)
+    def detokenizer(self, stop_token_ids: Iterable[int] = ()) -> Detokenizer:
+        """Return a fresh incremental detokenizer for one sequence.
+
+        Args:
+            stop_token_ids: What ends the sequence beside the model's own; it has no text either.
+        """
+        return Detokenizer(self._tokenizer, self._hidden_token_ids.union(stop_token_ids))
 
     async def _encode(self, texts: Sequence[str], *, add_special_tokens: bool) -> list[list[int]]:
         if sum(map(len, texts)) <= LONG_TEXT_CHARS:

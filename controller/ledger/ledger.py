@@ -92,7 +92,8 @@ class Ledger:
         devices: Every device of the node with the price of an hour nobody holds it.
         clock: The controller's clock.
         repository: Where the books are kept.
-        on_closed: Told of every closed interval once; must be quick and not raise.
+        on_spent: Told of all time that passes, in intervals up to each flush; must be quick and
+            not raise.
         max_pending: How many closed intervals wait unmerged while the store is away.
     """
 
@@ -102,13 +103,13 @@ class Ledger:
         devices: Mapping[str, Decimal],
         clock: Clock,
         repository: LedgerRepository,
-        on_closed: Callable[[Interval], None] | None = None,
+        on_spent: Callable[[Interval], None] | None = None,
         max_pending: int = MAX_PENDING,
     ) -> None:
         self._rates = dict(devices)
         self._clock = clock
         self._repository = repository
-        self._on_closed = on_closed
+        self._on_spent = on_spent
         self._max_pending = max_pending
         self._merge_at = max_pending
         self._homes: dict[str, tuple[str, ...]] = {}
@@ -121,6 +122,7 @@ class Ledger:
         """Let time begin; nothing is claimed."""
         self._start_us = start_us
         self._started_at = self._clock.monotonic()
+        self._told_us = start_us  # up to here `_on_spent` knows everything
         self._complete_from_us = start_us  # from here on `_closed` tells everything not open
         self._replaces_from_us = start_us + 1
         self._timelines = {
@@ -263,9 +265,15 @@ class Ledger:
 
     def _take(self, closed: Sequence[Interval]) -> None:
         self._closed.extend(closed)
-        if self._on_closed is not None:
-            for interval in closed:
-                self._on_closed(interval)
+        for interval in closed:
+            assert interval.end_us is not None, "only what has ended is closed"
+            self._tell(interval, interval.end_us)
+
+    def _tell(self, interval: Interval, until_us: int) -> None:
+        """Tell of an interval's time since the last flush."""
+        since_us = max(interval.start_us, self._told_us)
+        if self._on_spent is not None and since_us < until_us:
+            self._on_spent(interval.during(since_us, until_us))
 
     def _shrink(self) -> None:
         """Merge closed intervals, from where they tell everything about every device."""
@@ -288,6 +296,9 @@ class Ledger:
         sending, self._closed = self._closed, []
         complete_from_us, self._complete_from_us = self._complete_from_us, at_us
         current = [one for line in self._timelines.values() for one in line.open_intervals]
+        for interval in current:
+            self._tell(interval, at_us)
+        self._told_us = at_us
         batch = Batch(
             from_us=self._replaces_from_us,
             closed=sending,

@@ -30,7 +30,16 @@ LOG_TIMEOUT_S = 0.5
 
 
 class ReplicaLost(Exception):
-    """The effect could not be done and the replica is of no more use."""
+    """The effect could not be done and the replica is of no more use.
+
+    Args:
+        reason: Why, for anybody who asks.
+        log_tail: The end of the runtime's log, for its operator alone.
+    """
+
+    def __init__(self, reason: str, *, log_tail: str = "") -> None:
+        super().__init__(reason)
+        self.log_tail = log_tail
 
 
 def load_request(
@@ -63,11 +72,6 @@ class Effects:
         self._function = function
         self._tasks: dict[str, asyncio.Task[None]] = {}
         self._watches: dict[str, asyncio.Task[None]] = {}
-        self._waking: set[str] = set()
-
-    def is_waking(self, replica: Replica) -> bool:
-        """Return whether the replica is on its way back from being parked."""
-        return replica.id in self._waking
 
     async def start(self, replica: Replica) -> None:
         """Create a runtime, load the snapshot, open the stream."""
@@ -111,7 +115,6 @@ class Effects:
         function = self._function
         link = function.links[replica.id]
         activation = function.books.began(replica, Tier.PARKED)
-        self._waking.add(replica.id)
         gpus = function.homes[replica.id].gpus
         try:
             async with self._translated(replica, limit_s=function.spec.timeouts.startup):
@@ -123,9 +126,7 @@ class Effects:
                 activation.lap("attach")
             function.ready(replica)
         except ReplicaLost as error:
-            function.lost(replica, str(error))
-        finally:
-            self._waking.discard(replica.id)
+            function.lost(replica, str(error), log_tail=error.log_tail)
 
     async def park(self, replica: Replica) -> None:
         """Have a runtime give its memory back."""
@@ -149,19 +150,22 @@ class Effects:
         await self.remove(replica)
 
     async def remove(self, replica: Replica) -> None:
-        """Remove a runtime for good and free its devices, trying until it is gone."""
+        """Remove a runtime for good and free its devices, trying for as long as that can help."""
         function = self._function
         await self._unwatch(replica)
         link = function.links.get(replica.id)
         if link is not None:
             await link.close()
         backend, delay_s = function.homes[replica.id].backend, 0.1
+        await function.node.last_logs.keep(function.name, backend, replica.id)
         while True:
             try:
                 await backend.delete(replica.id)
                 break
             except BackendError as error:
                 log.warning("delete failed", replica_id=replica.id, error=str(error))
+                if not error.temporary:
+                    break  # the sweep for orphans will find it, should it still be there
                 await asyncio.sleep(delay_s)
                 delay_s = min(2 * delay_s, 10.0)
         function.set.stopped(replica, now=function.clock.monotonic())
@@ -211,7 +215,7 @@ class Effects:
                 await asyncio.wait([previous])
             await effect
         except ReplicaLost as error:
-            self._function.lost(replica, str(error))
+            self._function.lost(replica, str(error), log_tail=error.log_tail)
         except Exception as error:
             # A defect in one effect must not end the owner.
             log.exception("effect failed", function=self._function.name, replica_id=replica.id)
@@ -232,7 +236,7 @@ class Effects:
         except RuntimeRpcError as error:
             reason = f"the runtime went away: {error}"
         if replica.state not in ENDING:
-            self._function.lost(replica, await self.with_log_tail(replica, reason))
+            self._function.lost(replica, reason, log_tail=await self.log_tail(replica))
 
     async def _unwatch(self, replica: Replica) -> None:
         task = self._watches.pop(replica.id, None)
@@ -253,10 +257,10 @@ class Effects:
         except TimeoutError as error:
             raise ReplicaLost(f"not done within {limit_s:g} s") from error
         except (BackendError, RuntimeRpcError) as error:
-            raise ReplicaLost(await self.with_log_tail(replica, str(error))) from error
+            raise ReplicaLost(str(error), log_tail=await self.log_tail(replica)) from error
 
-    async def with_log_tail(self, replica: Replica, reason: str) -> str:
-        """Return a reason with the end of the runtime's log, as far as it is to be had."""
+    async def log_tail(self, replica: Replica) -> str:
+        """Return the end of the runtime's log on one line, as far as it is to be had."""
         lines: list[str] = []
         backend = self._function.homes[replica.id].backend
         try:
@@ -265,7 +269,7 @@ class Effects:
                     lines.append(line)
         except (BackendError, TimeoutError):
             pass
-        return f"{reason}; its log ends: {' | '.join(lines)}" if lines else reason
+        return " | ".join(lines)
 
 
 class _Refused(Exception):

@@ -36,11 +36,16 @@ class Entry:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class StoredFunction:
-    """A function as the store keeps it."""
+    """A function as the store keeps it.
+
+    Attributes:
+        earlier: Revisions that were current before, the newest first.
+    """
 
     spec: FunctionSpec
     backend: str
     created_us: int
+    earlier: "tuple[StoredFunction, ...]" = ()
 
 
 class FunctionStore(Protocol):

@@ -13,7 +13,7 @@ from pathlib import Path
 import structlog
 
 from controller.backends.base import RuntimeBackend, RuntimeInfo
-from controller.errors import ActivationFailed, Conflict, ShuttingDown
+from controller.errors import ActivationFailed, ApiError, Conflict, ModelNotFound, ShuttingDown
 from controller.scaling.books import Books
 from controller.scaling.deployment import Deployment
 from controller.scaling.effects import Effects
@@ -21,7 +21,7 @@ from controller.scaling.generation import GenerationRequest
 from controller.scaling.lifecycle import COMING, ENDING, Lifecycle, ReplicaState, Tier
 from controller.scaling.link import RuntimeLink, SequenceStream
 from controller.scaling.node import Home, Node
-from controller.scaling.policy import replica_floor
+from controller.scaling.policy import Floor, replica_floor
 from controller.scaling.replica import (
     Instruction,
     ParkReplica,
@@ -37,6 +37,7 @@ from functions.spec import ColdPolicy, FunctionSpec
 log = structlog.get_logger(__name__)
 
 TIMER_RESOLUTION_S = 0.001
+DEFECT_PAUSE_S = 1.0
 
 
 class Function:
@@ -67,11 +68,12 @@ class Function:
         self._live: set[FunctionGeneration] = set()
         self._changed = asyncio.Event()
         self._is_shut = False
+        self._known_floor: Floor | None = None
         self._drained: dict[str, asyncio.Event] = {}
 
     @property
     def name(self) -> str:
-        """The function's name, also its first served name."""
+        """The function's name; clients call it by its served names."""
         return self.spec.name
 
     @property
@@ -106,9 +108,16 @@ class Function:
     # Requests: called by FunctionGeneration.
 
     def admit(self, ticket: Ticket) -> None:
-        """Lease or queue at once, or raise QueueFull, ActivationFailed or ShuttingDown."""
+        """Lease or queue at once, or raise why not.
+
+        Raises:
+            QueueFull: No place is left.
+            ActivationFailed: No replica can be brought up now.
+            ModelNotFound: The function has been deleted.
+            ShuttingDown: The controller is stopping.
+        """
         if self._is_shut:
-            raise ShuttingDown("the controller is stopping; retry elsewhere", retry_after_s=5.0)
+            raise self._refusal()
         if self.tier is not Tier.READY and self.spec.queue.on_cold is ColdPolicy.REJECT:
             self._wake_without_waiting()
             eta = self.eta_s(self.tier, 0.0)
@@ -120,10 +129,12 @@ class Function:
         self._after_grant(ticket)
 
     def readmit(self, ticket: Ticket) -> None:
-        """Queue again, at the head, after the leased replica was lost."""
+        """Queue again, at the head, after the leased replica was lost; a shut function refuses."""
         if ticket.replica is not None:
             self.lost(ticket.replica, "the connection to the runtime broke")
         self.set.readmit(ticket)
+        if self._is_shut:
+            self._refuse_waiters()
         self.poke()
 
     def abandon(self, ticket: Ticket) -> None:
@@ -169,9 +180,17 @@ class Function:
         """Own the function until it is closed or the task is cancelled; effects end with it."""
         try:
             while not (self.set.is_closing and not self.set.replicas):
-                self._turn()
+                try:
+                    self._turn()
+                except Exception:
+                    # A defect in one decision must not end all that come after it.
+                    log.exception("turn failed", function=self.name)
+                    await asyncio.sleep(DEFECT_PAUSE_S)
+                    continue
                 await self._wait_for_change()
         finally:
+            self._is_shut = True
+            self._refuse_waiters()
             if self._warming is not None:
                 self._warming.cancel()
             await self._effects.close()
@@ -193,6 +212,8 @@ class Function:
         Raises:
             ApiError: It could not be brought up in time.
         """
+        if self._is_shut:
+            raise self._refusal()
         ticket = Ticket(num_bytes=0)
         now = self.clock.monotonic()
         self.set.admit(ticket, now=now)
@@ -214,7 +235,8 @@ class Function:
         """Park every ready replica now and return when it is done.
 
         Raises:
-            Conflict: Requests are in flight or waiting, or replicas must be kept ready.
+            Conflict: Requests are in flight or waiting, replicas must be kept ready, or a runtime
+                refuses.
         """
         busy = self.set.in_flight + self.set.num_queued
         if busy:
@@ -224,9 +246,13 @@ class Function:
                 f"{self.name!r} keeps {self._floor()} replicas ready; lower scaling.min_replicas "
                 "or wait for its schedule to end"
             )
-        instructions = self.set.park_now(now=self.clock.monotonic(), reason="asked to")
-        self._execute(instructions)
-        await self._effects.settled([instruction.replica for instruction in instructions])
+        self._execute(self.set.park_now(now=self.clock.monotonic(), reason="asked to"))
+        parking = [r for r in self.set.replicas.values() if r.state is ReplicaState.PARKING]
+        await self._effects.settled(parking)
+        for replica in parking:
+            move = replica.lifecycle.history[-1]
+            if (move.source, move.target) == (ReplicaState.PARKING, ReplicaState.READY):
+                raise Conflict(f"{self.name!r} was not parked: {move.reason}; it serves on")
 
     async def stop(self) -> None:
         """Drain and remove every replica and return when they are gone; the function stays."""
@@ -240,9 +266,8 @@ class Function:
         """Take no more requests and remove every replica; `run` returns when they are gone."""
         self._is_shut = True
         self.set.is_closing = True
+        self._refuse_waiters()
         now = self.clock.monotonic()
-        gone = ActivationFailed(f"{self.name!r} was deleted")
-        self._notify(self.set.fail_waiters(gone))
         for replica in list(self.set.replicas.values()):
             instruction = self.set.drain(replica, now=now, reason="function deleted")
             if instruction is not None:
@@ -252,8 +277,7 @@ class Function:
     async def finish_requests(self, timeout_s: float) -> None:
         """Take no more requests and give the running ones time; replicas stay as they are."""
         self._is_shut = True
-        stopping = ShuttingDown("the controller is stopping; retry elsewhere", retry_after_s=5.0)
-        self._notify(self.set.fail_waiters(stopping))
+        self._refuse_waiters()
         deadline = self.clock.monotonic() + timeout_s
         while self._live and self.clock.monotonic() < deadline:
             self._changed.clear()
@@ -268,6 +292,7 @@ class Function:
         self.deployment = deployment
         self.backend = backend
         self.set.update(deployment.spec, deployment.runtime_hash)
+        self._known_floor = None
         self.poke()
 
     def adopt(
@@ -295,22 +320,28 @@ class Function:
         self.poke()
 
     async def exited(self, info: RuntimeInfo) -> None:
-        """Hear from the backend that a runtime has exited."""
+        """Hear from a backend that a runtime, of this function or another, has exited."""
         replica = self.set.replicas.get(info.runtime_id)
         if replica is not None:
             code = "" if info.exit_code is None else f" with status {info.exit_code}"
-            reason = await self._effects.with_log_tail(replica, f"the runtime exited{code}")
-            self.lost(replica, reason)
+            log_tail = await self._effects.log_tail(replica)
+            self.lost(replica, f"the runtime exited{code}", log_tail=log_tail)
 
     # Facts: called by the effects.
 
-    def lost(self, replica: Replica, reason: str) -> None:
-        """Note that a replica is gone or useless, and have it removed."""
+    def lost(self, replica: Replica, reason: str, *, log_tail: str = "") -> None:
+        """Note that a replica is gone or useless, and have it removed.
+
+        Args:
+            replica: The lost one.
+            reason: Why; clients are told.
+            log_tail: The end of its log, which only the operator gets to see.
+        """
         if replica.state in ENDING or replica.id not in self.set.replicas:
             return
-        is_start = replica.state in COMING and not self._effects.is_waking(replica)
+        is_start = replica.state in COMING and not replica.is_waking
         log.warning("replica lost", function=self.name, replica_id=replica.id, reason=reason)
-        self.last_error = reason
+        self.last_error = f"{reason}; its log ends: {log_tail}" if log_tail else reason
         self.books.failed(replica)
         now = self.clock.monotonic()
         waiters = self.set.failed(replica, now=now, reason=reason, is_start=is_start)
@@ -366,7 +397,10 @@ class Function:
         self._changed.clear()
 
     def _floor(self) -> int:
-        return replica_floor(self.spec.scaling, self.spec.schedules, self.clock.now())
+        now = self.clock.now()
+        if self._known_floor is None or not self._known_floor.holds(now):
+            self._known_floor = replica_floor(self.spec.scaling, self.spec.schedules, now)
+        return self._known_floor.num_replicas
 
     def _grant(self) -> None:
         for waiter in self.set.grant():
@@ -377,6 +411,15 @@ class Function:
             self.books.account(waiter.replica)
             self._notify([waiter])
         self.poke()
+
+    def _refusal(self) -> ApiError:
+        """Return why a shut function takes no request."""
+        if self.set.is_closing:
+            return ModelNotFound(f"{self.name!r} was deleted; GET /v1/models lists what is served")
+        return ShuttingDown("the controller is stopping; retry elsewhere", retry_after_s=5.0)
+
+    def _refuse_waiters(self) -> None:
+        self._notify(self.set.fail_waiters(self._refusal()))
 
     def _notify(self, waiters: Iterable[Waiter]) -> None:
         for waiter in waiters:
@@ -398,7 +441,7 @@ class Function:
     async def _warm_quietly(self) -> None:
         try:
             await self.warm()
-        except ActivationFailed as error:
+        except ApiError as error:
             log.warning("warm-up failed", function=self.name, error=error.message)
 
     def _execute(self, instructions: Iterable[Instruction]) -> None:

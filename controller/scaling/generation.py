@@ -65,9 +65,9 @@ class TokenChunk:
 class Generation(Protocol):
     """One admitted request: enter to admit, iterate for tokens, exit to release.
 
-    Entering admits at once or raises QueueFull, ActivationFailed or ShuttingDown. Iterating waits
-    for a replica, then yields chunks as steps arrive; it raises ActivationTimeout,
-    ActivationFailed, RuntimeDied or FirstTokenTimeout. Exiting cancels what still runs, gives the
+    Entering admits at once or raises QueueFull, ActivationFailed, ModelNotFound or ShuttingDown.
+    Iterating waits for a replica, then yields chunks as steps arrive; it raises any of these, or
+    ActivationTimeout, RuntimeDied or FirstTokenTimeout. Exiting cancels what still runs, gives the
     lease back and writes the usage record, also when the task is being cancelled.
     """
 
@@ -93,7 +93,7 @@ class ServedFunction(Protocol):
 
     @property
     def name(self) -> str:
-        """The function's name, also its first served name."""
+        """The function's name; clients call it by its served names."""
 
     @property
     def spec(self) -> FunctionSpec:

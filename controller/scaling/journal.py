@@ -4,7 +4,9 @@ Bounded: while the database is away the oldest entries are dropped and counted, 
 goes on.
 """
 
+import asyncio
 from collections import deque
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Protocol
 
@@ -50,25 +52,42 @@ class Journal:
 
     Args:
         write: Stores a batch; raises when the database is away.
+        on_dropped: Told of every entry that is given up.
     """
 
-    def __init__(self, write: JournalWriter) -> None:
+    def __init__(
+        self, write: JournalWriter, *, on_dropped: Callable[[], None] = lambda: None
+    ) -> None:
         self._write = write
+        self._on_dropped = on_dropped
         self._pending: deque[Entry] = deque()
-        self.num_dropped = 0
+        self._writing = asyncio.Lock()
 
     def add(self, entry: Entry) -> None:
         """Take an entry; the oldest goes when there is no room."""
-        if len(self._pending) >= MAX_PENDING:
-            self._pending.popleft()
-            self.num_dropped += 1
         self._pending.append(entry)
+        self._drop_surplus()
 
     async def flush(self) -> None:
-        """Write what is pending; on failure it stays pending and the error is raised."""
-        batch = list(self._pending)
-        if not batch:
-            return
-        await self._write(batch)
-        for _ in batch:
+        """Write what is pending; on failure it stays pending and the error is raised.
+
+        A write that has begun goes on when the caller is cancelled; the next flush waits for it.
+        """
+        await asyncio.shield(asyncio.create_task(self._flush(), name="write journal"))
+
+    async def _flush(self) -> None:
+        async with self._writing:
+            batch, self._pending = self._pending, deque()
+            if not batch:
+                return
+            try:
+                await self._write(list(batch))
+            except BaseException:
+                self._pending.extendleft(reversed(batch))
+                self._drop_surplus()
+                raise
+
+    def _drop_surplus(self) -> None:
+        while len(self._pending) > MAX_PENDING:
             self._pending.popleft()
+            self._on_dropped()

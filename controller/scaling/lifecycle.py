@@ -97,6 +97,11 @@ class Lifecycle:
         return self._history[-1].at
 
     @property
+    def is_waking(self) -> bool:
+        """Whether it loads what was parked."""
+        return self.state is ReplicaState.LOADING and self._history[-1].source is _S.PARKED
+
+    @property
     def history(self) -> tuple[Transition, ...]:
         """The last moves, oldest first."""
         return tuple(self._history)

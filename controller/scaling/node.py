@@ -9,6 +9,7 @@ from controller.clock import Clock
 from controller.ledger.ledger import Ledger
 from controller.metrics import Metrics
 from controller.scaling.journal import Journal
+from controller.scaling.last_logs import LastLogs
 from controller.scaling.link import Connect
 from controller.scaling.placement import CPU_DEVICE_ID, DevicePool
 
@@ -24,6 +25,7 @@ class Node:
     journal: Journal
     metrics: Metrics
     snapshot_store: Path
+    last_logs: LastLogs
     gpu_hour_usd: Decimal
     epoch: int
 

@@ -5,13 +5,13 @@ It keeps the desired state in the store, has snapshots built, and gives each fun
 
 import asyncio
 import difflib
-from collections.abc import AsyncIterator, Callable, Mapping, Sequence
+from collections.abc import AsyncIterator, Callable, Iterable, Mapping, Sequence
 from importlib.metadata import version
 from typing import Any
 
 import structlog
 
-from controller.backends.base import BackendError, RuntimeBackend
+from controller.backends.base import BackendError, BackendUnavailable, RuntimeBackend
 from controller.clock import unix_us
 from controller.errors import (
     ActivationFailed,
@@ -36,6 +36,7 @@ from controller.scaling.preparation import (
 )
 from controller.scaling.reaper import Reaper
 from controller.scaling.reconcile import (
+    Found,
     adopted_claims,
     find_adoptable,
     remove_orphans,
@@ -43,11 +44,13 @@ from controller.scaling.reconcile import (
 )
 from controller.scaling.views import entry_view
 from functions.spec import FunctionSpec, revision
+from snapshots.errors import SnapshotError
 from snapshots.store import SnapshotStore
 
 log = structlog.get_logger(__name__)
 
 WATCH_RETRY_S = 1.0
+STOP_TIMEOUT_S = 60.0
 BUILD_RETRY_AFTER_S = 5.0
 
 
@@ -77,6 +80,8 @@ class ControlPlane:
         self._build = build
         self._snapshots = SnapshotStore(node.snapshot_store)
         self._entries: dict[str, Entry] = {}
+        self._closing: set[Function] = set()  # deleted, and some request still runs
+        self._unseen = list(backends.values())  # what runs there is still to be taken over
         self._background = Background()
         self._deploying = asyncio.Lock()
         node.pool.on_release(self.poke_all)
@@ -121,44 +126,49 @@ class ControlPlane:
         """Load the desired state, take over what runs, and begin to own it."""
         for stored in await self._store.load():
             self._entries[stored.spec.name] = self._restore(stored)
-        found = await find_adoptable(self._backends, self._functions(), self.node.connect)
+        found = await self._find_adoptable(is_first=True)
         await self.node.ledger.recover(adopted_claims(found))
-        for candidate in found:
-            candidate.function.adopt(
-                candidate.info, candidate.link, candidate.state, candidate.device_ids
-            )
+        _adopt(found)
         for entry in self._entries.values():
             self._reaper.follow_schedules(entry.spec, _poker(entry))
             if entry.function is not None:
                 entry.owner = self._own(entry.function)
-            else:
+            if entry.snapshot_state is not SnapshotState.READY:
                 entry.builder = self._prepare_in_background(entry)
         for backend in self._backends.values():
             _ = self._background.start(self._watch(backend), f"watch {backend.name}")
 
     async def finish_requests(self, timeout_s: float) -> None:
         """Take no more requests; return when the running ones are over or out of time."""
-        functions = self._functions().values()
+        functions = self._all_functions()
         await asyncio.gather(*(function.finish_requests(timeout_s) for function in functions))
 
-    async def stop(self, *, stop_runtimes: bool) -> None:
+    async def stop(self, *, stop_runtimes: bool, timeout_s: float = STOP_TIMEOUT_S) -> None:
         """Let go of everything.
 
         Args:
             stop_runtimes: Whether to remove the runtimes too; else the next start adopts them.
+            timeout_s: How long that may take; what is left then is for the next start to find.
         """
         if stop_runtimes:
-            await asyncio.gather(*(function.stop() for function in self._functions().values()))
+            try:
+                async with asyncio.timeout(timeout_s):
+                    await asyncio.gather(*(function.stop() for function in self._all_functions()))
+            except TimeoutError:
+                log.warning("runtimes left running", replica_ids=sorted(self._replica_ids()))
         await self._background.cancel()
 
     async def sweep(self) -> None:
         """Have every function look at its deadlines."""
-        for function in self._functions().values():
+        for function in self._all_functions():
             function.sweep()
 
     async def reconcile(self) -> None:
-        """Remove orphans, and replace replicas whose engine hangs."""
-        await remove_orphans(self._backends, self._functions())
+        """Adopt what a backend that was away has kept, remove orphans, replace hung engines."""
+        if self._unseen:
+            _adopt(await self._find_adoptable(is_first=False))
+        seen = [backend for backend in self._backends.values() if backend not in self._unseen]
+        await remove_orphans(seen, self._replica_ids)
         await asyncio.gather(*(replace_silent(function) for function in self._functions().values()))
 
     def poke_all(self) -> None:
@@ -207,14 +217,15 @@ class ControlPlane:
             await self._store.delete(name)
             del self._entries[name]
         self._reaper.forget(name)
-        self.node.metrics.forget(name)
         if entry.builder is not None:
             entry.builder.cancel()
-        if entry.function is not None and entry.owner is not None:
-            entry.function.close()
-            await asyncio.wait([entry.owner])
-        if entry.snapshot is not None:
-            self._snapshots.unpin(entry.snapshot, owner=name)
+        function, owner = entry.function, entry.owner
+        if function is not None and owner is not None:
+            self._closing.add(function)
+            owner.add_done_callback(lambda _: self._closing.discard(function))
+            function.close()
+            await asyncio.wait([owner])
+        await self._clear_up(entry)
 
     async def warm(self, name: str) -> None:
         """Return once a replica is ready."""
@@ -228,13 +239,25 @@ class ControlPlane:
         """Drain and remove every replica; the function stays deployed."""
         await self._servable(self._entry(name)).stop()
 
-    async def logs(self, name: str, *, tail: int, follow: bool) -> AsyncIterator[str]:
-        """Yield log lines of a function's replicas, one replica after the other.
+    def logs(self, name: str, *, tail: int, follow: bool) -> AsyncIterator[str]:
+        """Return log lines of a function's replicas, one replica after the other.
 
-        With `follow` it is the newest replica, and new lines come until it is gone.
+        With `follow` it is the newest replica, and new lines come until it is gone. Without any
+        replica it is the end of the last one's log.
+
+        Raises:
+            NotFound: No such function is deployed.
+            ActivationFailed: It has no snapshot yet.
         """
-        function = self._servable(self._entry(name))
+        return self._log_lines(self._servable(self._entry(name)), tail=tail, follow=follow)
+
+    async def _log_lines(
+        self, function: Function, *, tail: int, follow: bool
+    ) -> AsyncIterator[str]:
         replica_ids = list(function.homes)
+        if not replica_ids:
+            for line in await self.node.last_logs.lines(function.name, tail=tail):
+                yield line
         for replica_id in replica_ids[-1:] if follow else replica_ids:
             backend = function.homes[replica_id].backend
             try:
@@ -270,16 +293,39 @@ class ControlPlane:
         """Return every function's view, by name."""
         return [entry_view(entry) for _, entry in sorted(self._entries.items())]
 
-    def function(self, name: str) -> Function:
-        """Return a function by name.
-
-        Raises:
-            NotFound: No such function is deployed.
-            ActivationFailed: It has no snapshot yet.
-        """
-        return self._servable(self._entry(name))
-
     # Inside.
+
+    def _all_functions(self) -> list[Function]:
+        """Return every function with an owner, those included that are being deleted."""
+        return [*self._functions().values(), *self._closing]
+
+    async def _find_adoptable(self, *, is_first: bool) -> list[Found]:
+        """Return what to take over of the backends that have not been seen yet."""
+        found: list[Found] = []
+        for backend in list(self._unseen):
+            try:
+                found += await find_adoptable(
+                    backend, self._functions(), self._replica_ids, self.node
+                )
+            except BackendError as error:
+                # A machine without Docker needs no warning every time.
+                if is_first or not isinstance(error, BackendUnavailable):
+                    log.warning("cannot look for runtimes", backend=backend.name, error=str(error))
+            else:
+                self._unseen.remove(backend)
+        return found
+
+    def _replica_ids(self) -> set[str]:
+        return {replica for function in self._all_functions() for replica in function.set.replicas}
+
+    async def _clear_up(self, entry: Entry) -> None:
+        """Let go of what a deleted function held, unless its name has been deployed again."""
+        name, current = entry.spec.name, self._entries.get(entry.spec.name)
+        if entry.snapshot is not None and (current is None or current.snapshot != entry.snapshot):
+            self._snapshots.unpin(entry.snapshot, owner=name)
+        if current is None:
+            self.node.metrics.forget(name)
+            await self.node.last_logs.forget(name)
 
     def _functions(self) -> dict[str, Function]:
         entries = self._entries.items()
@@ -302,20 +348,32 @@ class ControlPlane:
                 )
 
     def _restore(self, stored: StoredFunction) -> Entry:
-        spec = stored.spec
-        entry = Entry(spec=spec, backend=stored.backend, created_us=stored.created_us)
-        snapshot = self._snapshots.find(
-            location=spec.model.location,
-            revision=spec.model.revision,
-            dtype=spec.model.dtype,
-            tensor_parallel_size=spec.engine.tensor_parallel_size,
-        )
-        if snapshot is not None:
-            try:
-                self._install(entry, deployment_of(spec, stored.backend, snapshot.path))
-            except ApiError as error:
-                log.error("snapshot not usable", function=spec.name, error=error.message)
+        """Return a function with the newest of its revisions that has a snapshot, if one has."""
+        entry = Entry(spec=stored.spec, backend=stored.backend, created_us=stored.created_us)
+        for candidate in (stored, *stored.earlier):
+            if self._restored(entry, candidate):
+                if candidate is not stored:
+                    entry.snapshot_state = SnapshotState.BUILDING
+                break
         return entry
+
+    def _restored(self, entry: Entry, stored: StoredFunction) -> bool:
+        """Install a stored revision; says whether it could be."""
+        spec = stored.spec
+        try:
+            snapshot = self._snapshots.find(
+                location=spec.model.location,
+                revision=spec.model.revision,
+                dtype=spec.model.dtype,
+                tensor_parallel_size=spec.engine.tensor_parallel_size,
+            )
+            if snapshot is None:
+                return False
+            self._install(entry, deployment_of(spec, stored.backend, snapshot.path))
+        except (ApiError, SnapshotError, OSError) as error:
+            log.error("snapshot not usable", function=spec.name, error=str(error))
+            return False
+        return True
 
     def _accept(
         self, spec: FunctionSpec, backend: str, created_us: int, previous: Entry | None
@@ -347,6 +405,11 @@ class ControlPlane:
             entry.snapshot_state, entry.error = SnapshotState.FAILED, str(error)
             log.error("no snapshot", function=entry.spec.name, error=str(error))
             return
+        except Exception as error:
+            # The root of the build: nobody else could say that it is over.
+            entry.snapshot_state, entry.error = SnapshotState.FAILED, f"{error!r}; see the log"
+            log.exception("no snapshot", function=entry.spec.name)
+            return
         finally:
             entry.build = None
         if entry.function is not None and entry.owner is None:
@@ -357,7 +420,7 @@ class ControlPlane:
         if entry.snapshot not in (None, deployment.snapshot):
             self._snapshots.unpin(entry.snapshot, owner=deployment.spec.name)
         entry.snapshot, entry.snapshot_state = deployment.snapshot, SnapshotState.READY
-        backend = self._backends[entry.backend]
+        backend = self._backends[deployment.backend]
         if entry.function is None:
             created = entry.created_us // 1_000_000
             entry.function = Function(deployment, backend, self.node, created=created)
@@ -372,12 +435,19 @@ class ControlPlane:
         while True:
             try:
                 async for info in backend.watch():
-                    function = self._functions().get(info.function)
-                    if function is not None:
+                    for function in self._all_functions():
                         await function.exited(info)
             except BackendError as error:
                 log.warning("cannot watch", backend=backend.name, error=str(error))
+            except Exception:
+                # A defect in one exit must not hide all that come after it.
+                log.exception("watch failed", backend=backend.name)
             await asyncio.sleep(WATCH_RETRY_S)
+
+
+def _adopt(found: Iterable[Found]) -> None:
+    for one in found:
+        one.function.adopt(one.info, one.link, one.state, one.device_ids)
 
 
 def _poker(entry: Entry) -> Callable[[], None]:

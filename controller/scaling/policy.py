@@ -2,7 +2,8 @@
 
 import math
 from collections.abc import Sequence
-from datetime import datetime, timedelta
+from dataclasses import dataclass
+from datetime import UTC, datetime, timedelta
 
 from apscheduler.triggers.cron import CronTrigger
 
@@ -10,6 +11,23 @@ from functions.spec import ScalingSpec, ScheduleSpec
 
 FIRST_BACKOFF_S = 1.0
 MAX_BACKOFF_S = 60.0
+NEVER = datetime.max.replace(tzinfo=UTC)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Floor:
+    """Replicas to keep ready, and the stretch of time for which that is known.
+
+    Finding out means a search of the calendar, far too slow for every decision.
+    """
+
+    num_replicas: int
+    since: datetime
+    until: datetime
+
+    def holds(self, now: datetime) -> bool:
+        """Return whether it is still so; not when the wall clock has gone back behind it."""
+        return self.since <= now < self.until
 
 
 def needed_replicas(scaling: ScalingSpec, *, load: int, floor: int) -> int:
@@ -24,21 +42,29 @@ def needed_replicas(scaling: ScalingSpec, *, load: int, floor: int) -> int:
     return min(max(by_load, floor), scaling.max_replicas)
 
 
-def replica_floor(scaling: ScalingSpec, schedules: Sequence[ScheduleSpec], now: datetime) -> int:
+def replica_floor(scaling: ScalingSpec, schedules: Sequence[ScheduleSpec], now: datetime) -> Floor:
     """Return the replicas to keep ready at an aware moment: the spec's, raised by schedules."""
-    held = [schedule.min_replicas for schedule in schedules if is_in_window(schedule, now)]
-    return max([scaling.min_replicas, *held])
+    num_replicas, until = scaling.min_replicas, NEVER
+    for schedule in schedules:
+        is_open, edge = window(schedule, now)
+        num_replicas = max(num_replicas, schedule.min_replicas if is_open else 0)
+        until = min(until, edge)
+    return Floor(num_replicas=num_replicas, since=now, until=until)
 
 
-def is_in_window(schedule: ScheduleSpec, now: datetime) -> bool:
-    """Return whether a schedule fired within its duration before now.
+def window(schedule: ScheduleSpec, now: datetime) -> tuple[bool, datetime]:
+    """Return whether a schedule fired less than its duration ago, and when to look again.
 
     Level-triggered: a controller that was down when the schedule fired still keeps the promise.
     """
-    opened = cron_trigger(schedule).get_next_fire_time(
-        None, now - timedelta(seconds=schedule.duration)
+    duration = timedelta(seconds=schedule.duration)
+    fires = cron_trigger(schedule).get_next_fire_time(
+        None, now - duration + timedelta(microseconds=1)
     )
-    return opened is not None and opened <= now
+    if fires is None:
+        return False, NEVER
+    opens = fires.astimezone(UTC)  # a sum of local times would miss a change to summer time
+    return (True, opens + duration) if opens <= now else (False, opens)
 
 
 def cron_trigger(schedule: ScheduleSpec) -> CronTrigger:
@@ -56,5 +82,7 @@ def cron_trigger(schedule: ScheduleSpec) -> CronTrigger:
 
 def backoff_s(num_failures: int) -> float:
     """Return how long to wait before another start after consecutive failures."""
+    if num_failures == 0:
+        return 0.0
     doublings = min(max(num_failures - 1, 0), 16)
     return min(FIRST_BACKOFF_S * 2.0**doublings, MAX_BACKOFF_S)

@@ -6,7 +6,7 @@ import sys
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Protocol
+from typing import Any, Protocol
 
 import structlog
 
@@ -49,33 +49,35 @@ async def build_snapshot(
     Raises:
         PreparationFailed: The source is missing, refused or unusable.
     """
-    process = await asyncio.create_subprocess_exec(
-        *_command(spec, store),
-        stdin=asyncio.subprocess.DEVNULL,
-        stdout=asyncio.subprocess.PIPE,
-        stderr=asyncio.subprocess.PIPE,
-        limit=MAX_LINE_BYTES,
-    )
+    try:
+        process = await asyncio.create_subprocess_exec(
+            *_command(spec, store),
+            stdin=asyncio.subprocess.DEVNULL,
+            stdout=asyncio.subprocess.PIPE,
+            stderr=asyncio.subprocess.PIPE,
+            limit=MAX_LINE_BYTES,
+        )
+    except OSError as error:
+        raise PreparationFailed(f"cannot start the build: {error}; deploy again") from error
     assert process.stdout is not None
     assert process.stderr is not None
     errors = asyncio.create_task(process.stderr.read(), name=f"build errors of {spec.name}")
     failure = ""
     try:
         async for line in process.stdout:
-            event = json.loads(line)
-            if event["event"] == "progress":
-                on_progress(
-                    BuildProgress(
-                        phase=event["phase"],
-                        done_bytes=event["done_bytes"],
-                        total_bytes=event["total_bytes"],
-                    )
-                )
-            elif event["event"] == "built":
-                await process.wait()
-                return str(event["snapshot"])
-            elif event["event"] == "error":
-                failure = " ".join(part for part in (event["message"], event.get("hint")) if part)
+            match _event(line):
+                case {
+                    "event": "progress",
+                    "phase": phase,
+                    "done_bytes": done,
+                    "total_bytes": total,
+                }:
+                    on_progress(BuildProgress(phase=phase, done_bytes=done, total_bytes=total))
+                case {"event": "built", "snapshot": snapshot}:
+                    await process.wait()
+                    return str(snapshot)
+                case {"event": "error", "message": message, **rest}:
+                    failure = " ".join(str(part) for part in (message, rest.get("hint")) if part)
         await process.wait()
         tail = (await errors).decode(errors="replace").strip().splitlines()[-5:]
         log.warning("snapshot build failed", function=spec.name, status=process.returncode)
@@ -85,6 +87,14 @@ async def build_snapshot(
         if process.returncode is None:
             process.terminate()
             await process.wait()
+
+
+def _event(line: bytes) -> Any:
+    """Return what a line tells; None for what some library has printed."""
+    try:
+        return json.loads(line)
+    except ValueError:
+        return None
 
 
 def _command(spec: FunctionSpec, store: Path) -> list[str]:

@@ -4,7 +4,7 @@ The jobs only poke the owners, who decide. Idle and park limits are also kept by
 monotonic timer, so a jump of the wall clock delays nothing.
 """
 
-from collections.abc import Awaitable, Callable, Iterable
+from collections.abc import Awaitable, Callable
 
 import structlog
 from apscheduler.schedulers.asyncio import AsyncIOScheduler
@@ -58,10 +58,6 @@ class Reaper:
         for job in self._scheduler.get_jobs():
             if job.id.startswith(f"{function}/"):
                 job.remove()
-
-    def job_names(self) -> Iterable[str]:
-        """Return the names of all jobs."""
-        return [str(job.name) for job in self._scheduler.get_jobs()]
 
     def start(self) -> None:
         """Begin to run jobs."""

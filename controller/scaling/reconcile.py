@@ -1,7 +1,8 @@
 """Runtimes as they are against replicas as they should be: adopt, remove, replace."""
 
 import asyncio
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Set as AbstractSet
 from dataclasses import dataclass
 
 import structlog
@@ -16,7 +17,8 @@ from controller.backends.base import (
 from controller.ledger.intervals import AdoptedClaim, LedgerState
 from controller.scaling.function import Function
 from controller.scaling.lifecycle import ReplicaState
-from controller.scaling.link import Connect, RuntimeLink
+from controller.scaling.link import RuntimeLink
+from controller.scaling.node import Node
 from controller.scaling.placement import CPU_DEVICE_ID
 from runtime.rpc import inference_pb2 as pb
 from runtime.rpc.client import RuntimeRpcError
@@ -48,24 +50,27 @@ class Found:
 
 
 async def find_adoptable(
-    backends: Mapping[str, RuntimeBackend], functions: Mapping[str, Function], connect: Connect
+    backend: RuntimeBackend,
+    functions: Mapping[str, Function],
+    owned: Callable[[], AbstractSet[str]],
+    node: Node,
 ) -> list[Found]:
-    """Return the running runtimes to take over; remove all others of this cluster.
+    """Return a backend's running runtimes to take over; remove all others of this cluster.
 
-    Runtimes of a backend that cannot be reached are left alone.
+    Replicas that are owned already are left alone. The end of a removed one's log is kept.
+
+    Raises:
+        BackendError: The backend cannot say what there is.
     """
-    found: list[Found] = []
-    for backend in backends.values():
-        try:
-            infos = await backend.list()
-        except BackendError as error:
-            log.warning("cannot look for runtimes", backend=backend.name, error=str(error))
-            continue
-        checked = await asyncio.gather(
-            *(_check(info, backend, functions, connect) for info in infos)
+    infos = await backend.list()
+    checked = await asyncio.gather(
+        *(
+            _check(info, backend, functions, node)
+            for info in infos
+            if info.runtime_id not in owned()
         )
-        found += [candidate for candidate in checked if candidate is not None]
-    return found
+    )
+    return [candidate for candidate in checked if candidate is not None]
 
 
 def adopted_claims(found: Iterable[Found]) -> dict[str, AdoptedClaim]:
@@ -101,15 +106,21 @@ async def replace_silent(function: Function) -> None:
 
 
 async def remove_orphans(
-    backends: Mapping[str, RuntimeBackend], functions: Mapping[str, Function]
+    backends: Iterable[RuntimeBackend], owned: Callable[[], AbstractSet[str]]
 ) -> int:
-    """Remove every runtime that is no function's replica; returns how many."""
-    owned = {replica_id for function in functions.values() for replica_id in function.set.replicas}
+    """Remove every runtime that is no function's replica; returns how many.
+
+    Args:
+        backends: Where to look.
+        owned: Returns the ids of all replicas. Asked before and after each listing, which takes
+            time: a replica may have been created, or may be on its way out, meanwhile.
+    """
     num_removed = 0
-    for backend in backends.values():
+    for backend in backends:
         try:
+            before = owned()
             for info in await backend.list():
-                if info.runtime_id not in owned and not _is_owned(info, functions):
+                if info.runtime_id not in before | owned():
                     log.warning("removing an orphan", runtime_id=info.runtime_id)
                     await backend.delete(info.runtime_id)
                     num_removed += 1
@@ -121,17 +132,11 @@ async def remove_orphans(
     return num_removed
 
 
-def _is_owned(info: RuntimeInfo, functions: Mapping[str, Function]) -> bool:
-    """Look again: the listing took time, and a replica may have been created meanwhile."""
-    function = functions.get(info.function)
-    return function is not None and info.runtime_id in function.set.replicas
-
-
 async def _check(
     info: RuntimeInfo,
     backend: RuntimeBackend,
     functions: Mapping[str, Function],
-    connect: Connect,
+    node: Node,
 ) -> Found | None:
     function = functions.get(info.function)
     fits = (
@@ -141,7 +146,7 @@ async def _check(
         and info.phase is RuntimePhase.RUNNING
     )
     if fits and function is not None:
-        link = RuntimeLink(connect(info.endpoint))
+        link = RuntimeLink(node.connect(info.endpoint))
         try:
             link.status = await link.connection.health(timeout_s=HEALTH_TIMEOUT_S)
             state = ADOPTABLE.get(link.status.state)
@@ -152,6 +157,8 @@ async def _check(
             log.warning("cannot adopt", runtime_id=info.runtime_id, error=str(error))
         await link.close()
     log.info("removing a runtime that cannot be adopted", runtime_id=info.runtime_id)
+    if function is not None:
+        await node.last_logs.keep(function.name, backend, info.runtime_id)
     try:
         await backend.delete(info.runtime_id)
     except BackendError as error:

@@ -4,6 +4,7 @@ from dataclasses import dataclass
 
 from controller.errors import ApiError
 from controller.scaling.lifecycle import Lifecycle, ReplicaState
+from controller.scaling.policy import MAX_BACKOFF_S, backoff_s
 
 
 @dataclass(slots=True, eq=False, kw_only=True)
@@ -16,6 +17,7 @@ class Replica:
         lifecycle: Its state and history.
         in_flight: Leases out.
         idle_since: Monotonic second of the last byte of the last response.
+        up_since: Monotonic second it first became ready; None before, and when it was adopted.
         is_cordoned: Takes no new lease and is put away once the last one is back.
     """
 
@@ -24,12 +26,18 @@ class Replica:
     lifecycle: Lifecycle
     in_flight: int = 0
     idle_since: float = 0.0
+    up_since: float | None = None
     is_cordoned: bool = False
 
     @property
     def state(self) -> ReplicaState:
         """The lifecycle's state."""
         return self.lifecycle.state
+
+    @property
+    def is_waking(self) -> bool:
+        """Whether it is on its way back from being parked."""
+        return self.lifecycle.is_waking
 
 
 @dataclass(slots=True, eq=False, kw_only=True)
@@ -83,3 +91,15 @@ class Backoff:
     def holds(self, now: float) -> bool:
         """Return whether starting is still forbidden."""
         return self.num_failures > 0 and now < self.retry_at
+
+    def after_failed_start(self, now: float, reason: str) -> "Backoff":
+        """Return the back-off after one more start that failed."""
+        failures = self.num_failures + 1
+        return Backoff(num_failures=failures, retry_at=now + backoff_s(failures), reason=reason)
+
+    def after_early_loss(self, now: float, reason: str) -> "Backoff":
+        """Return the back-off after a start that was of no use; the first costs no wait."""
+        is_old = now > self.retry_at + MAX_BACKOFF_S
+        failures = 1 if is_old else self.num_failures + 1
+        wait_s = backoff_s(failures - 1)
+        return Backoff(num_failures=failures, retry_at=now + wait_s, reason=reason)

@@ -19,7 +19,7 @@ from controller.scaling.lifecycle import (
     Tier,
     Transition,
 )
-from controller.scaling.policy import backoff_s, needed_replicas
+from controller.scaling.policy import needed_replicas
 from controller.scaling.replica import (
     Backoff,
     Instruction,
@@ -32,6 +32,8 @@ from controller.scaling.replica import (
 )
 from functions.spec import FunctionSpec
 
+STABLE_S = 5.0
+"""A replica that is lost sooner after its start was of no use."""
 _ROUTABLE = frozenset({ReplicaState.READY})
 
 
@@ -57,6 +59,7 @@ class ReplicaSet:
         self.floor = 0
         self.is_closing = False
         self.backoff = Backoff()
+        self._early_losses = Backoff()
         self.replicas: dict[str, Replica] = {}
         self.transitions: list[tuple[Replica, Transition]] = []
         self._queue = _Queue()
@@ -78,7 +81,8 @@ class ReplicaSet:
         states = {replica.state for replica in self._current()}
         if ReplicaState.READY in states:
             return Tier.READY
-        if states & {ReplicaState.PARKED, ReplicaState.PARKING}:
+        is_waking = any(replica.is_waking for replica in self._current())
+        if is_waking or states & {ReplicaState.PARKED, ReplicaState.PARKING}:
             return Tier.PARKED
         return Tier.STOPPED
 
@@ -86,7 +90,7 @@ class ReplicaSet:
         """Take a new revision; replicas it does not fit are put away once they are idle."""
         self.spec = spec
         self.runtime_hash = runtime_hash
-        self.backoff = Backoff()
+        self.backoff = self._early_losses = Backoff()
 
     def admit(self, waiter: Waiter, *, now: float) -> None:
         """Give a request a lease at once, or a place in the queue.
@@ -163,6 +167,8 @@ class ReplicaSet:
         """Note that a replica can serve."""
         self._move(replica, ReplicaState.READY, now, "loaded")
         replica.idle_since = now
+        if replica.up_since is None:
+            replica.up_since = now
         self.backoff = Backoff()
 
     def parked(self, replica: Replica, *, now: float) -> None:
@@ -183,16 +189,18 @@ class ReplicaSet:
             reason: What happened, for the history and the waiting clients.
             is_start: Whether it was lost while starting. Then waiting requests fail at once
                 unless another replica could serve them, and the next start waits for a back-off.
-                Otherwise a new replica takes its place.
+                Otherwise a new replica takes its place; it waits too, from the second time on, if
+                they are lost as soon as they are ready.
         """
+        is_early = replica.up_since is not None and now - replica.up_since < STABLE_S
         self._move(replica, ReplicaState.FAILED, now, reason)
-        if not is_start:
+        if is_start:
+            self.backoff = self.backoff.after_failed_start(now, reason)
+        elif is_early:
+            self.backoff = self._early_losses = self._early_losses.after_early_loss(now, reason)
+        if not is_start or self._has_hope():
             return []
-        failures = self.backoff.num_failures + 1
-        self.backoff = Backoff(
-            num_failures=failures, retry_at=now + backoff_s(failures), reason=reason
-        )
-        return [] if self._has_hope() else self.fail_waiters(self._failure(now))
+        return self.fail_waiters(self._failure(now))
 
     def stopped(self, replica: Replica, *, now: float) -> None:
         """Forget a replica whose runtime is gone."""
@@ -250,7 +258,7 @@ class ReplicaSet:
         wait_s = max(self.backoff.retry_at - now, 0.0)
         return ActivationFailed(
             f"{self.spec.name!r} could not be started: {self.backoff.reason}; the next attempt is "
-            f"possible in {wait_s:.0f} s",
+            f"possible in {wait_s:.0f} s; `coldspark logs {self.spec.name}` may say more",
             retry_after_s=wait_s,
         )
 

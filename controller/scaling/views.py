@@ -30,7 +30,7 @@ def entry_view(entry: Entry) -> dict[str, Any]:
         "in_flight": 0,
         "queued": 0,
         "replicas": [],
-        "last_error": entry.error or None,
+        "last_error": entry.error or (entry.function and entry.function.last_error) or None,
         "spec": entry.spec.to_json(),
     }
     return view if entry.function is None else view | function_view(entry.function)
@@ -43,7 +43,6 @@ def function_view(function: Function) -> dict[str, Any]:
         "in_flight": function.set.in_flight,
         "queued": function.set.num_queued,
         "replicas": [replica_view(function, replica) for replica in function.set.replicas.values()],
-        **({"last_error": function.last_error} if function.last_error else {}),
     }
 
 

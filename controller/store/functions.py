@@ -9,14 +9,16 @@ from sqlalchemy import Connection, Row, Select, insert, select, update
 from controller.store.errors import NotStored
 from controller.store.tables import deployments, functions, revisions
 
+_IS_CURRENT = deployments.c.until_us.is_(None)
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class DeployedFunction:
-    """A function with its current revision.
+    """A function with one of its revisions.
 
     Attributes:
         created_us: When it was first deployed.
-        deployed_us: When the current revision became current.
+        deployed_us: When the revision became current.
     """
 
     name: str
@@ -37,7 +39,8 @@ class Functions:
         self, name: str, *, spec: Mapping[str, Any], revision: str, backend: str, at_us: int
     ) -> bool:
         """Make a revision the current one; says whether anything changed."""
-        current = self._connection.execute(_current(name)).one_or_none()
+        query = _deployments().where(_IS_CURRENT, functions.c.name == name)
+        current = self._connection.execute(query).one_or_none()
         if current is not None and (current.revision, current.backend) == (revision, backend):
             return False
         if current is None:
@@ -52,20 +55,23 @@ class Functions:
         )
         return True
 
-    def get(self, name: str) -> DeployedFunction:
-        """Return a deployed function.
-
-        Raises:
-            NotStored: None of this name is deployed.
-        """
-        row = self._connection.execute(_current(name)).one_or_none()
-        if row is None:
-            raise NotStored(f"no function {name!r} is deployed")
-        return _deployed(row)
+    def earlier(self, function: DeployedFunction, *, limit: int) -> Sequence[DeployedFunction]:
+        """Return what was current before, the newest first, back to when it was deployed anew."""
+        query = _deployments().where(functions.c.name == function.name)
+        rows = self._connection.execute(query.order_by(deployments.c.id.desc())).all()
+        found: list[DeployedFunction] = []
+        since_us = function.deployed_us
+        for row in rows:
+            if row.until_us == since_us and len(found) < limit:
+                found.append(_deployed(row))
+                since_us = row.from_us
+        return found
 
     def list(self) -> Sequence[DeployedFunction]:
         """Return every deployed function by name."""
-        rows = self._connection.execute(_current().order_by(functions.c.name))
+        rows = self._connection.execute(
+            _deployments().where(_IS_CURRENT).order_by(functions.c.name)
+        )
         return [_deployed(row) for row in rows]
 
     def delete(self, name: str, *, at_us: int) -> None:
@@ -78,9 +84,9 @@ class Functions:
             raise NotStored(f"no function {name!r} is deployed")
 
     def _close(self, name: str, at_us: int) -> int:
-        is_current = (deployments.c.function == name) & deployments.c.until_us.is_(None)
+        is_this = (deployments.c.function == name) & _IS_CURRENT
         return self._connection.execute(
-            update(deployments).where(is_current).values(until_us=at_us)
+            update(deployments).where(is_this).values(until_us=at_us)
         ).rowcount
 
     def _ensure_function(self, name: str, at_us: int) -> None:
@@ -100,14 +106,15 @@ class Functions:
             )
 
 
-def _current(name: str | None = None) -> Select[Any]:
-    query = (
+def _deployments() -> Select[Any]:
+    return (
         select(
             functions.c.name,
             functions.c.created_us,
             deployments.c.revision,
             deployments.c.backend,
             deployments.c.from_us,
+            deployments.c.until_us,
             revisions.c.spec,
         )
         .join_from(functions, deployments, deployments.c.function == functions.c.name)
@@ -116,9 +123,7 @@ def _current(name: str | None = None) -> Select[Any]:
             (revisions.c.function == deployments.c.function)
             & (revisions.c.revision == deployments.c.revision),
         )
-        .where(deployments.c.until_us.is_(None))
     )
-    return query if name is None else query.where(functions.c.name == name)
 
 
 def _deployed(row: Row[Any]) -> DeployedFunction:

@@ -90,20 +90,6 @@ Index(
     postgresql_where=deployments.c.until_us.is_(None),
 )
 
-replicas = Table(
-    "replicas",
-    metadata,
-    Column("id", String(128), primary_key=True),
-    Column("function", String(63), nullable=False, index=True),
-    Column("revision", String(64), nullable=False),
-    Column("backend", String(32), nullable=False),
-    Column("state", String(16), nullable=False),
-    Column("epoch", BigInteger, nullable=False),
-    Column("devices", JSON, nullable=False),
-    Column("created_us", BigInteger, nullable=False),
-    Column("updated_us", BigInteger, nullable=False),
-)
-
 transitions = Table(
     "transitions",
     metadata,

@@ -40,13 +40,6 @@ class Usage:
         if rows:
             self._connection.execute(insert(usage), rows)
 
-    def between(self, since_us: int, until_us: int) -> Sequence[StoredUsage]:
-        """Return the requests that started in [since_us, until_us), in that order."""
-        columns = [column for column in usage.c if column.name != "id"]
-        query = select(*columns).where(_started(since_us, until_us))
-        rows = self._connection.execute(query.order_by(usage.c.started_us, usage.c.id)).mappings()
-        return [StoredUsage(**row) for row in rows]
-
     def served(self, since_us: int, until_us: int) -> Sequence[Served]:
         """Sum the requests that started in [since_us, until_us) by function, replica and day."""
         day = day_of(usage.c.started_us)

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from controller.errors import NotFound
+from controller.errors import NotFound, StoreUnavailable
 from controller.gateway.auth import hash_key
 from controller.ledger.ledger import Ledger
 from controller.records import Records
@@ -81,6 +81,18 @@ async def test_a_spec_of_another_version_hides_no_other_function(
     assert [stored.spec.name for stored in await records.load()] == ["good"]
 
 
+async def test_earlier_revisions_come_with_the_current_one(
+    records: Records, clock: FakeClock
+) -> None:
+    for seconds in (1, 2, 3):
+        clock.advance(1)
+        spec = spec_of(scaling={"idle_timeout": seconds})
+        await records.put(StoredFunction(spec=spec, backend="process", created_us=START_US))
+    (stored,) = await records.load()
+    found = [one.spec.scaling.idle_timeout for one in (stored, *stored.earlier)]
+    assert found == [3, 2, 1]
+
+
 async def test_the_journal_ends_up_in_the_history(records: Records, clock: FakeClock) -> None:
     journal = Journal(records.write)
     record = GenerationRecord(request_id="r", function="tiny", tier="ready", outcome="stop")
@@ -112,15 +124,48 @@ async def test_a_journal_that_cannot_be_written_keeps_its_entries_within_a_bound
             raise OSError("disk full")
         written.extend(entries)
 
-    journal = Journal(write)
+    dropped: list[None] = []
+    journal = Journal(write, on_dropped=lambda: dropped.append(None))
     for number in range(10_050):
         journal.add(cold_start(number))
     with pytest.raises(OSError, match="disk full"):
         await journal.flush()
     is_away = False
     await journal.flush()
-    assert journal.num_dropped == 50
+    assert len(dropped) == 50
     assert len(written) == 10_000
+
+
+@pytest.mark.parametrize("fails", [False, True])
+async def test_what_comes_during_a_write_is_neither_lost_nor_written_twice(fails: bool) -> None:
+    may_write = asyncio.Event()
+    written: list[int] = []
+
+    async def write(entries: list[Entry]) -> None:
+        await may_write.wait()
+        if fails:
+            raise OSError("disk full")
+        written.extend(entry.started_us for entry in entries if isinstance(entry, ColdStart))
+
+    dropped: list[None] = []
+    journal = Journal(write, on_dropped=lambda: dropped.append(None))
+    for number in range(10_000):
+        journal.add(cold_start(number))
+    first, second = (asyncio.create_task(journal.flush()) for _ in range(2))
+    await asyncio.sleep(0)
+    await asyncio.sleep(0)
+    for number in range(10_000, 10_010):
+        journal.add(cold_start(number))
+    first.cancel()
+    await asyncio.sleep(0)
+    may_write.set()
+    await asyncio.wait([first, second])
+    assert first.cancelled()
+    assert (second.exception() is not None) is fails
+    fails = False
+    await journal.flush()
+    assert written == list(range(len(dropped), 10_010))
+    assert len(dropped) == (10 if second.exception() else 0)
 
 
 async def test_history_is_kept_for_its_days(records: Records, clock: FakeClock) -> None:
@@ -160,3 +205,61 @@ async def test_the_first_key_is_written_once_and_only_for_its_owner(
     mode = (await asyncio.to_thread(path.stat)).st_mode
     assert stat.S_IMODE(mode) == 0o600
     assert not await records.bootstrap_key(path)
+
+
+async def test_a_key_that_was_used_lately_opens_while_the_database_is_away(
+    records: Records, database: Database, clock: FakeClock
+) -> None:
+    used = hash_key((await records.create_key("used", expires_in_s=None))["key"])
+    unused = hash_key((await records.create_key("unused", expires_in_s=None))["key"])
+    assert await records.find(used) is not None
+    database.close()
+    clock.advance(3600.0)
+    assert await records.find(used) is not None
+    with pytest.raises(StoreUnavailable) as told:
+        await records.find(unused)
+    assert told.value.retry_after_s is not None
+
+
+async def test_what_clients_ask_for_is_503_while_the_database_is_away(
+    records: Records, database: Database, clock: FakeClock
+) -> None:
+    database.close()
+    stored = StoredFunction(spec=spec_of(), backend="process", created_us=START_US)
+    for call in (
+        records.keys(),
+        records.create_key("ci", expires_in_s=None),
+        records.revoke_key("id"),
+        records.cold_starts(function=None, limit=1),
+        records.put(stored),
+        records.delete("tiny"),
+    ):
+        with pytest.raises(StoreUnavailable):
+            await call
+
+
+async def test_a_life_that_ends_after_the_calendar_leaves_no_key_behind(records: Records) -> None:
+    with pytest.raises((ValueError, OverflowError)):
+        await records.create_key("eternal", expires_in_s=1e12)
+    assert await records.keys() == []
+
+
+async def test_a_first_key_is_made_again_when_none_can_be_used(
+    records: Records, tmp_path: Path, clock: FakeClock
+) -> None:
+    path = tmp_path / "bootstrap.key"
+    short = await records.create_key("short", expires_in_s=60.0)
+    long = await records.create_key("long", expires_in_s=3600.0)
+    assert not await records.bootstrap_key(path)
+    await records.revoke_key(long["id"])
+    clock.advance(61.0)
+    assert await records.bootstrap_key(path)
+    assert {key["id"] for key in await records.keys()} > {short["id"], long["id"]}
+
+
+async def test_a_first_key_that_cannot_be_written_is_not_stored(
+    records: Records, tmp_path: Path
+) -> None:
+    with pytest.raises(OSError, match="nowhere"):
+        await records.bootstrap_key(tmp_path / "nowhere" / "bootstrap.key")
+    assert await records.keys() == []

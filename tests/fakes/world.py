@@ -1,7 +1,7 @@
 """A controller's scaling world on fake machines and loop time."""
 
 import asyncio
-from collections.abc import AsyncIterator, Callable, Mapping
+from collections.abc import AsyncIterator, Callable
 from contextlib import asynccontextmanager
 from datetime import UTC, datetime, timedelta
 from decimal import Decimal
@@ -15,6 +15,7 @@ from controller.scaling.deployment import Deployment
 from controller.scaling.function import Function
 from controller.scaling.generation import GenerationRequest
 from controller.scaling.journal import Entry, Journal
+from controller.scaling.last_logs import LastLogs
 from controller.scaling.node import Node
 from controller.scaling.placement import CPU_DEVICE_ID, Device, DeviceKind, DevicePool
 from functions.spec import FunctionSpec
@@ -55,7 +56,24 @@ class ForgetfulRepository:
         return 0
 
 
-def spec_of(**sections: Mapping[str, object]) -> FunctionSpec:
+class MemoryLogs(LastLogs):
+    """Keeps the last logs in memory, and takes no thread's time."""
+
+    def __init__(self) -> None:
+        super().__init__(Path("/nowhere"))
+        self.kept: dict[str, bytes] = {}
+
+    async def _write(self, function: str, data: bytes) -> None:
+        self.kept[function] = data
+
+    async def _read(self, function: str) -> bytes:
+        return self.kept.get(function, b"")
+
+    async def forget(self, function: str) -> None:
+        self.kept.pop(function, None)
+
+
+def spec_of(**sections: object) -> FunctionSpec:
     """Return a spec of a tiny CPU function with some sections replaced."""
     base: dict[str, object] = {
         "name": "tiny",
@@ -111,6 +129,7 @@ class World:
             journal=Journal(self.write),
             metrics=Metrics(),
             snapshot_store=Path("/nowhere"),
+            last_logs=MemoryLogs(),
             gpu_hour_usd=Decimal("2.50"),
             epoch=1,
         )

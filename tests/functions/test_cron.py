@@ -15,6 +15,8 @@ from functions.cron import parse_cron
         ("0 0 * JAN-mar *", "month", "1,2,3"),
         ("0 0 * * *", "month", "*"),
         ("0-59 * * * *", "minute", "*"),
+        ("0 0 29 2 *", "day", "29"),
+        ("0 0 30-31 4 *", "day", "30,31"),
     ],
 )
 def test_fields_are_expanded(expression: str, field: str, value: str) -> None:
@@ -57,6 +59,9 @@ def test_weekdays_are_named_as_cron_counts_them(weekday: str, names: str) -> Non
         ("1,,2 * * * *", "minute such as"),
         ("-1 * * * *", "minute such as"),
         ("0 0 13 * fri", "not both"),
+        ("0 0 31 4 *", "a day that one of its months has"),
+        ("0 0 30,31 feb *", "a day that one of its months has"),
+        ("0 0 31 2,4,6 *", "a day that one of its months has"),
     ],
 )
 def test_what_is_no_cron_is_refused(expression: str, message: str) -> None:

@@ -3,6 +3,7 @@
 from collections.abc import AsyncIterator, Mapping
 from datetime import datetime, timedelta
 from enum import StrEnum
+from pathlib import Path
 from typing import Annotated, Any, Literal, Protocol
 
 from fastapi import APIRouter, Query, Response
@@ -14,10 +15,12 @@ from controller.errors import InvalidRequest, InvalidSpec
 from controller.gateway.bodies import JsonRoute
 from controller.gateway.responses import ERROR_RESPONSES
 from functions.loader import SpecError, load_object
+from functions.spec import is_local_source
 from functions.units import parse_duration
 
 MAX_LOG_LINES = 10_000
 MAX_COLD_STARTS = 1_000
+MAX_KEY_LIFE_S = 100 * 365 * 86_400
 Name = str
 Json = dict[str, Any]
 
@@ -49,7 +52,7 @@ class Plane(Protocol):
         """Remove the replicas."""
 
     def logs(self, name: str, *, tail: int, follow: bool) -> AsyncIterator[str]:
-        """Yield log lines of the function's replicas."""
+        """Return log lines of the function's replicas, or raise why there are none."""
 
     def view(self, name: str) -> Json:
         """Return one function."""
@@ -99,7 +102,7 @@ class KeyBody(BaseModel):
     model_config = ConfigDict(extra="forbid")
 
     name: str = Field(min_length=1, max_length=100)
-    expires_in_s: float | None = Field(default=None, gt=0, allow_inf_nan=False)
+    expires_in_s: float | None = Field(default=None, gt=0, le=MAX_KEY_LIFE_S, allow_inf_nan=False)
 
 
 def admin_router(plane: Plane, history: History, keys: Keys, clock: Clock) -> APIRouter:
@@ -135,6 +138,7 @@ def _add_functions(router: APIRouter, plane: Plane) -> None:
             raise InvalidSpec(
                 f"the path names {name!r} and the spec {spec.name!r}; use one name", param="name"
             )
+        _check_source(spec.model.source)
         is_new = await plane.deploy(spec, body.backend)
         return JSONResponse(plane.view(name), status_code=201 if is_new else 200)
 
@@ -157,7 +161,6 @@ def _add_functions(router: APIRouter, plane: Plane) -> None:
         follow: bool = False,
     ) -> StreamingResponse:
         """Stream the log lines of a function's replicas as text."""
-        plane.view(name)
         lines = plane.logs(name, tail=tail, follow=follow)
         return StreamingResponse(_with_line_ends(lines), media_type="text/plain; charset=utf-8")
 
@@ -198,6 +201,16 @@ def _add_keys(router: APIRouter, keys: Keys) -> None:
     async def revoke_key(key_id: str) -> None:
         """Revoke an API key at once."""
         await keys.revoke_key(key_id)
+
+
+def _check_source(source: str) -> None:
+    """Refuse a path that means one thing to the client and another to the controller."""
+    if is_local_source(source) and not Path(source).is_absolute():
+        raise InvalidSpec(
+            f"model.source is {source!r}, a path from some directory; send an absolute one, "
+            "as `coldspark deploy` does",
+            param="spec.model.source",
+        )
 
 
 def _moment(text: str, now: datetime) -> datetime:

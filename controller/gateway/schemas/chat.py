@@ -96,6 +96,11 @@ class ChatCompletionRequest(SamplingBody):
         """The limit the client asked for, if it did."""
         return self.max_tokens if self.max_completion_tokens is None else self.max_completion_tokens
 
+    @property
+    def limit_field(self) -> str:
+        """The field that the limit is in."""
+        return "max_tokens" if self.max_completion_tokens is None else "max_completion_tokens"
+
 
 class AssistantMessage(BaseModel):
     """The generated message."""

@@ -150,6 +150,11 @@ class SamplingBody(ApiBody):
         return self.max_tokens
 
     @property
+    def limit_field(self) -> str:
+        """The field that the limit is in."""
+        return "max_tokens"
+
+    @property
     def includes_usage(self) -> bool:
         """Whether a stream ends with a usage chunk."""
         return self.stream_options is not None and bool(self.stream_options.include_usage)

@@ -4,6 +4,7 @@ import sys
 
 import pytest
 
+import snapshots.exit_codes
 from controller.cli.app import app
 from controller.cli.errors import EXIT_CODES, ExitCode
 from tests.controller.cli.conftest import Cli
@@ -128,7 +129,7 @@ def test_help_lists_every_exit_code(cli: Cli) -> None:
     outcome = cli("--help")
     text = " ".join(outcome.stdout.split())
     assert outcome.exit_code == 0
-    for code, meaning in EXIT_CODES.items():
+    for code, meaning in (snapshots.exit_codes.EXIT_CODES | EXIT_CODES).items():
         assert f"{code:d} {meaning}" in text
 
 
@@ -180,3 +181,22 @@ def test_commands_import_nothing_heavy() -> None:
         "assert not heavy & set(sys.modules), heavy & set(sys.modules)"
     )
     subprocess.run([sys.executable, "-c", code], check=True)
+
+
+def test_defect_of_ours_is_no_fault_of_the_controller(
+    cli: Cli, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def fail() -> None:
+        raise KeyError("a defect")
+
+    monkeypatch.setattr("functions.schema.json_schema_text", fail)
+    with pytest.raises(KeyError, match="a defect"):
+        cli("schema")
+
+
+def test_a_page_of_another_site_is_told_without_advice_on_keys(
+    cli: Cli, controller: ScriptedServer
+) -> None:
+    controller.on("GET /api/v1/status", error_reply(403, "use localhost"))
+    outcome = cli("status")
+    assert (outcome.exit_code, "COLDSPARK_API_KEY" in outcome.stderr) == (6, False)

@@ -200,3 +200,29 @@ def test_doctor_says_why_torch_is_missing(monkeypatch: pytest.MonkeyPatch, tmp_p
     assert finding.verdict is doctor.Verdict.FAIL
     assert finding.detail == "ModuleNotFoundError: No module named 'torch'"
     assert "pip install" in finding.hint
+
+
+@pytest.mark.parametrize("content", [b"this is no database" * 100, None])
+def test_up_tells_what_is_wrong_with_the_database(
+    cli: Cli, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, content: bytes | None
+) -> None:
+    monkeypatch.setattr("controller.main.configure_logging", lambda: None)  # it is for good
+    database = tmp_path / "coldspark.db"
+    if content is None:
+        database.mkdir()
+    else:
+        database.write_bytes(content)
+    outcome = cli("up", "--home", str(tmp_path), "--port", "0")
+    assert outcome.exit_code == 1
+    assert "coldspark.db" in outcome.stderr
+    assert "hint: " in outcome.stderr
+
+
+def test_port_is_checked_at_an_ipv6_address_too() -> None:
+    if not socket.has_ipv6:
+        pytest.skip("this machine has no IPv6")
+    with socket.create_server(("::1", 0), family=socket.AF_INET6) as taken:
+        port = taken.getsockname()[1]
+        finding = doctor.check_port(Settings(host="::1", port=port))
+    assert finding.verdict is doctor.Verdict.FAIL
+    assert f"[::1]:{port}" in finding.detail

@@ -3,11 +3,17 @@ import json
 
 import pytest
 
-from tests.controller.cli.conftest import Cli
-from tests.fakes.http_server import Reply, ScriptedServer, error_reply
+from tests.controller.cli.conftest import Cli, view
+from tests.fakes.http_server import Reply, ScriptedServer, error_reply, json_reply
 
 USAGE = {"prompt_tokens": 5, "completion_tokens": 2, "total_tokens": 7}
+NAMED = view(name="named", served_names=["org/model", "other"])
 CHAT, RAW = "POST /v1/chat/completions", "POST /v1/completions"
+
+
+@pytest.fixture(autouse=True)
+def deployed(controller: ScriptedServer) -> None:
+    controller.on("GET /api/v1/functions", json_reply({"functions": [view(), NAMED]}))
 
 
 def sse(*events: object, done: bool = True, is_cut: bool = False) -> Reply:
@@ -33,7 +39,7 @@ def test_answer_streams_to_stdout_and_the_rest_to_stderr(
     assert waking == "waking, 0.4 s left"
     assert summary.startswith("from parked, first token after ")
     assert ", 2 tokens in " in summary
-    body = controller.asked[0].body
+    body = controller.asked[-1].body
     assert body["model"] == "tiny"
     assert body["messages"] == [{"role": "user", "content": "Hi"}]
     assert body["stream"] is True
@@ -43,7 +49,7 @@ def test_answer_streams_to_stdout_and_the_rest_to_stderr(
 def test_options_reach_the_api(cli: Cli, controller: ScriptedServer) -> None:
     controller.on(CHAT, sse(chat("x", "length")))
     outcome = cli("run", "tiny", "Hi", "--max-tokens", "3", "--temperature", "0")
-    body = controller.asked[0].body
+    body = controller.asked[-1].body
     assert (body["max_tokens"], body["temperature"]) == (3, 0)
     assert "cut at the token limit" in outcome.stderr
 
@@ -51,8 +57,8 @@ def test_options_reach_the_api(cli: Cli, controller: ScriptedServer) -> None:
 def test_raw_prompt_goes_to_text_completions(cli: Cli, controller: ScriptedServer) -> None:
     controller.on(RAW, sse({"choices": [{"text": " world", "finish_reason": "stop"}]}))
     assert cli("run", "tiny", "hello", "--raw").stdout == " world\n"
-    assert controller.asked[0].body["prompt"] == "hello"
-    assert "messages" not in controller.asked[0].body
+    assert controller.asked[-1].body["prompt"] == "hello"
+    assert "messages" not in controller.asked[-1].body
 
 
 @pytest.mark.parametrize("arguments", [["-"], []])
@@ -62,7 +68,7 @@ def test_prompt_can_come_from_stdin(
     monkeypatch.setattr("sys.stdin", io.StringIO("from a pipe\n"))
     controller.on(CHAT, sse(chat("ok", "stop")))
     assert cli("run", "tiny", *arguments).exit_code == 0
-    assert controller.asked[0].body["messages"][0]["content"] == "from a pipe\n"
+    assert controller.asked[-1].body["messages"][0]["content"] == "from a pipe\n"
 
 
 def test_empty_prompt_is_wrong_usage(cli: Cli, controller: ScriptedServer) -> None:
@@ -105,3 +111,14 @@ def test_stream_without_its_end_is_a_failure(
     outcome = cli("run", "tiny", "Hi")
     assert outcome.exit_code == 1
     assert "error: " in outcome.stderr
+
+
+@pytest.mark.parametrize(
+    ("name", "model"), [("named", "org/model"), ("other", "other"), ("tiny", "tiny")]
+)
+def test_function_is_asked_under_a_name_it_serves(
+    cli: Cli, controller: ScriptedServer, name: str, model: str
+) -> None:
+    controller.on(CHAT, sse(chat("ok", "stop")))
+    assert cli("run", name, "Hi").exit_code == 0
+    assert controller.asked[-1].body["model"] == model

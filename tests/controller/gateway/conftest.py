@@ -105,5 +105,5 @@ async def client(make_app: AppMaker) -> AsyncIterator[httpx.AsyncClient]:
 
 def client_of(app: FastAPI) -> httpx.AsyncClient:
     return httpx.AsyncClient(
-        transport=httpx.ASGITransport(app, raise_app_exceptions=False), base_url="http://gateway"
+        transport=httpx.ASGITransport(app, raise_app_exceptions=False), base_url="http://localhost"
     )

@@ -226,6 +226,13 @@ async def test_limit_beyond_the_context_is_refused_with_numbers(
     assert response.status_code == 200
 
 
+async def test_the_newer_name_of_the_limit_is_named_where_it_was_used(
+    client: httpx.AsyncClient,
+) -> None:
+    for field in ("max_tokens", "max_completion_tokens"):
+        assert (await refused(client, CHAT, {**HELLO, field: 1000}))["param"] == field
+
+
 async def test_a_long_prompt_leaves_what_is_left_by_default(
     client: httpx.AsyncClient, function: FakeFunction
 ) -> None:
@@ -416,3 +423,19 @@ def test_no_json_makes_the_gateway_fail(
             assert set(response.json()["error"]) == {"message", "type", "param", "code"}
 
     asyncio.run(ask())
+
+
+async def test_bodies_on_their_way_are_bounded_together(make_app: AppMaker) -> None:
+    app = make_app(max_body_bytes=4096, max_unread_bytes=6000)
+    slow = AsgiCall(app, CHAT, [b" " * 4000], is_complete=False)
+    await asyncio.sleep(0.01)
+    refused = AsgiCall(app, CHAT, [b" " * 4000], is_complete=False)
+    await refused.finished()
+    assert refused.status == 503
+    assert refused.headers["retry-after"] == "1"
+    assert json.loads(refused.text)["error"]["code"] == "overloaded"
+    slow.leave()
+    await slow.finished()
+    served = AsgiCall(app, CHAT, [json.dumps(HELLO).encode() + b" " * 4000])
+    await served.finished()
+    assert served.status == 200

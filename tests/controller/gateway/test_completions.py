@@ -135,3 +135,19 @@ async def test_text_prompts_get_the_bos_that_the_tokenizer_adds(
     assert plain[0] == rendered[0] == 1
     assert plain.count(1) == rendered.count(1) == 1
     assert whole["choices"][0]["text"] == "the hall"
+
+
+@pytest.mark.parametrize("stream", [False, True])
+async def test_a_stop_token_ends_the_text_and_is_not_in_it(
+    client: httpx.AsyncClient, echo: FakeFunction, byte_level: Tokenizer, stream: bool
+) -> None:
+    *rest, last = byte_level.encode("wake up").ids
+    asked = {"model": "tiny", "prompt": [*rest, last], "stop_token_ids": [last]}
+    response = await client.post(PATH, json={**asked, "stream": stream})
+    if stream:
+        chunks = events(response.text)[:-1]
+        text = "".join(chunk["choices"][0]["text"] for chunk in chunks)
+    else:
+        text = response.json()["choices"][0]["text"]
+        assert response.json()["usage"]["completion_tokens"] == len(rest) + 1
+    assert text == byte_level.decode(rest)

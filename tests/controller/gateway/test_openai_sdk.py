@@ -18,7 +18,7 @@ async def sdk(make_app: AppMaker) -> AsyncIterator[openai.AsyncOpenAI]:
         client_of(make_app(heartbeat_s=0.005)) as client,
         openai.AsyncOpenAI(
             api_key="unused",
-            base_url="http://gateway/v1",
+            base_url="http://localhost/v1",
             http_client=client,  # type: ignore[arg-type]  # it takes any httpx
             max_retries=0,
         ) as sdk,

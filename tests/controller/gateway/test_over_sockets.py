@@ -36,7 +36,7 @@ async def listening(app: FastAPI) -> AsyncIterator[int]:
 
 
 def request_head(*headers: str) -> bytes:
-    lines = ["POST /v1/chat/completions HTTP/1.1", "Host: gateway", *headers]
+    lines = ["POST /v1/chat/completions HTTP/1.1", "Host: localhost", *headers]
     return "\r\n".join([*lines, "Content-Type: application/json", "", ""]).encode()
 
 

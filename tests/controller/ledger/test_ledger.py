@@ -1,4 +1,5 @@
 import asyncio
+import contextlib
 from collections.abc import Mapping
 from datetime import datetime, timedelta
 from decimal import Decimal
@@ -145,21 +146,42 @@ async def test_recovery_after_a_claim_is_a_defect(clock: FakeClock, books: FakeB
         await ledger.recover({})
 
 
-async def test_every_closed_interval_is_told_once(clock: FakeClock, books: FakeBooks) -> None:
+@pytest.mark.parametrize("num_flushes", [0, 1, 2])
+async def test_all_time_is_told_once(num_flushes: int, clock: FakeClock, books: FakeBooks) -> None:
     told: list[Interval] = []
     ledger = Ledger(
-        devices={"gpu0": RATE}, clock=clock, repository=books, on_closed=told.append, max_pending=2
+        devices={"gpu0": RATE}, clock=clock, repository=books, on_spent=told.append, max_pending=2
     )
     await ledger.recover({})
     for _ in range(5):
         clock.advance(1)
         claim(ledger, S.ACTIVE)
         clock.advance(1)
+        for _ in range(num_flushes):
+            await ledger.flush()
         claim(ledger, S.IDLE)
     ledger.drop_claim("r1")
     lengths = [(one.state, (one.end_us or 0) - one.start_us) for one in told]
     assert sum(length for state, length in lengths if state is S.ACTIVE) == 5_000_000
     assert sum(length for _, length in lengths) == 10_000_000
+
+
+@pytest.mark.parametrize("failure", [None, Failure.BEFORE])
+async def test_time_that_goes_on_is_told_at_each_flush(
+    clock: FakeClock, books: FakeBooks, failure: Failure | None
+) -> None:
+    told: list[Interval] = []
+    ledger = Ledger(devices={"gpu0": RATE}, clock=clock, repository=books, on_spent=told.append)
+    await ledger.recover({})
+    claim(ledger, S.ACTIVE)
+    books.failure = failure
+    for _ in range(3):
+        clock.advance(1)
+        with contextlib.suppress(DatabaseUnavailable):
+            await ledger.flush()
+        (second,) = told
+        assert (second.end_us or 0) - second.start_us == 1_000_000
+        told.clear()
 
 
 async def test_jump_of_the_wall_clock_neither_loses_nor_invents_time(

@@ -4,13 +4,16 @@ import asyncio
 import random
 
 import pytest
+from apscheduler.triggers.cron import CronTrigger
 
+from controller.backends.base import BackendError, BackendUnavailable
 from controller.errors import (
     ActivationFailed,
     ActivationTimeout,
     ApiError,
     Conflict,
     FirstTokenTimeout,
+    ModelNotFound,
     QueueFull,
     RuntimeDied,
     ShuttingDown,
@@ -19,7 +22,9 @@ from controller.scaling.activation import ColdStart
 from controller.scaling.function import Function
 from controller.scaling.journal import UsageEntry
 from controller.scaling.lifecycle import ReplicaState, Tier
+from controller.scaling.replica import Instruction
 from controller.scaling.serving import FunctionGeneration
+from functions.spec import ScheduleSpec
 from tests.fakes.runtime import FakeRuntime
 from tests.fakes.world import World, collect, deployment, request, spec_of
 
@@ -179,7 +184,7 @@ async def test_a_start_that_fails_is_told_at_once_and_backed_off() -> None:
         assert await collect(function) == [3, 4, 5, 6], "the back-off expires by itself"
 
 
-async def test_an_exit_during_the_start_is_told_with_the_end_of_its_log() -> None:
+async def test_an_exit_during_the_start_is_told_and_its_log_only_to_the_operator() -> None:
     world = World(make_runtime=lambda: FakeRuntime(load_s=1000.0))
     async with world.function() as function:
         task = asyncio.create_task(collect(function))
@@ -188,8 +193,10 @@ async def test_an_exit_during_the_start_is_told_with_the_end_of_its_log() -> Non
         world.backend.machine.log(runtime_id, "ImportError: no module named torch")
         world.backend.exit(runtime_id, exit_code=1)
         await function.exited(await world.backend.inspect(runtime_id))
-        with pytest.raises(ActivationFailed, match=r"status 1.*no module named torch"):
+        with pytest.raises(ActivationFailed, match=r"status 1.*`coldspark logs tiny`") as told:
             await task
+        assert "torch" not in told.value.message
+        assert "no module named torch" in function.last_error
         assert now() < 2.0
 
 
@@ -350,7 +357,7 @@ async def test_a_closed_function_finishes_and_leaves_nothing() -> None:
         running = asyncio.create_task(collect(function, max_tokens=50))
         await asyncio.sleep(0.1)
         function.close()
-        with pytest.raises(ShuttingDown):
+        with pytest.raises(ModelNotFound):
             await collect(function)
         assert len(await running) == 50
         await asyncio.sleep(1.0)
@@ -390,8 +397,6 @@ async def test_two_functions_take_turns_on_one_gpu() -> None:
 
 
 async def test_a_hanging_backend_delete_is_retried_until_the_runtime_is_gone() -> None:
-    from controller.backends.base import BackendUnavailable
-
     world = World()
     async with world.function() as function:
         await function.warm()
@@ -466,3 +471,128 @@ async def test_the_ledger_sees_idle_and_active_as_requests_come_and_go() -> None
 def _states(world: World) -> set[str]:
     timelines = world.ledger._timelines.values()
     return {str(one.state) for line in timelines for one in line.open_intervals}
+
+
+async def test_a_request_whose_replica_dies_while_its_function_is_deleted_is_told() -> None:
+    world = World(make_runtime=lambda: FakeRuntime(step_s=5.0))
+    async with world.function() as function:
+        task = asyncio.create_task(collect(function))
+        await asyncio.sleep(2.0)
+        function.close()
+        world.runtime.crash()
+        async with asyncio.timeout(5.0):
+            with pytest.raises(ModelNotFound, match="was deleted"):
+                await task
+
+
+async def test_a_request_whose_replica_dies_while_the_controller_stops_is_told() -> None:
+    world = World(make_runtime=lambda: FakeRuntime(step_s=5.0))
+    async with world.function() as function:
+        task = asyncio.create_task(collect(function))
+        await asyncio.sleep(2.0)
+        stopping = asyncio.create_task(function.finish_requests(60.0))
+        await asyncio.sleep(0.1)
+        world.runtime.crash()
+        async with asyncio.timeout(5.0):
+            with pytest.raises(ShuttingDown):
+                await task
+            await stopping
+
+
+async def test_a_deleted_function_says_so_to_a_request_that_comes_late() -> None:
+    world = World()
+    async with world.function() as function:
+        generation = function.generate(request())
+        function.close()
+        with pytest.raises(ModelNotFound, match="'tiny' was deleted"):
+            await generation.__aenter__()
+
+
+async def test_whoever_still_waits_when_the_owner_ends_is_told() -> None:
+    world = World(make_runtime=lambda: FakeRuntime(load_s=1000.0))
+    async with world.function() as function:
+        task = asyncio.create_task(collect(function))
+        await asyncio.sleep(1.0)
+    async with asyncio.timeout(5.0):
+        with pytest.raises(ShuttingDown):
+            await task
+
+
+async def test_a_defect_in_one_decision_does_not_end_the_owner(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    world = World()
+    async with world.function() as function:
+        plan, calls = function.set.plan, []
+
+        def fails_once(now: float) -> list[Instruction]:
+            calls.append(now)
+            if len(calls) == 1:
+                raise RuntimeError("a defect")
+            return plan(now)
+
+        monkeypatch.setattr(function.set, "plan", fails_once)
+        async with asyncio.timeout(10.0):
+            assert await collect(function) == [3, 4, 5, 6]
+
+
+async def test_a_schedule_is_looked_up_at_its_edges_only(monkeypatch: pytest.MonkeyPatch) -> None:
+    from controller.scaling import policy
+
+    looked: list[float] = []
+    trigger = policy.cron_trigger
+
+    def counted(schedule: ScheduleSpec) -> CronTrigger:
+        looked.append(now())
+        return trigger(schedule)
+
+    monkeypatch.setattr(policy, "cron_trigger", counted)
+    world = World()  # it is Monday, noon, and 0 s by the loop
+    schedule = {"cron": "1 12 * * *", "min_replicas": 1, "duration": 60}
+    spec = spec_of(schedules=[schedule], scaling={"idle_timeout": 10})
+    async with world.function(spec) as function:
+        tiers = []
+        for seconds in (50.0, 20.0, 70.0):
+            await asyncio.sleep(seconds)
+            tiers.append(function.tier)
+    assert tiers == [Tier.STOPPED, Tier.READY, Tier.PARKED]
+    assert len(looked) == 3
+
+
+async def test_a_delete_that_can_never_succeed_is_left_to_the_sweep() -> None:
+    world = World()
+    async with world.function() as function:
+        await function.warm()
+        world.backend.error = BackendError("no such permission")
+        async with asyncio.timeout(5.0):
+            await function.stop()
+        assert not function.set.replicas
+        assert world.backend.machine.runtimes
+
+
+async def test_parking_by_hand_says_when_the_runtime_refuses() -> None:
+    world = World()
+    async with world.function() as function:
+        await function.warm()
+        world.runtime.fails.add("park")
+        with pytest.raises(Conflict, match="told to refuse park"):
+            await function.park()
+
+
+async def test_parking_by_hand_waits_for_one_that_is_under_way() -> None:
+    world = World(make_runtime=lambda: FakeRuntime(park_s=5.0))
+    async with world.function() as function:
+        await function.warm()
+        first = asyncio.create_task(function.park())
+        await asyncio.sleep(0.1)
+        await function.park()
+        assert states(function) == {ReplicaState.PARKED}
+        await first
+
+
+async def test_a_deleted_function_is_not_warmed() -> None:
+    world = World()
+    async with world.function() as function:
+        function.close()
+        with pytest.raises(ModelNotFound):
+            await function.warm()

@@ -9,7 +9,15 @@ from typing import Any
 
 import pytest
 
-from controller.errors import ActivationFailed, Conflict, InvalidSpec, ModelNotFound, NotFound
+from controller.backends.base import BackendUnavailable, RuntimeInfo
+from controller.errors import (
+    ActivationFailed,
+    Conflict,
+    InvalidSpec,
+    ModelNotFound,
+    NotFound,
+    RuntimeDied,
+)
 from controller.scaling.entry import StoredFunction
 from controller.scaling.plane import ControlPlane
 from controller.scaling.preparation import BuildProgress, PreparationFailed
@@ -47,6 +55,7 @@ class Machine:
         self.world = World()
         self.world.node = replace(self.world.node, snapshot_store=snapshot.parent)
         self.build_error = ""
+        self.unforeseen: Exception | None = None
         self.may_build = asyncio.Event()
         self.may_build.set()
 
@@ -62,6 +71,8 @@ class Machine:
         """Pretend to build what is already there."""
         on_progress(BuildProgress(phase="convert", done_bytes=43, total_bytes=100))
         await self.may_build.wait()
+        if self.unforeseen is not None:
+            raise self.unforeseen
         if self.build_error:
             raise PreparationFailed(self.build_error)
         return self.snapshot.name
@@ -212,12 +223,14 @@ async def test_a_new_controller_adopts_what_fits_and_removes_the_rest(
     (kept,) = machine.world.backend.created
     stranger = replace(kept, runtime_id="stranger", revision="old")
     await machine.world.backend.create(stranger)
+    machine.world.backend.machine.log("stranger", "what it said last")
     machine.restart()
     async with machine.controller() as plane:
         assert list(machine.world.backend.machine.runtimes) == [kept.runtime_id]
         assert plane.view("tiny")["tier"] == "ready"
         assert await collect(plane.resolve("tiny")) == [3, 4, 5, 6]
         assert machine.world.backend.created == [kept, stranger]
+        assert await plane.node.last_logs.lines("tiny", tail=9) == ["what it said last"]
 
 
 async def test_orphans_are_removed_and_replicas_are_not(smollm2_snapshot: Path) -> None:
@@ -260,3 +273,227 @@ async def test_an_exit_seen_by_the_backend_ends_the_start(smollm2_snapshot: Path
 
 def _slow_runtime() -> FakeRuntime:
     return FakeRuntime(load_s=1000.0)
+
+
+async def test_a_deleted_function_finishes_what_runs_whatever_sweeps_come(
+    smollm2_snapshot: Path,
+) -> None:
+    machine = Machine(smollm2_snapshot)
+    async with machine.controller() as plane:
+        await plane.deploy(spec_of(), "fake")
+        await until_built(plane)
+        running = asyncio.create_task(collect(plane.resolve("tiny"), max_tokens=100))
+        await asyncio.sleep(1.5)
+        deleting = asyncio.create_task(plane.delete("tiny"))
+        await asyncio.sleep(0.1)
+        await plane.reconcile()
+        await plane.sweep()
+        assert machine.world.backend.machine.runtimes
+        assert len(await running) == 100
+        await deleting
+        assert not machine.world.backend.machine.runtimes
+
+
+async def test_a_deleted_function_still_keeps_its_deadlines_and_hears_of_exits(
+    smollm2_snapshot: Path,
+) -> None:
+    machine = Machine(smollm2_snapshot)
+    async with machine.controller() as plane:
+        await plane.deploy(spec_of(timeouts={"stream_idle": 2}), "fake")
+        await until_built(plane)
+        running = asyncio.create_task(collect(plane.resolve("tiny"), max_tokens=1000))
+        await asyncio.sleep(1.5)
+        machine.world.runtime.is_stuck = True
+        deleting = asyncio.create_task(plane.delete("tiny"))
+        for _ in range(10):
+            await asyncio.sleep(1.0)
+            await plane.sweep()
+        with pytest.raises(RuntimeDied, match=r"timeouts\.stream_idle"):
+            await running
+        await deleting
+
+
+async def test_a_name_deployed_again_keeps_its_pin_when_the_old_one_has_ended(
+    smollm2_snapshot: Path,
+) -> None:
+    machine = Machine(smollm2_snapshot)
+    async with machine.controller() as plane:
+        await plane.deploy(spec_of(), "fake")
+        await until_built(plane)
+        running = asyncio.create_task(collect(plane.resolve("tiny"), max_tokens=300))
+        await asyncio.sleep(1.5)
+        deleting = asyncio.create_task(plane.delete("tiny"))
+        await asyncio.sleep(0.1)
+        await plane.deploy(spec_of(), "fake")
+        await until_built(plane)
+        assert await collect(plane.resolve("tiny")) == [3, 4, 5, 6]
+        assert len(await running) == 300
+        await deleting
+        assert "tiny" in SnapshotStore(machine.snapshot.parent).pins(machine.snapshot.name)
+        await plane.reconcile()
+        assert len(machine.world.backend.machine.runtimes) == 1
+
+
+@pytest.mark.parametrize("failure", [OSError("no more processes"), ValueError("what is this?")])
+async def test_a_build_that_fails_in_an_unforeseen_way_is_told(
+    smollm2_snapshot: Path, failure: Exception
+) -> None:
+    machine = Machine(smollm2_snapshot)
+    machine.unforeseen = failure
+    async with machine.controller() as plane:
+        await plane.deploy(spec_of(), "fake")
+        view = await until_built(plane)
+        assert view["snapshot_state"] == "failed"
+        assert str(failure) in view["last_error"]
+
+
+async def test_a_watch_that_breaks_in_an_unforeseen_way_goes_on(
+    smollm2_snapshot: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    machine = Machine(smollm2_snapshot)
+    machine.world.make_runtime = _slow_runtime
+    watch, calls = machine.world.backend.watch, []
+
+    def breaks_once() -> AsyncIterator[RuntimeInfo]:
+        calls.append(1)
+        if len(calls) == 1:
+            raise RuntimeError("a defect")
+        return watch()
+
+    monkeypatch.setattr(machine.world.backend, "watch", breaks_once)
+    async with machine.controller() as plane:
+        await plane.deploy(spec_of(), "fake")
+        await until_built(plane)
+        waiting = asyncio.create_task(collect(plane.resolve("tiny")))
+        await asyncio.sleep(1.5)
+        machine.world.backend.exit(machine.world.backend.created[0].runtime_id, exit_code=3)
+        with pytest.raises(ActivationFailed, match="status 3"):
+            await waiting
+
+
+async def test_the_last_log_is_there_when_its_replica_is_gone(smollm2_snapshot: Path) -> None:
+    machine = Machine(smollm2_snapshot)
+    machine.world.make_runtime = _slow_runtime
+    async with machine.controller() as plane:
+        await plane.deploy(spec_of(), "fake")
+        await until_built(plane)
+        waiting = asyncio.create_task(collect(plane.resolve("tiny")))
+        await asyncio.sleep(0.5)
+        (created,) = machine.world.backend.created
+        for line in ("loading", "out of memory"):
+            machine.world.backend.machine.log(created.runtime_id, line)
+        machine.world.backend.exit(created.runtime_id, exit_code=137)
+        with pytest.raises(ActivationFailed, match="status 137"):
+            await waiting
+        await asyncio.sleep(0.1)
+        assert not machine.world.backend.machine.runtimes
+        told = [line async for line in plane.logs("tiny", tail=100, follow=False)]
+        assert told == ["loading", "out of memory"]
+        assert [line async for line in plane.logs("tiny", tail=1, follow=True)] == told[1:]
+        await plane.delete("tiny")
+        assert await plane.node.last_logs.lines("tiny", tail=9) == []
+
+
+async def test_logs_are_refused_at_once_while_there_is_no_snapshot(
+    smollm2_snapshot: Path,
+) -> None:
+    machine = Machine(smollm2_snapshot)
+    async with machine.controller() as plane:
+        machine.may_build.clear()
+        await plane.deploy(spec_of(), "fake")
+        with pytest.raises(ActivationFailed, match="is being built"):
+            plane.logs("tiny", tail=1, follow=False)
+        with pytest.raises(NotFound):
+            plane.logs("nobody", tail=1, follow=False)
+        machine.may_build.set()
+
+
+async def test_a_build_that_fails_is_told_before_what_failed_earlier(
+    smollm2_snapshot: Path,
+) -> None:
+    machine = Machine(smollm2_snapshot)
+    async with machine.controller() as plane:
+        await plane.deploy(spec_of(), "fake")
+        await until_built(plane)
+        await collect(plane.resolve("tiny"))
+        machine.world.runtime.crash()
+        await asyncio.sleep(0.1)
+        assert "runtime" in plane.view("tiny")["last_error"]
+        machine.build_error = "no such directory"
+        await plane.deploy(spec_of(model={"source": "./other"}), "fake")
+        assert (await until_built(plane))["last_error"] == "no such directory"
+
+
+async def test_replicas_of_a_backend_that_was_away_at_the_start_are_adopted_when_it_is_back(
+    smollm2_snapshot: Path,
+) -> None:
+    machine = Machine(smollm2_snapshot)
+    (built,) = (
+        s for s in SnapshotStore(smollm2_snapshot.parent).list() if s.path == smollm2_snapshot
+    )
+    async with machine.controller() as plane:
+        await plane.deploy(spec_of(model={"source": built.manifest.source.location}), "fake")
+        await until_built(plane)
+        await collect(plane.resolve("tiny"))
+    (kept,) = machine.world.backend.created
+    machine.restart()
+    machine.world.backend.error = BackendUnavailable("the daemon is away", temporary=True)
+    async with machine.controller() as plane:
+        await plane.reconcile()
+        machine.world.backend.error = None
+        await plane.reconcile()
+        assert list(machine.world.backend.machine.runtimes) == [kept.runtime_id]
+        assert await collect(plane.resolve("tiny")) == [3, 4, 5, 6]
+        assert machine.world.backend.created == [kept]
+
+
+async def test_a_late_look_at_a_backend_leaves_new_replicas_alone(smollm2_snapshot: Path) -> None:
+    machine = Machine(smollm2_snapshot)
+    machine.world.backend.error = BackendUnavailable("the daemon is away", temporary=True)
+    async with machine.controller() as plane:
+        await plane.deploy(spec_of(), "fake")
+        await until_built(plane)
+        machine.world.backend.error = None
+        starting = asyncio.create_task(collect(plane.resolve("tiny")))
+        await asyncio.sleep(0.5)
+        await plane.reconcile()
+        assert await starting == [3, 4, 5, 6]
+        assert len(machine.world.backend.created) == 1
+
+
+async def test_stopping_ends_although_a_runtime_cannot_be_removed(smollm2_snapshot: Path) -> None:
+    machine = Machine(smollm2_snapshot)
+    async with machine.controller() as plane:
+        await plane.deploy(spec_of(), "fake")
+        await until_built(plane)
+        await collect(plane.resolve("tiny"))
+        machine.world.backend.error = BackendUnavailable("the daemon is away", temporary=True)
+        async with asyncio.timeout(31.0):
+            await plane.stop(stop_runtimes=True, timeout_s=30.0)
+
+
+async def test_the_serving_revision_serves_on_after_a_restart_during_a_build(
+    smollm2_snapshot: Path,
+) -> None:
+    machine = Machine(smollm2_snapshot)
+    (built,) = (
+        s for s in SnapshotStore(smollm2_snapshot.parent).list() if s.path == smollm2_snapshot
+    )
+    old = spec_of(model={"source": built.manifest.source.location})
+    async with machine.controller() as plane:
+        await plane.deploy(old, "fake")
+        await until_built(plane)
+        await collect(plane.resolve("tiny"))
+    new = StoredFunction(spec=spec_of(), backend="fake", created_us=0)
+    earlier = machine.store.functions["tiny"]
+    machine.store.functions["tiny"] = replace(new, earlier=(earlier,))
+    machine.restart()
+    machine.may_build.clear()
+    async with machine.controller() as plane:
+        assert plane.view("tiny")["snapshot_state"] == "building"
+        assert await collect(plane.resolve("tiny")) == [3, 4, 5, 6]
+        assert len(machine.world.backend.created) == 1
+        machine.may_build.set()
+        assert (await until_built(plane))["snapshot_state"] == "ready"
+        assert plane.view("tiny")["source"] == "./model"
+        assert await collect(plane.resolve("tiny")) == [3, 4, 5, 6]

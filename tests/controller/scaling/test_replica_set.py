@@ -165,6 +165,45 @@ def test_repeated_failures_back_off_longer_and_success_forgets_them() -> None:
     assert replica_set.backoff.num_failures == 0
 
 
+def test_replicas_that_are_lost_as_soon_as_they_are_ready_are_started_ever_more_slowly() -> None:
+    replica_set = set_of(spec_of(scaling={"min_replicas": 1}))
+    replica_set.floor = 1
+    now, waits = 0.0, []
+    for _ in range(4):
+        replica = bring_up(replica_set, now)
+        now += 2.0
+        assert replica_set.failed(replica, now=now, reason="broken", is_start=False) == []
+        replica_set.stopped(replica, now=now)
+        waits.append(replica_set.backoff.retry_at - now)
+        now = replica_set.backoff.retry_at
+    assert waits == [0.0, 1.0, 2.0, 4.0]
+    replica = bring_up(replica_set, now)
+    replica_set.failed(replica, now=now + 6.0, reason="out of memory", is_start=False)
+    replica_set.stopped(replica, now=now + 6.0)
+    bring_up(replica_set, now + 6.0)  # at once: it was of use for a while
+
+
+def test_a_wake_is_not_a_start_whose_loss_would_count() -> None:
+    replica_set, replica = warm_set(spec_of(scaling={"idle_timeout": 0}))
+    replica_set.plan(50.0)
+    replica_set.parked(replica, now=50.0)
+    request(replica_set, now=51.0)
+    replica_set.plan(51.0)
+    replica_set.ready(replica, now=51.5)
+    replica_set.failed(replica, now=52.0, reason="broken", is_start=False)
+    assert replica_set.backoff.num_failures == 0
+
+
+def test_a_waking_replica_is_as_warm_as_a_parked_one() -> None:
+    replica_set, replica = warm_set(spec_of(scaling={"idle_timeout": 0}))
+    replica_set.plan(0.0)
+    replica_set.parked(replica, now=1.0)
+    request(replica_set, now=2.0)
+    replica_set.plan(2.0)
+    assert replica.state is S.LOADING
+    assert replica_set.tier is Tier.PARKED
+
+
 def test_a_replica_that_does_not_wake_is_replaced_without_failing_anyone() -> None:
     replica_set, replica = warm_set(spec_of(scaling={"idle_timeout": 0}))
     replica_set.plan(0.0)

@@ -2,7 +2,7 @@ import pytest
 from sqlalchemy import Connection
 
 from controller.store.errors import NotStored
-from controller.store.functions import Functions
+from controller.store.functions import DeployedFunction, Functions
 
 
 def put(
@@ -18,9 +18,14 @@ def put(
     )
 
 
+def current(connection: Connection) -> DeployedFunction:
+    (found,) = Functions(connection).list()
+    return found
+
+
 def test_deployed_function_is_found_with_its_spec(connection: Connection) -> None:
     assert put(connection, at_us=5)
-    found = Functions(connection).get("smol")
+    found = current(connection)
     assert (found.revision, found.backend, found.created_us, found.deployed_us) == (
         "a",
         "process",
@@ -33,13 +38,13 @@ def test_deployed_function_is_found_with_its_spec(connection: Connection) -> Non
 def test_same_revision_again_changes_nothing(connection: Connection) -> None:
     put(connection, at_us=1)
     assert not put(connection, at_us=2)
-    assert Functions(connection).get("smol").deployed_us == 1
+    assert current(connection).deployed_us == 1
 
 
 def test_new_revision_becomes_the_current_one(connection: Connection) -> None:
     put(connection, revision="a", at_us=1)
     assert put(connection, revision="b", at_us=2)
-    found = Functions(connection).get("smol")
+    found = current(connection)
     assert (found.revision, found.spec["of"], found.created_us, found.deployed_us) == (
         "b",
         "b",
@@ -51,13 +56,13 @@ def test_new_revision_becomes_the_current_one(connection: Connection) -> None:
 def test_return_to_an_old_revision_is_a_change(connection: Connection) -> None:
     for at_us, revision in enumerate("aba", start=1):
         assert put(connection, revision=revision, at_us=at_us)
-    assert Functions(connection).get("smol").spec["of"] == "a"
+    assert current(connection).spec["of"] == "a"
 
 
 def test_other_backend_is_a_change(connection: Connection) -> None:
     put(connection, backend="process")
     assert put(connection, backend="docker", at_us=2)
-    assert Functions(connection).get("smol").backend == "docker"
+    assert current(connection).backend == "docker"
 
 
 def test_list_has_each_function_once_by_name(connection: Connection) -> None:
@@ -74,8 +79,6 @@ def test_deleted_function_is_gone(connection: Connection) -> None:
     put(connection)
     Functions(connection).delete("smol", at_us=2)
     assert list(Functions(connection).list()) == []
-    with pytest.raises(NotStored, match="'smol'"):
-        Functions(connection).get("smol")
 
 
 def test_deleting_what_is_not_deployed_is_an_error(connection: Connection) -> None:
@@ -89,5 +92,19 @@ def test_function_deployed_again_keeps_the_date_of_its_first_deployment(
     put(connection, at_us=1)
     Functions(connection).delete("smol", at_us=2)
     assert put(connection, at_us=9)
-    found = Functions(connection).get("smol")
+    found = current(connection)
     assert (found.created_us, found.deployed_us) == (1, 9)
+
+
+def test_earlier_revisions_come_newest_first_and_end_with_a_deletion(
+    connection: Connection,
+) -> None:
+    put(connection, revision="x", at_us=1)
+    Functions(connection).delete("smol", at_us=2)
+    for at_us, revision in enumerate("abc", start=3):
+        put(connection, revision=revision, at_us=at_us)
+    put(connection, "other", at_us=4)
+    found = next(one for one in Functions(connection).list() if one.name == "smol")
+    earlier = Functions(connection).earlier(found, limit=9)
+    assert [one.revision for one in earlier] == ["b", "a"]
+    assert [one.spec["of"] for one in Functions(connection).earlier(found, limit=1)] == ["b"]
