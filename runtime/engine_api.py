@@ -68,6 +68,12 @@ class StepEngine(Protocol):
     def has_work(self) -> bool:
         """Return whether a step would compute or report anything."""
 
+    def spare_s(self) -> float:
+        """Return how long the next step may wait for requests without loss."""
+
+    def use_idle_time(self) -> bool:
+        """Do a little that makes later steps faster; return whether anything was done."""
+
     def step(self) -> StepResult:
         """Run one batch."""
 

@@ -28,6 +28,8 @@ from runtime.rpc import inference_pb2 as pb
 from runtime.translate import finished_message, load_figures, memory_message, sequence_request
 
 HEARTBEAT_S = 1.0
+TICK_S = 0.001  # the shortest time for which a socket can be waited for
+IDLE_AFTER_S = 0.1  # the next request of a conversation is seldom sooner
 BUSY_REPORT_S = 0.1  # figures change with every step; more would only load the watchers
 
 log = structlog.get_logger()
@@ -63,6 +65,8 @@ class StepLoop:
         self._last_active_unix_us = 0
         self._reported_at = 0.0
         self._reported_busy = False
+        self._busy_at = time.monotonic()
+        self._has_idle_work = True
 
     def run(self) -> None:
         """Serve until the connection ends, which raises PeerClosed."""
@@ -72,15 +76,28 @@ class StepLoop:
             for frame in self._connection.receive(self._patience_s()):
                 self._handle(frame)
             if self._engine.has_work():
+                self._busy_at = time.monotonic()
+                if self._engine.spare_s() >= TICK_S:
+                    continue
                 self._emit(self._engine.step())
+            elif self._is_idle():
+                self._has_idle_work = self._engine.use_idle_time()
             for call_id in self._drains.advance(self._live):
                 self._reply(call_id, pb.DrainResponse(num_cancelled=self._drains.num_cancelled))
             self._report_if_due()
 
     def _patience_s(self) -> float:
         if self._engine.has_work():
+            return self._engine.spare_s() // TICK_S * TICK_S
+        if self._has_idle_work and self._is_idle():
             return 0.0
-        return max(0.0, self._reported_at + HEARTBEAT_S - time.monotonic())
+        soon_s = IDLE_AFTER_S if self._has_idle_work else HEARTBEAT_S
+        return max(0.0, min(soon_s, self._reported_at + HEARTBEAT_S - time.monotonic()))
+
+    def _is_idle(self) -> bool:
+        """Return whether nothing came for a moment, while memory is there."""
+        is_quiet = time.monotonic() - self._busy_at >= IDLE_AFTER_S
+        return is_quiet and not self._residency.is_parked
 
     def _handle(self, frame: Frame) -> None:
         match frame.kind:

@@ -153,6 +153,10 @@ class CpuRunner:
     def warm_up(self) -> None:
         """Do nothing: on the CPU, nothing is compiled."""
 
+    def use_idle_time(self) -> bool:
+        """Do nothing; return whether anything was done."""
+        return False
+
     def release(self) -> int:
         """Give weights and KV memory back; return by how many bytes the process shrank."""
         resident_before = resident_bytes()

@@ -1,6 +1,7 @@
 """The step loop's body: join scheduler and runner, keep one sequence's fault from the others."""
 
 import secrets
+import time
 from collections import deque
 from dataclasses import dataclass, replace
 from typing import Protocol
@@ -15,6 +16,7 @@ from runtime.engine.batch import (
     ScheduledSequence,
 )
 from runtime.engine.block_manager import BlockManager
+from runtime.engine.pacing import Pacing
 from runtime.engine.scheduler import Scheduler
 from runtime.engine.sequence import (
     Sequence,
@@ -61,6 +63,9 @@ class StepRunner(Protocol):
         Running the same batch again gives the same result.
         """
 
+    def use_idle_time(self) -> bool:
+        """Do a little that makes later steps faster; return whether anything was done."""
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class EngineFigures:
@@ -95,6 +100,7 @@ class Engine:
         self._eos_token_ids = eos_token_ids
         self._num_submitted = 0
         self._in_flight: deque[tuple[ScheduledBatch, PendingTokens]] = deque()
+        self._pacing = Pacing()
         self._blocks = self._new_blocks()
         self._scheduler = Scheduler(self._config, self._blocks, runner.max_prefill_tokens)
 
@@ -142,17 +148,35 @@ class Engine:
         """Return whether a step would compute or report anything."""
         return bool(self._in_flight) or self._scheduler.has_work()
 
+    def spare_s(self) -> float:
+        """Return how long the next step may wait for requests without the runner running dry.
+
+        A batch that is launched early makes a request that comes just after wait for it.
+        """
+        if len(self._in_flight) != self._runner.max_in_flight - 1 or not self._in_flight:
+            return 0.0
+        batch, _ = self._in_flight[0]
+        return self._pacing.spare_s(batch, time.monotonic())
+
+    def use_idle_time(self) -> bool:
+        """Do a little that makes later steps faster; return whether anything was done."""
+        return not self.has_work() and self._runner.use_idle_time()
+
     def step(self) -> StepResult:
         """Keep the runner busy, take over its oldest batch, report tokens and ends."""
         while len(self._in_flight) < self._runner.max_in_flight:
+            began = time.monotonic()
             batch = self._scheduler.schedule()
             if not batch.sequences:
                 break
-            self._in_flight.append((batch, self._launch(batch)))
+            pending = self._launch(batch)
+            self._pacing.launched(began, time.monotonic(), is_next=not self._in_flight)
+            self._in_flight.append((batch, pending))
         if not self._in_flight:
             return self._scheduler.commit(ScheduledBatch(sequences=()), ())
         batch, pending = self._in_flight.popleft()
         sampled = pending.wait()
+        self._pacing.finished(batch, time.monotonic())
         for index, error in sampled.faults.items():
             item = batch.sequences[index]
             log.error("sequence_failed", **item.key._asdict(), error=error)

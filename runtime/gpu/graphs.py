@@ -1,13 +1,14 @@
 """CUDA graphs of whole steps, for a handful of shapes.
 
-A shape is captured when it was needed twice, so a start captures nothing and a burst captures what
-it uses. Until then its kernels are launched one by one, which takes the host longer than some
-steps take the GPU.
+A shape is captured when it was needed twice, or when the engine is idle, so a start captures
+nothing and a burst what it uses. Until then its kernels are launched one by one, which takes the
+host longer than some steps take the GPU.
 """
 
 from bisect import bisect_left
 from collections import Counter
 from collections.abc import Callable
+from itertools import chain, zip_longest
 from typing import NamedTuple
 
 import torch
@@ -50,6 +51,7 @@ class StepGraphs:
         self._device = device
         self._decode_sizes = [size for size in DECODE_SIZES if size < limits.num_seqs]
         self._decode_sizes.append(limits.num_seqs)
+        self._usual = self._usual_shapes()
         self._uses: Counter[StepShape] = Counter()
         self._graphs: dict[StepShape, tuple[torch.cuda.CUDAGraph, Tensor]] = {}
         self._pool = torch.cuda.graph_pool_handle() if device.is_gpu else None
@@ -66,6 +68,12 @@ class StepGraphs:
         padded = -(-num_tokens // TOKENS_ALIGNMENT) * TOKENS_ALIGNMENT
         return StepShape(padded, max(num_tiles, self._usual_tiles(padded)))
 
+    def next_missing(self) -> StepShape | None:
+        """Return the most useful shape without a graph; None if all have one."""
+        if not self._device.is_gpu:
+            return None
+        return next((shape for shape in self._usual if shape not in self._graphs), None)
+
     def run(self, shape: StepShape) -> Tensor:
         """Run the batch on the device; return its result, valid until the next run."""
         if shape in self._graphs:
@@ -73,17 +81,13 @@ class StepGraphs:
             graph.replay()
             return result
         result = self._run(shape)
-        is_usual = shape.num_tiles in (0, self._usual_tiles(shape.num_tokens))
-        self._uses[shape] += is_usual
+        self._uses[shape] += shape in self._usual
         if self._device.is_gpu and self._uses[shape] >= CAPTURE_AFTER:
-            self._capture(shape)
+            self.capture(shape)
         return result
 
-    def _usual_tiles(self, num_tokens: int) -> int:
-        return num_tokens // self._limits.tile_size + SPARE_TILES
-
-    def _capture(self, shape: StepShape) -> None:
-        """Record what `run` launches; nothing is computed."""
+    def capture(self, shape: StepShape) -> None:
+        """Record what a shape launches, which must have run once; nothing is computed."""
         graph = torch.cuda.CUDAGraph()
         graph.capture_begin(pool=self._pool, capture_error_mode="thread_local")
         try:
@@ -91,3 +95,15 @@ class StepGraphs:
         finally:
             graph.capture_end()
         self._graphs[shape] = graph, result
+
+    def _usual_tiles(self, num_tokens: int) -> int:
+        return num_tokens // self._limits.tile_size + SPARE_TILES
+
+    def _usual_shapes(self) -> tuple[StepShape, ...]:
+        """Return the shapes worth a graph, small ones first: they wait for the host most."""
+        decodes = [StepShape(size, 0) for size in self._decode_sizes]
+        mixed = [
+            StepShape(num_tokens, self._usual_tiles(num_tokens))
+            for num_tokens in range(TOKENS_ALIGNMENT, self._limits.num_tokens + 1, TOKENS_ALIGNMENT)
+        ]
+        return tuple(shape for shape in chain(*zip_longest(decodes, mixed)) if shape is not None)

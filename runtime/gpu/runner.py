@@ -20,7 +20,7 @@ from runtime.gpu.llama import GpuLlama, activation_bytes
 from runtime.gpu.memory import allocate_slab, device_memory
 from runtime.gpu.rows import Rows
 from runtime.gpu.sampling import GpuSampler
-from runtime.gpu.staging import BatchStaging, describe
+from runtime.gpu.staging import BatchDescription, BatchStaging, describe
 from runtime.gpu.warm_up import warm_up_batches
 from runtime.gpu.weights import GpuWeights
 from runtime.kernels.batch_inputs import ModelInputs, expand_batch
@@ -187,6 +187,17 @@ class GpuRunner:
             self.launch(batch).wait()
             self._rows.retire(tuple(item.number for item in batch.sequences))
         self._late_compilations.start()
+
+    def use_idle_time(self) -> bool:
+        """Capture one more CUDA graph, which takes some milliseconds; return whether one was."""
+        shape = self._graphs.next_missing()
+        if shape is None:
+            return False
+        with self._device.computing():
+            self._staging.send(BatchDescription(), shape)
+            self._run(shape)
+            self._graphs.capture(shape)
+        return True
 
     def release(self) -> int:
         """Give weights and KV memory back; return the bytes freed."""

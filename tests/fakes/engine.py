@@ -161,6 +161,12 @@ class FakeEngine:
     def has_work(self) -> bool:
         return bool(self._sequences or self._cancelled)
 
+    def spare_s(self) -> float:
+        return 0.0
+
+    def use_idle_time(self) -> bool:
+        return False
+
     def step(self) -> StepResult:
         time.sleep(self._runner.script.step_s)
         self._num_steps += 1

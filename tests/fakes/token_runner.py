@@ -51,6 +51,9 @@ class TokenRunner:
     def max_prefill_tokens(self, num_decodes: int) -> int:
         return self.max_step_tokens
 
+    def use_idle_time(self) -> bool:
+        return False
+
     def launch(self, batch: ScheduledBatch) -> SampledTokens:
         self.batches.append(batch)
         error = self.fail(batch)

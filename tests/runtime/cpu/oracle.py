@@ -136,6 +136,9 @@ class TeacherForced:
     def max_prefill_tokens(self, num_decodes: int) -> int:
         return self.max_step_tokens
 
+    def use_idle_time(self) -> bool:
+        return False
+
     def launch(self, batch: ScheduledBatch) -> SampledTokens:
         rows = iter(self._runner.all_logits(batch))
         for item in batch.sequences:
