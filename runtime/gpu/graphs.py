@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from runtime.gpu.device import Device
-from runtime.gpu.limits import TOKENS_ALIGNMENT, BatchLimits
+from runtime.gpu.limits import BatchLimits
 
 CAPTURE_AFTER = 2
 DECODE_SIZES = (1, 2, 4, 8, 16, 32, 48, 64, 96, 128, 160, 192, 224, 256, 320, 384, 448, 512)
@@ -65,7 +65,8 @@ class StepGraphs:
         """Return the shape at which to run a batch; no tiles if every sequence decodes."""
         if num_tiles == 0:
             return StepShape(self._decode_sizes[bisect_left(self._decode_sizes, num_tokens)], 0)
-        padded = -(-num_tokens // TOKENS_ALIGNMENT) * TOKENS_ALIGNMENT
+        alignment = self._limits.alignment
+        padded = -(-num_tokens // alignment) * alignment
         return StepShape(padded, max(num_tiles, self._usual_tiles(padded)))
 
     def next_missing(self) -> StepShape | None:
@@ -101,9 +102,10 @@ class StepGraphs:
 
     def _usual_shapes(self) -> tuple[StepShape, ...]:
         """Return the shapes worth a graph, small ones first: they wait for the host most."""
+        alignment = self._limits.alignment
         decodes = [StepShape(size, 0) for size in self._decode_sizes]
         mixed = [
             StepShape(num_tokens, self._usual_tiles(num_tokens))
-            for num_tokens in range(TOKENS_ALIGNMENT, self._limits.num_tokens + 1, TOKENS_ALIGNMENT)
+            for num_tokens in range(alignment, self._limits.num_tokens + 1, alignment)
         ]
         return tuple(shape for shape in chain(*zip_longest(decodes, mixed)) if shape is not None)

@@ -4,21 +4,21 @@ from dataclasses import dataclass
 
 from runtime.kernels.batch_inputs import Field
 
-TOKENS_ALIGNMENT = 64  # batches with chunks of prompts are padded to a multiple of this
-
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class BatchLimits:
     """Sizes that hold for every batch.
 
     Attributes:
-        num_tokens: Tokens of one batch, padding included; a multiple of TOKENS_ALIGNMENT.
+        num_tokens: Tokens of one batch, padding included; a multiple of the alignment.
+        alignment: Batches with chunks of prompts are padded to a multiple of this.
         num_seqs: Sequences of one batch, and sequences that hold blocks.
         num_blocks_each: Blocks of one sequence.
         tile_size: Queries that one program of the chunk attention takes.
     """
 
     num_tokens: int
+    alignment: int
     num_seqs: int
     num_blocks_each: int
     tile_size: int

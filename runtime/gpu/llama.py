@@ -55,8 +55,9 @@ class GpuLlama:
         self._layers = [_Layer(weights, f"layers.{i}") for i in range(config.num_layers)]
         device, dtype = self._embedding.device, self._embedding.dtype
         self._angles = _angles(config, max_model_len, device)
+        # Zeros, since rows that pad a batch are computed on, if for nobody.
         self._buffers = {
-            name: torch.empty(limits.num_tokens, width, dtype=dtype, device=device)
+            name: torch.zeros(limits.num_tokens, width, dtype=dtype, device=device)
             for name, width in _widths(config).items()
         }
         self._last = torch.empty(limits.num_seqs, config.hidden_size, dtype=dtype, device=device)

@@ -15,7 +15,7 @@ from runtime.config import EngineConfig
 from runtime.engine.batch import PendingTokens, ScheduledBatch
 from runtime.gpu.device import Device
 from runtime.gpu.graphs import StepGraphs, StepShape
-from runtime.gpu.limits import TOKENS_ALIGNMENT, BatchLimits
+from runtime.gpu.limits import BatchLimits
 from runtime.gpu.llama import GpuLlama, activation_bytes
 from runtime.gpu.memory import allocate_slab, device_memory
 from runtime.gpu.rows import Rows
@@ -36,6 +36,8 @@ from snapshots.loader import LoadReport
 # A product of 512 tokens is as fast a token as a larger one, and decodes wait for no more than that.
 PREFILL_TOKENS_BESIDE_DECODES = 512
 PREFILL_TOKENS_ALONE = 1024
+GPU_ALIGNMENT = 64  # few shapes for graphs, little padding
+CPU_ALIGNMENT = 4
 
 
 class GpuRunner:
@@ -65,8 +67,10 @@ class GpuRunner:
         self._device = Device(device)
         most = max(PREFILL_TOKENS_ALONE, config.max_num_seqs + PREFILL_TOKENS_BESIDE_DECODES)
         budget = min(config.max_num_batched_tokens, most)
+        alignment = GPU_ALIGNMENT if self._device.is_gpu else CPU_ALIGNMENT
         limits = BatchLimits(
-            num_tokens=-(-budget // TOKENS_ALIGNMENT) * TOKENS_ALIGNMENT,
+            num_tokens=-(-budget // alignment) * alignment,
+            alignment=alignment,
             num_seqs=min(config.max_num_seqs, budget),
             num_blocks_each=self._blocks_of(
                 config.max_model_len or model_config.max_position_embeddings

@@ -15,6 +15,7 @@ from runtime.kernels.sampling import (
 )
 from tests.runtime.kernels.device import DEVICE
 
+pytestmark = pytest.mark.filterwarnings("ignore::RuntimeWarning")
 VOCAB_SIZE = 300
 NUM_ROWS = 4
 NUM_DRAWS = 3000 if DEVICE == "cuda" else 150  # the interpreter takes milliseconds for each
