@@ -25,7 +25,13 @@ from runtime.errors import (
 from runtime.ipc import Frame, FrameKind, FrameSocket
 from runtime.residency import Residency
 from runtime.rpc import inference_pb2 as pb
-from runtime.translate import finished_message, load_figures, memory_message, sequence_request
+from runtime.translate import (
+    finished_message,
+    load_figures,
+    logprobs_message,
+    memory_message,
+    sequence_request,
+)
 
 HEARTBEAT_S = 1.0
 TICK_S = 0.001  # the shortest time for which a socket can be waited for
@@ -175,6 +181,11 @@ class StepLoop:
             output = outputs[stream_id]
             output.sequence_ids.append(sequence_id)
             output.token_ids.append(token_id)
+        for (stream_id, sequence_id), num_cached_tokens in result.started.items():
+            started = pb.Started(sequence_id=sequence_id, num_cached_tokens=num_cached_tokens)
+            outputs[stream_id].started.append(started)
+        for (stream_id, sequence_id), logprobs in result.logprobs.items():
+            outputs[stream_id].logprobs.append(logprobs_message(sequence_id, logprobs))
         for finished in result.finished:
             outputs[finished.key.stream_id].finished.append(finished_message(finished))
             self._live.discard(finished.key)

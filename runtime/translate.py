@@ -7,6 +7,7 @@ from runtime.engine.sequence import (
     SamplingParams,
     SequenceKey,
     SequenceRequest,
+    TokenLogprobs,
 )
 from runtime.engine_api import Runner
 from runtime.linux import resident_bytes
@@ -44,7 +45,24 @@ def sequence_request(key: SequenceKey, submit: pb.Submit) -> SequenceRequest:
             max_tokens=sampling.max_tokens,
             stop_token_ids=frozenset(sampling.stop_token_ids),
             ignore_eos=sampling.ignore_eos,
+            repetition_penalty=(
+                sampling.repetition_penalty if sampling.HasField("repetition_penalty") else 1.0
+            ),
+            frequency_penalty=sampling.frequency_penalty,
+            presence_penalty=sampling.presence_penalty,
+            logit_bias=dict(sampling.logit_bias),
+            num_logprobs=sampling.num_logprobs if sampling.HasField("num_logprobs") else None,
         ),
+    )
+
+
+def logprobs_message(sequence_id: int, logprobs: TokenLogprobs) -> pb.TokenLogprobs:
+    """Return a token's log-probabilities as they go over the wire."""
+    return pb.TokenLogprobs(
+        sequence_id=sequence_id,
+        logprob=logprobs.logprob,
+        top_token_ids=logprobs.top_token_ids,
+        top_logprobs=logprobs.top_logprobs,
     )
 
 

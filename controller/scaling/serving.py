@@ -85,15 +85,22 @@ class TokenBuffer:
     Holds at most the sequence's max_tokens ids, so it needs no bound of its own.
     """
 
-    __slots__ = ("_on_end", "_wakeup", "error", "finished", "num_tokens", "tokens")
+    __slots__ = (
+        "_on_end", "_wakeup", "error", "finished", "num_cached_tokens", "num_tokens", "tokens",
+    )  # fmt: skip
 
     def __init__(self, on_end: Callable[[], None]) -> None:
         self.tokens: list[int] = []
         self.num_tokens = 0
+        self.num_cached_tokens = 0
         self.finished: pb.Finished | None = None
         self.error: ApiError | RuntimeRpcError | None = None
         self._on_end = on_end
         self._wakeup: asyncio.Future[None] | None = None
+
+    def on_started(self, started: pb.Started) -> None:
+        """Take what is known with the first token."""
+        self.num_cached_tokens = started.num_cached_tokens
 
     def on_token(self, token_id: int) -> None:
         """Take one token."""
@@ -271,11 +278,11 @@ class FunctionGeneration:
             assert self._ticket.replica is not None
             self._host.first_token(self, self._ticket.replica)
         self.record.num_output_tokens += len(tokens)
+        self.record.num_cached_tokens = buffer.num_cached_tokens
         finished = buffer.finished
         if finished is None:
             return TokenChunk(tokens)
         self._is_done = True
-        self.record.num_cached_tokens = finished.num_cached_tokens
         reason = FINISH_REASONS.get(finished.reason)
         if reason is None:
             raise self._abnormal_end(finished)

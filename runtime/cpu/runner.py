@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from runtime.config import EngineConfig
+from runtime.cpu.adjustments import adjust
 from runtime.cpu.attention import AttentionPlan, AttentionSpan
 from runtime.cpu.linear import is_packing_faster
 from runtime.cpu.llama import Llama
@@ -20,6 +21,7 @@ from runtime.cpu.packing import Packer
 from runtime.cpu.sampler import SamplingRow, sample
 from runtime.cpu.threads import ThreadTuner, usable_cores
 from runtime.engine.batch import SampledTokens, ScheduledBatch, ScheduledSequence
+from runtime.engine.sequence import SamplingParams, TokenLogprobs
 from runtime.linux import resident_bytes
 from runtime.memory.kv_plan import KvSizes, plan_kv
 from runtime.memory.slab import HostSlab, trim_malloc
@@ -204,12 +206,23 @@ class CpuRunner:
             SamplingRow(params=item.sampling, seed=item.seed, position=item.end)
             for _, item in sampled
         ]
+        raw_logprobs = {
+            row: logits[row].log_softmax(-1)
+            for row, (_, item) in enumerate(sampled)
+            if item.sampling.num_logprobs is not None
+        }
+        for row, (_, item) in enumerate(sampled):
+            adjust(logits[row], item.sampling, item.all_token_ids, item.num_prompt_tokens)
         token_ids, unsound = sample(logits, rows)
         for row in unsound:
             self._scrub(sampled[row][1].block_ids)
-        return SampledTokens(
-            token_ids=token_ids, faults={sampled[row][0]: NOT_FINITE for row in unsound}
-        )
+        logprobs = {
+            sampled[row][0]: _token_logprobs(found, token_ids[row], sampled[row][1].sampling)
+            for row, found in raw_logprobs.items()
+            if row not in unsound
+        }
+        faults = {sampled[row][0]: NOT_FINITE for row in unsound}
+        return SampledTokens(token_ids=token_ids, faults=faults, logprobs=logprobs)
 
     @torch.inference_mode()
     def all_logits(self, batch: ScheduledBatch) -> Tensor:
@@ -277,3 +290,9 @@ def _sampled_rows(
             rows.append(end - 1)
             sampled.append((index, item))
     return rows, sampled
+
+
+def _token_logprobs(logprobs: Tensor, token_id: int, sampling: SamplingParams) -> TokenLogprobs:
+    """Return what to report of a token, given all log-probabilities, fp32 [vocab_size]."""
+    top = logprobs.topk(sampling.num_logprobs or 0)
+    return TokenLogprobs(float(logprobs[token_id]), top.indices.tolist(), top.values.tolist())

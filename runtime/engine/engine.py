@@ -184,7 +184,9 @@ class Engine:
         result = self._scheduler.commit(batch, sampled.token_ids)
         if not sampled.logprobs:
             return result
-        logprobs = {batch.sequences[i].key: found for i, found in sampled.logprobs.items()}
+        found = {batch.sequences[index].key: item for index, item in sampled.logprobs.items()}
+        reported = {key for key, _ in result.tokens}  # not those that have ended since
+        logprobs = {key: item for key, item in found.items() if key in reported}
         return replace(result, logprobs=logprobs)
 
     def figures(self) -> EngineFigures:

@@ -136,6 +136,7 @@ class Scheduler:
         """
         sampled = iter(token_ids)
         tokens: list[tuple[SequenceKey, int]] = []
+        started: dict[SequenceKey, int] = {}
         for item in batch.sequences:
             token_id = next(sampled) if item.is_sampled else None
             sequence = self._find(item.key)
@@ -145,9 +146,11 @@ class Scheduler:
                 self._blocks.publish(sequence, item.end)
             if token_id is not None:
                 tokens.append((item.key, token_id))
+                if sequence.num_output_tokens == 0:
+                    started[item.key] = sequence.num_cached_tokens
                 self._append(sequence, token_id)
         finished, self._finished = self._finished, []
-        return StepResult(tokens=tokens, finished=finished)
+        return StepResult(tokens=tokens, finished=finished, started=started)
 
     def _schedule_decodes(self) -> list[ScheduledSequence]:
         batch = []

@@ -125,11 +125,13 @@ class StepResult:
     """What one engine step produced; a stop token is reported like any other.
 
     Attributes:
+        started: Sequences whose first token this is, with the prompt tokens that were cached.
         logprobs: Of the tokens whose sequences asked for it.
     """
 
     tokens: list[tuple[SequenceKey, int]]
     finished: list[FinishedSequence]
+    started: Mapping[SequenceKey, int] = field(default_factory=dict)
     logprobs: Mapping[SequenceKey, TokenLogprobs] = field(default_factory=dict)
 
 

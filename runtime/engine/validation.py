@@ -10,12 +10,15 @@ from runtime.engine.sequence import SamplingParams, SequenceRequest
 from runtime.errors import InvalidSequence
 
 MAX_SEED = 2**64 - 1
+MAX_LOGPROBS = 20
+MAX_LOGIT_BIASES = 1024
+MAX_LOGIT_BIAS = 1e6  # far beyond any logit, and still finite when added to one
 
 
 def check_request(request: SequenceRequest, *, vocab_size: int, max_model_len: int) -> None:
     """Raise InvalidSequence unless the engine can run the request."""
     check_prompt(request.prompt_token_ids, vocab_size=vocab_size, max_model_len=max_model_len)
-    check_sampling(request.sampling)
+    check_sampling(request.sampling, vocab_size=vocab_size)
 
 
 def check_prompt(token_ids: SequenceOf[int], *, vocab_size: int, max_model_len: int) -> None:
@@ -35,7 +38,7 @@ def check_prompt(token_ids: SequenceOf[int], *, vocab_size: int, max_model_len: 
             )
 
 
-def check_sampling(sampling: SamplingParams) -> None:
+def check_sampling(sampling: SamplingParams, *, vocab_size: int) -> None:
     """Raise InvalidSequence unless every value is in its range."""
     _check(
         math.isfinite(sampling.temperature) and sampling.temperature >= 0,
@@ -47,6 +50,27 @@ def check_sampling(sampling: SamplingParams) -> None:
     _check(sampling.top_k >= 0, "top_k", sampling.top_k, "at least 0; 0 is off")
     _check(0 <= sampling.min_p <= 1, "min_p", sampling.min_p, "between 0 and 1; 0 is off")
     _check(sampling.max_tokens >= 1, "max_tokens", sampling.max_tokens, "at least 1")
+    _check(
+        math.isfinite(sampling.repetition_penalty) and sampling.repetition_penalty > 0,
+        "repetition_penalty",
+        sampling.repetition_penalty,
+        "a finite number above 0; 1 is off",
+    )
+    for name, penalty in (
+        ("frequency_penalty", sampling.frequency_penalty),
+        ("presence_penalty", sampling.presence_penalty),
+    ):
+        _check(math.isfinite(penalty), name, penalty, "a finite number; 0 is off")
+    num_biases = len(sampling.logit_bias)
+    _check(num_biases <= MAX_LOGIT_BIASES, "len(logit_bias)", num_biases, "at most 1024 tokens")
+    for token_id, bias in sampling.logit_bias.items():
+        expected = f"for a token in [0, {vocab_size}) and between -1e6 and 1e6"
+        is_valid = 0 <= token_id < vocab_size and abs(bias) <= MAX_LOGIT_BIAS
+        _check(is_valid, f"logit_bias[{token_id}]", bias, expected)
+    if sampling.num_logprobs is not None:
+        most = min(MAX_LOGPROBS, vocab_size)
+        is_valid = 0 <= sampling.num_logprobs <= most
+        _check(is_valid, "num_logprobs", sampling.num_logprobs, f"between 0 and {most}")
     if sampling.seed is not None:
         _check(0 <= sampling.seed <= MAX_SEED, "seed", sampling.seed, "between 0 and 2**64 - 1")
 

@@ -76,6 +76,9 @@ class SequenceSink(Protocol):
     def on_token(self, token_id: int) -> None:
         """Take the next token."""
 
+    def on_started(self, started: pb.Started) -> None:
+        """Take what is known with the first token, just before that."""
+
     def on_finished(self, finished: pb.Finished) -> None:
         """Take the end; nothing comes after it."""
 
@@ -172,6 +175,13 @@ class Attachment:
     def _deliver(self, output: pb.StepOutput) -> None:
         """Hand out one step. The hot path: one look-up and one call per token."""
         sinks = self._sinks
+        for started in output.started:
+            if (sink := sinks.get(started.sequence_id)) is not None:
+                try:
+                    sink.on_started(started)
+                except Exception:
+                    log.exception("sink_failed", sequence_id=started.sequence_id)
+                    self._drop(started.sequence_id)
         for sequence_id, token_id in zip(output.sequence_ids, output.token_ids, strict=True):
             if (sink := sinks.get(sequence_id)) is not None:
                 try:

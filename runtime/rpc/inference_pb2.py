@@ -24,17 +24,19 @@ _sym_db = _symbol_database.Default()
 
 
 
-DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x1bruntime/rpc/inference.proto\x12\x14\x63oldspark.runtime.v1\"\xf3\x01\n\x0c\x45ngineConfig\x12\x15\n\rmax_model_len\x18\x01 \x01(\r\x12\x14\n\x0cmax_num_seqs\x18\x02 \x01(\r\x12\x1e\n\x16max_num_batched_tokens\x18\x03 \x01(\r\x12\x1e\n\x16gpu_memory_utilization\x18\x04 \x01(\x01\x12\x12\n\nblock_size\x18\x05 \x01(\r\x12\x1d\n\x15\x65nable_prefix_caching\x18\x06 \x01(\x08\x12\x16\n\x0ekv_cache_bytes\x18\x07 \x01(\x04\x12\x1c\n\x14tensor_parallel_size\x18\x08 \x01(\r\x12\r\n\x05\x64type\x18\t \x01(\t\"\x85\x01\n\x0bLoadRequest\x12\x10\n\x08snapshot\x18\x01 \x01(\t\x12\x32\n\x06\x65ngine\x18\x02 \x01(\x0b\x32\".coldspark.runtime.v1.EngineConfig\x12\x14\n\x0c\x64\x65vice_uuids\x18\x03 \x03(\t\x12\x1a\n\x12memory_limit_bytes\x18\x04 \x01(\x04\"&\n\x05Phase\x12\x0c\n\x04name\x18\x01 \x01(\t\x12\x0f\n\x07seconds\x18\x02 \x01(\x01\"d\n\x06Memory\x12\x15\n\rweights_bytes\x18\x01 \x01(\x04\x12\x16\n\x0ekv_cache_bytes\x18\x02 \x01(\x04\x12\x16\n\x0ehost_rss_bytes\x18\x03 \x01(\x04\x12\x13\n\x0bkept_reason\x18\x04 \x01(\t\"\x97\x01\n\x0cLoadResponse\x12+\n\x06phases\x18\x01 \x03(\x0b\x32\x1b.coldspark.runtime.v1.Phase\x12,\n\x06memory\x18\x02 \x01(\x0b\x32\x1c.coldspark.runtime.v1.Memory\x12\x15\n\rmax_model_len\x18\x03 \x01(\r\x12\x15\n\rnum_kv_blocks\x18\x04 \x01(\r\"\xae\x01\n\x0eSamplingParams\x12\x13\n\x0btemperature\x18\x01 \x01(\x01\x12\r\n\x05top_p\x18\x02 \x01(\x01\x12\r\n\x05top_k\x18\x03 \x01(\x05\x12\r\n\x05min_p\x18\x04 \x01(\x01\x12\x11\n\x04seed\x18\x05 \x01(\x04H\x00\x88\x01\x01\x12\x12\n\nmax_tokens\x18\x06 \x01(\r\x12\x16\n\x0estop_token_ids\x18\x07 \x03(\r\x12\x12\n\nignore_eos\x18\x08 \x01(\x08\x42\x07\n\x05_seed\"o\n\x06Submit\x12\x13\n\x0bsequence_id\x18\x01 \x01(\x04\x12\x18\n\x10prompt_token_ids\x18\x02 \x03(\r\x12\x36\n\x08sampling\x18\x03 \x01(\x0b\x32$.coldspark.runtime.v1.SamplingParams\"e\n\rAttachRequest\x12.\n\x06submit\x18\x01 \x01(\x0b\x32\x1c.coldspark.runtime.v1.SubmitH\x00\x12\x1c\n\x12\x63\x61ncel_sequence_id\x18\x02 \x01(\x04H\x00\x42\x06\n\x04kind\"\xb3\x01\n\x08\x46inished\x12\x13\n\x0bsequence_id\x18\x01 \x01(\x04\x12\x32\n\x06reason\x18\x02 \x01(\x0e\x32\".coldspark.runtime.v1.FinishReason\x12\x19\n\x11num_prompt_tokens\x18\x03 \x01(\r\x12\x19\n\x11num_cached_tokens\x18\x04 \x01(\r\x12\x19\n\x11num_output_tokens\x18\x05 \x01(\r\x12\r\n\x05\x65rror\x18\x06 \x01(\t\"g\n\nStepOutput\x12\x14\n\x0csequence_ids\x18\x01 \x03(\x04\x12\x11\n\ttoken_ids\x18\x02 \x03(\r\x12\x30\n\x08\x66inished\x18\x03 \x03(\x0b\x32\x1e.coldspark.runtime.v1.Finished\"\xee\x01\n\x0bLoadFigures\x12\x13\n\x0bnum_running\x18\x01 \x01(\r\x12\x13\n\x0bnum_waiting\x18\x02 \x01(\r\x12\x15\n\rnum_kv_blocks\x18\x03 \x01(\r\x12\x1a\n\x12num_free_kv_blocks\x18\x04 \x01(\r\x12\x17\n\x0fnum_preemptions\x18\x05 \x01(\x04\x12\x19\n\x11num_prompt_tokens\x18\x06 \x01(\x04\x12 \n\x18num_cached_prompt_tokens\x18\x07 \x01(\x04\x12\x19\n\x11num_output_tokens\x18\x08 \x01(\x04\x12\x11\n\tnum_steps\x18\t \x01(\x04\"\r\n\x0bParkRequest\"~\n\x0cParkResponse\x12\x13\n\x0b\x66reed_bytes\x18\x01 \x01(\x04\x12+\n\x06phases\x18\x02 \x03(\x0b\x32\x1b.coldspark.runtime.v1.Phase\x12,\n\x06memory\x18\x03 \x01(\x0b\x32\x1c.coldspark.runtime.v1.Memory\"#\n\x0bWakeRequest\x12\x14\n\x0c\x64\x65vice_uuids\x18\x01 \x03(\t\"i\n\x0cWakeResponse\x12+\n\x06phases\x18\x01 \x03(\x0b\x32\x1b.coldspark.runtime.v1.Phase\x12,\n\x06memory\x18\x02 \x01(\x0b\x32\x1c.coldspark.runtime.v1.Memory\"!\n\x0c\x44rainRequest\x12\x11\n\ttimeout_s\x18\x01 \x01(\x01\"&\n\rDrainResponse\x12\x15\n\rnum_cancelled\x18\x01 \x01(\r\"\x0e\n\x0cWatchRequest\"\x0f\n\rHealthRequest\"\xf3\x02\n\rRuntimeStatus\x12\x31\n\x05state\x18\x01 \x01(\x0e\x32\".coldspark.runtime.v1.RuntimeState\x12\x12\n\nruntime_id\x18\x02 \x01(\t\x12\x10\n\x08snapshot\x18\x03 \x01(\t\x12\r\n\x05\x65rror\x18\x04 \x01(\t\x12,\n\x06memory\x18\x05 \x01(\x0b\x32\x1c.coldspark.runtime.v1.Memory\x12/\n\x04load\x18\x06 \x01(\x0b\x32!.coldspark.runtime.v1.LoadFigures\x12+\n\x06phases\x18\x07 \x03(\x0b\x32\x1b.coldspark.runtime.v1.Phase\x12\x1b\n\x13last_active_unix_us\x18\x08 \x01(\x01\x12\x17\n\x0fheartbeat_age_s\x18\t \x01(\x01\x12\x12\n\nengine_pid\x18\n \x01(\r\x12\x15\n\rmax_model_len\x18\x0b \x01(\r\x12\r\n\x05\x62uild\x18\x0c \x01(\t*\x83\x02\n\x0cRuntimeState\x12\x1d\n\x19RUNTIME_STATE_UNSPECIFIED\x10\x00\x12\x1a\n\x16RUNTIME_STATE_STARTING\x10\x01\x12\x19\n\x15RUNTIME_STATE_STANDBY\x10\x02\x12\x19\n\x15RUNTIME_STATE_LOADING\x10\x03\x12\x17\n\x13RUNTIME_STATE_READY\x10\x04\x12\x19\n\x15RUNTIME_STATE_PARKING\x10\x05\x12\x18\n\x14RUNTIME_STATE_PARKED\x10\x06\x12\x1a\n\x16RUNTIME_STATE_DRAINING\x10\x07\x12\x18\n\x14RUNTIME_STATE_FAILED\x10\x08*\xb0\x01\n\x0c\x46inishReason\x12\x1d\n\x19\x46INISH_REASON_UNSPECIFIED\x10\x00\x12\x16\n\x12\x46INISH_REASON_STOP\x10\x01\x12\x18\n\x14\x46INISH_REASON_LENGTH\x10\x02\x12\x1b\n\x17\x46INISH_REASON_CANCELLED\x10\x03\x12\x17\n\x13\x46INISH_REASON_ERROR\x10\x04\x12\x19\n\x15\x46INISH_REASON_REFUSED\x10\x05\x32\xcc\x04\n\x0eRuntimeService\x12M\n\x04Load\x12!.coldspark.runtime.v1.LoadRequest\x1a\".coldspark.runtime.v1.LoadResponse\x12S\n\x06\x41ttach\x12#.coldspark.runtime.v1.AttachRequest\x1a .coldspark.runtime.v1.StepOutput(\x01\x30\x01\x12M\n\x04Park\x12!.coldspark.runtime.v1.ParkRequest\x1a\".coldspark.runtime.v1.ParkResponse\x12M\n\x04Wake\x12!.coldspark.runtime.v1.WakeRequest\x1a\".coldspark.runtime.v1.WakeResponse\x12P\n\x05\x44rain\x12\".coldspark.runtime.v1.DrainRequest\x1a#.coldspark.runtime.v1.DrainResponse\x12R\n\x05Watch\x12\".coldspark.runtime.v1.WatchRequest\x1a#.coldspark.runtime.v1.RuntimeStatus0\x01\x12R\n\x06Health\x12#.coldspark.runtime.v1.HealthRequest\x1a#.coldspark.runtime.v1.RuntimeStatusb\x06proto3')
+DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x1bruntime/rpc/inference.proto\x12\x14\x63oldspark.runtime.v1\"\xf3\x01\n\x0c\x45ngineConfig\x12\x15\n\rmax_model_len\x18\x01 \x01(\r\x12\x14\n\x0cmax_num_seqs\x18\x02 \x01(\r\x12\x1e\n\x16max_num_batched_tokens\x18\x03 \x01(\r\x12\x1e\n\x16gpu_memory_utilization\x18\x04 \x01(\x01\x12\x12\n\nblock_size\x18\x05 \x01(\r\x12\x1d\n\x15\x65nable_prefix_caching\x18\x06 \x01(\x08\x12\x16\n\x0ekv_cache_bytes\x18\x07 \x01(\x04\x12\x1c\n\x14tensor_parallel_size\x18\x08 \x01(\r\x12\r\n\x05\x64type\x18\t \x01(\t\"\x85\x01\n\x0bLoadRequest\x12\x10\n\x08snapshot\x18\x01 \x01(\t\x12\x32\n\x06\x65ngine\x18\x02 \x01(\x0b\x32\".coldspark.runtime.v1.EngineConfig\x12\x14\n\x0c\x64\x65vice_uuids\x18\x03 \x03(\t\x12\x1a\n\x12memory_limit_bytes\x18\x04 \x01(\x04\"&\n\x05Phase\x12\x0c\n\x04name\x18\x01 \x01(\t\x12\x0f\n\x07seconds\x18\x02 \x01(\x01\"d\n\x06Memory\x12\x15\n\rweights_bytes\x18\x01 \x01(\x04\x12\x16\n\x0ekv_cache_bytes\x18\x02 \x01(\x04\x12\x16\n\x0ehost_rss_bytes\x18\x03 \x01(\x04\x12\x13\n\x0bkept_reason\x18\x04 \x01(\t\"\x97\x01\n\x0cLoadResponse\x12+\n\x06phases\x18\x01 \x03(\x0b\x32\x1b.coldspark.runtime.v1.Phase\x12,\n\x06memory\x18\x02 \x01(\x0b\x32\x1c.coldspark.runtime.v1.Memory\x12\x15\n\rmax_model_len\x18\x03 \x01(\r\x12\x15\n\rnum_kv_blocks\x18\x04 \x01(\r\"\xc2\x03\n\x0eSamplingParams\x12\x13\n\x0btemperature\x18\x01 \x01(\x01\x12\r\n\x05top_p\x18\x02 \x01(\x01\x12\r\n\x05top_k\x18\x03 \x01(\x05\x12\r\n\x05min_p\x18\x04 \x01(\x01\x12\x11\n\x04seed\x18\x05 \x01(\x04H\x00\x88\x01\x01\x12\x12\n\nmax_tokens\x18\x06 \x01(\r\x12\x16\n\x0estop_token_ids\x18\x07 \x03(\r\x12\x12\n\nignore_eos\x18\x08 \x01(\x08\x12\x1f\n\x12repetition_penalty\x18\t \x01(\x01H\x01\x88\x01\x01\x12\x19\n\x11\x66requency_penalty\x18\n \x01(\x01\x12\x18\n\x10presence_penalty\x18\x0b \x01(\x01\x12G\n\nlogit_bias\x18\x0c \x03(\x0b\x32\x33.coldspark.runtime.v1.SamplingParams.LogitBiasEntry\x12\x19\n\x0cnum_logprobs\x18\r \x01(\rH\x02\x88\x01\x01\x1a\x30\n\x0eLogitBiasEntry\x12\x0b\n\x03key\x18\x01 \x01(\r\x12\r\n\x05value\x18\x02 \x01(\x01:\x02\x38\x01\x42\x07\n\x05_seedB\x15\n\x13_repetition_penaltyB\x0f\n\r_num_logprobs\"o\n\x06Submit\x12\x13\n\x0bsequence_id\x18\x01 \x01(\x04\x12\x18\n\x10prompt_token_ids\x18\x02 \x03(\r\x12\x36\n\x08sampling\x18\x03 \x01(\x0b\x32$.coldspark.runtime.v1.SamplingParams\"e\n\rAttachRequest\x12.\n\x06submit\x18\x01 \x01(\x0b\x32\x1c.coldspark.runtime.v1.SubmitH\x00\x12\x1c\n\x12\x63\x61ncel_sequence_id\x18\x02 \x01(\x04H\x00\x42\x06\n\x04kind\"\xb3\x01\n\x08\x46inished\x12\x13\n\x0bsequence_id\x18\x01 \x01(\x04\x12\x32\n\x06reason\x18\x02 \x01(\x0e\x32\".coldspark.runtime.v1.FinishReason\x12\x19\n\x11num_prompt_tokens\x18\x03 \x01(\r\x12\x19\n\x11num_cached_tokens\x18\x04 \x01(\r\x12\x19\n\x11num_output_tokens\x18\x05 \x01(\r\x12\r\n\x05\x65rror\x18\x06 \x01(\t\"9\n\x07Started\x12\x13\n\x0bsequence_id\x18\x01 \x01(\x04\x12\x19\n\x11num_cached_tokens\x18\x02 \x01(\r\"b\n\rTokenLogprobs\x12\x13\n\x0bsequence_id\x18\x01 \x01(\x04\x12\x0f\n\x07logprob\x18\x02 \x01(\x01\x12\x15\n\rtop_token_ids\x18\x03 \x03(\r\x12\x14\n\x0ctop_logprobs\x18\x04 \x03(\x02\"\xce\x01\n\nStepOutput\x12\x14\n\x0csequence_ids\x18\x01 \x03(\x04\x12\x11\n\ttoken_ids\x18\x02 \x03(\r\x12\x30\n\x08\x66inished\x18\x03 \x03(\x0b\x32\x1e.coldspark.runtime.v1.Finished\x12.\n\x07started\x18\x04 \x03(\x0b\x32\x1d.coldspark.runtime.v1.Started\x12\x35\n\x08logprobs\x18\x05 \x03(\x0b\x32#.coldspark.runtime.v1.TokenLogprobs\"\xee\x01\n\x0bLoadFigures\x12\x13\n\x0bnum_running\x18\x01 \x01(\r\x12\x13\n\x0bnum_waiting\x18\x02 \x01(\r\x12\x15\n\rnum_kv_blocks\x18\x03 \x01(\r\x12\x1a\n\x12num_free_kv_blocks\x18\x04 \x01(\r\x12\x17\n\x0fnum_preemptions\x18\x05 \x01(\x04\x12\x19\n\x11num_prompt_tokens\x18\x06 \x01(\x04\x12 \n\x18num_cached_prompt_tokens\x18\x07 \x01(\x04\x12\x19\n\x11num_output_tokens\x18\x08 \x01(\x04\x12\x11\n\tnum_steps\x18\t \x01(\x04\"\r\n\x0bParkRequest\"~\n\x0cParkResponse\x12\x13\n\x0b\x66reed_bytes\x18\x01 \x01(\x04\x12+\n\x06phases\x18\x02 \x03(\x0b\x32\x1b.coldspark.runtime.v1.Phase\x12,\n\x06memory\x18\x03 \x01(\x0b\x32\x1c.coldspark.runtime.v1.Memory\"#\n\x0bWakeRequest\x12\x14\n\x0c\x64\x65vice_uuids\x18\x01 \x03(\t\"i\n\x0cWakeResponse\x12+\n\x06phases\x18\x01 \x03(\x0b\x32\x1b.coldspark.runtime.v1.Phase\x12,\n\x06memory\x18\x02 \x01(\x0b\x32\x1c.coldspark.runtime.v1.Memory\"!\n\x0c\x44rainRequest\x12\x11\n\ttimeout_s\x18\x01 \x01(\x01\"&\n\rDrainResponse\x12\x15\n\rnum_cancelled\x18\x01 \x01(\r\"\x0e\n\x0cWatchRequest\"\x0f\n\rHealthRequest\"\xf3\x02\n\rRuntimeStatus\x12\x31\n\x05state\x18\x01 \x01(\x0e\x32\".coldspark.runtime.v1.RuntimeState\x12\x12\n\nruntime_id\x18\x02 \x01(\t\x12\x10\n\x08snapshot\x18\x03 \x01(\t\x12\r\n\x05\x65rror\x18\x04 \x01(\t\x12,\n\x06memory\x18\x05 \x01(\x0b\x32\x1c.coldspark.runtime.v1.Memory\x12/\n\x04load\x18\x06 \x01(\x0b\x32!.coldspark.runtime.v1.LoadFigures\x12+\n\x06phases\x18\x07 \x03(\x0b\x32\x1b.coldspark.runtime.v1.Phase\x12\x1b\n\x13last_active_unix_us\x18\x08 \x01(\x01\x12\x17\n\x0fheartbeat_age_s\x18\t \x01(\x01\x12\x12\n\nengine_pid\x18\n \x01(\r\x12\x15\n\rmax_model_len\x18\x0b \x01(\r\x12\r\n\x05\x62uild\x18\x0c \x01(\t*\x83\x02\n\x0cRuntimeState\x12\x1d\n\x19RUNTIME_STATE_UNSPECIFIED\x10\x00\x12\x1a\n\x16RUNTIME_STATE_STARTING\x10\x01\x12\x19\n\x15RUNTIME_STATE_STANDBY\x10\x02\x12\x19\n\x15RUNTIME_STATE_LOADING\x10\x03\x12\x17\n\x13RUNTIME_STATE_READY\x10\x04\x12\x19\n\x15RUNTIME_STATE_PARKING\x10\x05\x12\x18\n\x14RUNTIME_STATE_PARKED\x10\x06\x12\x1a\n\x16RUNTIME_STATE_DRAINING\x10\x07\x12\x18\n\x14RUNTIME_STATE_FAILED\x10\x08*\xb0\x01\n\x0c\x46inishReason\x12\x1d\n\x19\x46INISH_REASON_UNSPECIFIED\x10\x00\x12\x16\n\x12\x46INISH_REASON_STOP\x10\x01\x12\x18\n\x14\x46INISH_REASON_LENGTH\x10\x02\x12\x1b\n\x17\x46INISH_REASON_CANCELLED\x10\x03\x12\x17\n\x13\x46INISH_REASON_ERROR\x10\x04\x12\x19\n\x15\x46INISH_REASON_REFUSED\x10\x05\x32\xcc\x04\n\x0eRuntimeService\x12M\n\x04Load\x12!.coldspark.runtime.v1.LoadRequest\x1a\".coldspark.runtime.v1.LoadResponse\x12S\n\x06\x41ttach\x12#.coldspark.runtime.v1.AttachRequest\x1a .coldspark.runtime.v1.StepOutput(\x01\x30\x01\x12M\n\x04Park\x12!.coldspark.runtime.v1.ParkRequest\x1a\".coldspark.runtime.v1.ParkResponse\x12M\n\x04Wake\x12!.coldspark.runtime.v1.WakeRequest\x1a\".coldspark.runtime.v1.WakeResponse\x12P\n\x05\x44rain\x12\".coldspark.runtime.v1.DrainRequest\x1a#.coldspark.runtime.v1.DrainResponse\x12R\n\x05Watch\x12\".coldspark.runtime.v1.WatchRequest\x1a#.coldspark.runtime.v1.RuntimeStatus0\x01\x12R\n\x06Health\x12#.coldspark.runtime.v1.HealthRequest\x1a#.coldspark.runtime.v1.RuntimeStatusb\x06proto3')
 
 _globals = globals()
 _builder.BuildMessageAndEnumDescriptors(DESCRIPTOR, _globals)
 _builder.BuildTopDescriptorsAndMessages(DESCRIPTOR, 'runtime.rpc.inference_pb2', _globals)
 if not _descriptor._USE_C_DESCRIPTORS:
   DESCRIPTOR._loaded_options = None
-  _globals['_RUNTIMESTATE']._serialized_start=2422
-  _globals['_RUNTIMESTATE']._serialized_end=2681
-  _globals['_FINISHREASON']._serialized_start=2684
-  _globals['_FINISHREASON']._serialized_end=2860
+  _globals['_SAMPLINGPARAMS_LOGITBIASENTRY']._loaded_options = None
+  _globals['_SAMPLINGPARAMS_LOGITBIASENTRY']._serialized_options = b'8\001'
+  _globals['_RUNTIMESTATE']._serialized_start=2961
+  _globals['_RUNTIMESTATE']._serialized_end=3220
+  _globals['_FINISHREASON']._serialized_start=3223
+  _globals['_FINISHREASON']._serialized_end=3399
   _globals['_ENGINECONFIG']._serialized_start=54
   _globals['_ENGINECONFIG']._serialized_end=297
   _globals['_LOADREQUEST']._serialized_start=300
@@ -46,35 +48,41 @@ if not _descriptor._USE_C_DESCRIPTORS:
   _globals['_LOADRESPONSE']._serialized_start=578
   _globals['_LOADRESPONSE']._serialized_end=729
   _globals['_SAMPLINGPARAMS']._serialized_start=732
-  _globals['_SAMPLINGPARAMS']._serialized_end=906
-  _globals['_SUBMIT']._serialized_start=908
-  _globals['_SUBMIT']._serialized_end=1019
-  _globals['_ATTACHREQUEST']._serialized_start=1021
-  _globals['_ATTACHREQUEST']._serialized_end=1122
-  _globals['_FINISHED']._serialized_start=1125
-  _globals['_FINISHED']._serialized_end=1304
-  _globals['_STEPOUTPUT']._serialized_start=1306
-  _globals['_STEPOUTPUT']._serialized_end=1409
-  _globals['_LOADFIGURES']._serialized_start=1412
-  _globals['_LOADFIGURES']._serialized_end=1650
-  _globals['_PARKREQUEST']._serialized_start=1652
-  _globals['_PARKREQUEST']._serialized_end=1665
-  _globals['_PARKRESPONSE']._serialized_start=1667
-  _globals['_PARKRESPONSE']._serialized_end=1793
-  _globals['_WAKEREQUEST']._serialized_start=1795
-  _globals['_WAKEREQUEST']._serialized_end=1830
-  _globals['_WAKERESPONSE']._serialized_start=1832
-  _globals['_WAKERESPONSE']._serialized_end=1937
-  _globals['_DRAINREQUEST']._serialized_start=1939
-  _globals['_DRAINREQUEST']._serialized_end=1972
-  _globals['_DRAINRESPONSE']._serialized_start=1974
-  _globals['_DRAINRESPONSE']._serialized_end=2012
-  _globals['_WATCHREQUEST']._serialized_start=2014
-  _globals['_WATCHREQUEST']._serialized_end=2028
-  _globals['_HEALTHREQUEST']._serialized_start=2030
-  _globals['_HEALTHREQUEST']._serialized_end=2045
-  _globals['_RUNTIMESTATUS']._serialized_start=2048
-  _globals['_RUNTIMESTATUS']._serialized_end=2419
-  _globals['_RUNTIMESERVICE']._serialized_start=2863
-  _globals['_RUNTIMESERVICE']._serialized_end=3451
+  _globals['_SAMPLINGPARAMS']._serialized_end=1182
+  _globals['_SAMPLINGPARAMS_LOGITBIASENTRY']._serialized_start=1085
+  _globals['_SAMPLINGPARAMS_LOGITBIASENTRY']._serialized_end=1133
+  _globals['_SUBMIT']._serialized_start=1184
+  _globals['_SUBMIT']._serialized_end=1295
+  _globals['_ATTACHREQUEST']._serialized_start=1297
+  _globals['_ATTACHREQUEST']._serialized_end=1398
+  _globals['_FINISHED']._serialized_start=1401
+  _globals['_FINISHED']._serialized_end=1580
+  _globals['_STARTED']._serialized_start=1582
+  _globals['_STARTED']._serialized_end=1639
+  _globals['_TOKENLOGPROBS']._serialized_start=1641
+  _globals['_TOKENLOGPROBS']._serialized_end=1739
+  _globals['_STEPOUTPUT']._serialized_start=1742
+  _globals['_STEPOUTPUT']._serialized_end=1948
+  _globals['_LOADFIGURES']._serialized_start=1951
+  _globals['_LOADFIGURES']._serialized_end=2189
+  _globals['_PARKREQUEST']._serialized_start=2191
+  _globals['_PARKREQUEST']._serialized_end=2204
+  _globals['_PARKRESPONSE']._serialized_start=2206
+  _globals['_PARKRESPONSE']._serialized_end=2332
+  _globals['_WAKEREQUEST']._serialized_start=2334
+  _globals['_WAKEREQUEST']._serialized_end=2369
+  _globals['_WAKERESPONSE']._serialized_start=2371
+  _globals['_WAKERESPONSE']._serialized_end=2476
+  _globals['_DRAINREQUEST']._serialized_start=2478
+  _globals['_DRAINREQUEST']._serialized_end=2511
+  _globals['_DRAINRESPONSE']._serialized_start=2513
+  _globals['_DRAINRESPONSE']._serialized_end=2551
+  _globals['_WATCHREQUEST']._serialized_start=2553
+  _globals['_WATCHREQUEST']._serialized_end=2567
+  _globals['_HEALTHREQUEST']._serialized_start=2569
+  _globals['_HEALTHREQUEST']._serialized_end=2584
+  _globals['_RUNTIMESTATUS']._serialized_start=2587
+  _globals['_RUNTIMESTATUS']._serialized_end=2958
+  _globals['_RUNTIMESERVICE']._serialized_start=3402
+  _globals['_RUNTIMESERVICE']._serialized_end=3990
 # @@protoc_insertion_point(module_scope)

@@ -27,6 +27,7 @@ class FakeRuntime:
     is_alive: bool = True
     is_stuck: bool = False
     num_submitted: int = 0
+    num_cached_tokens: int = 0
     heartbeat_age_s: float = 0.0
 
     def status(self) -> pb.RuntimeStatus:
@@ -105,6 +106,10 @@ class FakeAttachment:
         runtime = self._runtime
         for offset in range(max_tokens):
             await asyncio.sleep(1e9 if runtime.is_stuck else runtime.step_s)
+            if offset == 0:
+                runtime.sinks[sequence_id].on_started(
+                    pb.Started(sequence_id=sequence_id, num_cached_tokens=runtime.num_cached_tokens)
+                )
             runtime.sinks[sequence_id].on_token(first + offset)
         self._finish(sequence_id, pb.FINISH_REASON_LENGTH, max_tokens)
 

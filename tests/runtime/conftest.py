@@ -84,9 +84,14 @@ class Recorder:
 
     sequence_id: int = 0
     tokens: list[int] = field(default_factory=list)
+    started: pb.Started | None = None
     finished: pb.Finished | None = None
     error: RuntimeRpcError | None = None
     _changed: asyncio.Event = field(default_factory=asyncio.Event)
+
+    def on_started(self, started: pb.Started) -> None:
+        assert self.started is None
+        self.started = started
 
     def on_token(self, token_id: int) -> None:
         self.tokens.append(token_id)

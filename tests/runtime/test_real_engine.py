@@ -54,7 +54,10 @@ async def test_the_answer_is_the_same_after_parking_and_waking(server: Process) 
     assert after.tokens == before.tokens
     assert finished.num_cached_tokens == 0, "the KV cache was given back with its prefixes"
     again = generate(attachment, PROMPT * 2, 1)
-    assert (await again.end()).num_cached_tokens > 0
+    num_cached_tokens = (await again.end()).num_cached_tokens
+    assert num_cached_tokens > 0
+    assert again.started is not None
+    assert again.started.num_cached_tokens == num_cached_tokens
     assert server.engine() == engine
     await attachment.close()
 

@@ -1,6 +1,6 @@
-from runtime.engine.sequence import SamplingParams, SequenceKey
+from runtime.engine.sequence import SamplingParams, SequenceKey, TokenLogprobs
 from runtime.rpc import inference_pb2 as pb
-from runtime.translate import sequence_request
+from runtime.translate import logprobs_message, sequence_request
 
 KEY = SequenceKey(3, 7)
 
@@ -24,6 +24,11 @@ def test_every_sampling_parameter_reaches_the_engine() -> None:
         max_tokens=9,
         stop_token_ids=[2, 11, 2],
         ignore_eos=True,
+        repetition_penalty=1.5,
+        frequency_penalty=0.75,
+        presence_penalty=-0.5,
+        logit_bias={4: -100.0, 9: 2.5},
+        num_logprobs=0,
     )
     assert {field.name for field, _ in sent.ListFields()} == set(sent.DESCRIPTOR.fields_by_name)
     assert over_the_wire(sent) == SamplingParams(
@@ -35,8 +40,27 @@ def test_every_sampling_parameter_reaches_the_engine() -> None:
         max_tokens=9,
         stop_token_ids=frozenset({2, 11}),
         ignore_eos=True,
+        repetition_penalty=1.5,
+        frequency_penalty=0.75,
+        presence_penalty=-0.5,
+        logit_bias={4: -100.0, 9: 2.5},
+        num_logprobs=0,
     )
 
 
 def test_no_seed_is_not_seed_zero() -> None:
     assert over_the_wire(pb.SamplingParams(max_tokens=1)).seed is None
+
+
+def test_what_is_not_sent_is_off() -> None:
+    sampling = over_the_wire(pb.SamplingParams(max_tokens=1))
+    assert not sampling.has_penalties
+    assert sampling.num_logprobs is None
+
+
+def test_logprobs_go_over_the_wire() -> None:
+    sent = logprobs_message(7, TokenLogprobs(-0.5, (3, 1), (-0.5, -1.25)))
+    received = pb.TokenLogprobs.FromString(sent.SerializeToString())
+    assert (received.sequence_id, received.logprob) == (7, -0.5)
+    assert list(received.top_token_ids) == [3, 1]
+    assert list(received.top_logprobs) == [-0.5, -1.25]

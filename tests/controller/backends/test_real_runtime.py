@@ -80,6 +80,9 @@ class Collected:
         self.finished: asyncio.Future[list[int]] = asyncio.get_running_loop().create_future()
         self._tokens: list[int] = []
 
+    def on_started(self, started: pb.Started) -> None:
+        assert not self._tokens
+
     def on_token(self, token_id: int) -> None:
         self._tokens.append(token_id)
 

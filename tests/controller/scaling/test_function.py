@@ -108,7 +108,7 @@ async def test_the_phases_of_a_cold_start_add_up_to_the_clients_wait() -> None:
 
 
 async def test_usage_is_written_for_finished_and_for_abandoned_requests() -> None:
-    world = World()
+    world = World(make_runtime=lambda: FakeRuntime(num_cached_tokens=6))
     async with world.function() as function:
         await collect(function, num_prompt=7, max_tokens=5)
         async with function.generate(request(max_tokens=1000)) as generation:
@@ -118,6 +118,7 @@ async def test_usage_is_written_for_finished_and_for_abandoned_requests() -> Non
     assert (whole.num_prompt_tokens, whole.num_output_tokens, whole.outcome) == (7, 5, "length")
     assert cut.num_output_tokens == 1
     assert cut.outcome == "disconnected"
+    assert (whole.num_cached_tokens, cut.num_cached_tokens) == (6, 6)
 
 
 async def test_leaving_early_cancels_the_sequence_and_frees_its_lease() -> None:

@@ -282,3 +282,35 @@ def test_release_shrinks_the_process_by_what_it_held(smollm2_snapshot: Path) -> 
     freed = runner.release()
     assert freed > 0.9 * held
     assert before - resident_bytes() > 0.9 * held
+
+
+def test_bias_penalties_and_logprobs_are_those_of_their_definitions() -> None:
+    model = random_llama()
+    sampling = SamplingParams(
+        temperature=0.0, repetition_penalty=1.7, frequency_penalty=0.4, presence_penalty=0.3,
+        logit_bias={8: 0.5}, num_logprobs=3, max_tokens=8,
+    )  # fmt: skip
+    prompt = [3, 1, 4, 1, 5]
+    engine = Engine(EngineConfig(), new_runner(model), frozenset())
+    engine.submit(new_request(1, prompt, sampling=sampling))
+    tokens: list[int] = []
+    while engine.has_work():
+        result = engine.step()
+        raw = reference_logits(model, [*prompt, *tokens])[-1]
+        logits = raw.clone()
+        logits[8] += 0.5
+        for token in {*prompt, *tokens}:
+            logits[token] = logits[token] / 1.7 if logits[token] > 0 else logits[token] * 1.7
+        for token in tokens:
+            logits[token] -= 0.4
+        for token in set(tokens):
+            logits[token] -= 0.3
+        [(key, token_id)] = result.tokens
+        assert token_id == int(logits.argmax())
+        found = result.logprobs[key]
+        expected = raw.log_softmax(-1)
+        assert found.logprob == pytest.approx(float(expected[token_id]), abs=1e-4)
+        assert list(found.top_token_ids) == expected.topk(3).indices.tolist()
+        assert list(found.top_logprobs) == pytest.approx(expected.topk(3).values.tolist(), abs=1e-4)
+        tokens.append(token_id)
+    assert len(tokens) == 8

@@ -109,6 +109,13 @@ def test_context_limit_ends_a_sequence_by_length() -> None:
         ([1], SamplingParams(max_tokens=0), "max_tokens is 0"),
         ([1], SamplingParams(seed=-1), "seed is -1"),
         ([1], SamplingParams(seed=1 << 64), "seed is 18446744073709551616"),
+        ([1], SamplingParams(repetition_penalty=0.0), "repetition_penalty is 0.0"),
+        ([1], SamplingParams(frequency_penalty=float("nan")), "frequency_penalty is nan"),
+        ([1], SamplingParams(presence_penalty=float("inf")), "presence_penalty is inf"),
+        ([1], SamplingParams(logit_bias={50: 1.0}), r"logit_bias\[50\] is 1.0"),
+        ([1], SamplingParams(logit_bias={1: float("nan")}), r"logit_bias\[1\] is nan"),
+        ([1], SamplingParams(logit_bias=dict.fromkeys(range(1025), 0.0)), "at most 1024 tokens"),
+        ([1], SamplingParams(num_logprobs=21), "num_logprobs is 21"),
     ],
 )
 def test_request_that_can_never_run_is_refused(
@@ -209,6 +216,18 @@ def test_cancelled_sequence_frees_its_blocks_before_the_next_step() -> None:
     results = [engine.step() for _ in range(MAX_IN_FLIGHT)]
     assert [key.sequence_id for result in results for key, _ in result.tokens] == [2]
     assert [end.key.sequence_id for result in results for end in result.finished] == [1]
+
+
+def test_first_token_says_how_much_of_the_prompt_was_cached() -> None:
+    engine = new_engine(TokenRunner())
+    for id in (1, 2):
+        engine.submit(new_request(id, [1] * 9, max_tokens=3))
+        started: list[dict[int, int]] = []
+        while engine.has_work():
+            result = engine.step()
+            started += [{key.sequence_id: cached for key, cached in result.started.items()}]
+            assert set(result.started) <= {key for key, _ in result.tokens}
+        assert [entry for entry in started if entry] == [{id: 8 * (id - 1)}]
 
 
 def test_figures_follow_the_load() -> None:

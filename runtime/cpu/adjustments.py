@@ -1,0 +1,33 @@
+"""What changes logits before a token is drawn: biases, then penalties. In plain torch."""
+
+from collections import Counter
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from runtime.engine.sequence import SamplingParams
+
+
+def adjust(
+    logits: Tensor, params: SamplingParams, token_ids: Sequence[int], num_prompt_tokens: int
+) -> None:
+    """Add biases and apply penalties to one row, in place.
+
+    Args:
+        logits: fp32 [vocab_size].
+        params: The sequence's.
+        token_ids: Its prompt, then its output.
+        num_prompt_tokens: How many of those are the prompt.
+    """
+    if params.logit_bias:
+        logits[list(params.logit_bias)] += torch.tensor(list(params.logit_bias.values()))
+    if not params.has_penalties:
+        return
+    present = list(set(token_ids))
+    chosen = logits[present]
+    penalty = params.repetition_penalty
+    logits[present] = torch.where(chosen > 0, chosen / penalty, chosen * penalty)
+    counts = Counter(token_ids[num_prompt_tokens:])
+    taken = params.frequency_penalty * torch.tensor(list(counts.values())) + params.presence_penalty
+    logits[list(counts)] -= taken
