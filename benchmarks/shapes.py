@@ -34,8 +34,11 @@ LLAMA_3_1_8B = {
 class RandomWeights:
     """Normal weights of standard deviation 0.02, norms of 1; implements `Weights`."""
 
-    def __init__(self, config: ModelConfig, dtype: torch.dtype = torch.bfloat16) -> None:
+    def __init__(
+        self, config: ModelConfig, dtype: torch.dtype = torch.bfloat16, device: str = "cuda"
+    ) -> None:
         self.dtype = dtype
+        self._device = device
         self.held_bytes = 0
         self._shapes = _shapes(config)
         self.total_bytes = sum(
@@ -43,11 +46,11 @@ class RandomWeights:
         )
 
     def load(self, on_progress: OnProgress | None) -> tuple[Mapping[str, Tensor], LoadReport]:
-        """Draw them on the GPU."""
-        generator = torch.Generator("cuda").manual_seed(0)
+        """Draw them on the device."""
+        generator = torch.Generator(self._device).manual_seed(0)
         tensors = {}
         for name, shape in self._shapes.items():
-            tensor = torch.empty(shape, dtype=self.dtype, device="cuda")
+            tensor = torch.empty(shape, dtype=self.dtype, device=self._device)
             is_norm = len(shape) == 1
             tensors[name] = (
                 tensor.fill_(1.0) if is_norm else tensor.normal_(std=0.02, generator=generator)
