@@ -4,6 +4,7 @@ import pytest
 import torch
 from torch import Tensor
 
+from runtime.kernels import decode_attention as decode_attention_module
 from runtime.kernels.attention_reference import attention_reference
 from runtime.kernels.chunk_attention import chunk_attention, tile_size
 from runtime.kernels.decode_attention import SplitWorkspace, decode_attention, num_splits
@@ -43,8 +44,19 @@ def queries_of(qkv: Tensor, shape: tuple[int, int, int, int]) -> Tensor:
 
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("shape", SHAPES)
-@pytest.mark.parametrize("lens", [[100], [1, 17, 0, 100, 64], [33] * 70], ids=len)
-def test_decode(dtype: torch.dtype, shape: tuple[int, int, int, int], lens: list[int]) -> None:
+@pytest.mark.parametrize(
+    ("lens", "wanted_programs"),
+    [([100], 528), ([1, 17, 0, 100, 64], 528), ([33, 5, 70], 1)],
+    ids=["one, split", "several, split", "not split"],
+)
+def test_decode(
+    dtype: torch.dtype,
+    shape: tuple[int, int, int, int],
+    lens: list[int],
+    wanted_programs: int,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(decode_attention_module, "WANTED_PROGRAMS", wanted_programs)
     num_heads, num_kv_heads, head_dim, _ = shape
     cache = new_cache(shape, dtype, lens)
     qkv = torch.randn(len(lens), (num_heads + 2 * num_kv_heads) * head_dim).to(DEVICE, dtype)

@@ -103,11 +103,11 @@ def test_banned_tokens_are_never_drawn() -> None:
 def test_filters_keep_what_sorting_keeps(top_k: int, top_p: float, min_p: float) -> None:
     logits = padded_logits(1, seed=3)
     table = new_table(temperatures=2.0, top_ks=top_k, top_ps=top_p, min_ps=min_p, seeds=5)
-    drawn = Counter(draw(logits.repeat(NUM_DRAWS // 5, 1), table))
+    drawn = Counter(draw(logits.repeat(NUM_DRAWS // 10, 1), table))
     kept = kept_tokens(logits[0], 2.0, top_k=top_k, top_p=top_p, min_p=min_p)
     assert set(drawn) <= kept
     weights = (logits[0, sorted(kept)].double() / 2.0).softmax(0).numpy()
-    likely = {token for token, weight in zip(sorted(kept), weights, strict=True) if weight > 0.2}
+    likely = {token for token, weight in zip(sorted(kept), weights, strict=True) if weight > 0.3}
     assert likely <= set(drawn)
 
 
