@@ -1,6 +1,6 @@
 """Throughput and latency of the 8B shape on one GPU, beside what vLLM reaches on it.
 
-    python -m benchmarks.gpu_serving --engine
+    python -m benchmarks.gpu_serving
 
 The engine alone is driven in this process, with the work that an OpenAI-compatible load generator
 sends: random prompts, greedy answers of a given length, so many requests at once or at a rate.
@@ -25,7 +25,9 @@ from runtime.gpu.runner import GpuRunner
 from runtime.model.config import ModelConfig
 
 VOCAB = 49000
-CONFIG = EngineConfig(max_model_len=8192, max_num_seqs=256, enable_prefix_caching=False)
+CONFIG = EngineConfig(
+    max_model_len=8192, max_num_seqs=256, block_size=64, enable_prefix_caching=False
+)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -121,7 +123,6 @@ class Figures:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--engine", action="store_true", help="run the engine alone")
     parser.add_argument("--only", default="", help="run workloads whose name contains this")
     parser.add_argument("--scale", type=float, default=1.0, help="share of the requests to send")
     parser.add_argument("--layers", type=int, default=32)
