@@ -84,7 +84,7 @@ class Result:
 
 def main() -> int:
     options = _parse_arguments()
-    transformers_logging.set_verbosity_error()  # type: ignore[no-untyped-call]
+    transformers_logging.set_verbosity_error()  # type: ignore[no-untyped-call]  # transformers is untyped
     build_options = BuildOptions(dtype=options.dtype)
     snapshot = build(GgufSource(options.gguf), SnapshotStore(STORE), build_options).snapshot.path
     reference = load_reference(snapshot)
@@ -158,7 +158,7 @@ def run_transformers(model: LlamaForCausalLM, requests: Sequence[Request]) -> No
     token_ids = [[0] * pad + request.prompt for pad, request in zip(padding, requests, strict=True)]
     mask = [[0] * pad + [1] * (longest - pad) for pad in padding]
     num_tokens = max(request.num_output_tokens for request in requests)
-    output = model.generate(  # type: ignore[misc]
+    output = model.generate(  # type: ignore[misc]  # transformers is untyped
         torch.tensor(token_ids),
         attention_mask=torch.tensor(mask),
         min_new_tokens=num_tokens,

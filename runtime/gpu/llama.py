@@ -21,11 +21,13 @@ from runtime.model.config import ModelConfig
 from runtime.model.rope import inverse_frequencies
 
 
-def activation_bytes(config: ModelConfig, limits: BatchLimits, dtype: torch.dtype) -> int:
-    """Return the size of the buffers of a model, angles included."""
+def activation_bytes(
+    config: ModelConfig, limits: BatchLimits, dtype: torch.dtype, max_model_len: int
+) -> int:
+    """Return the size of the buffers of a model, angles of all positions included."""
     widths = sum(_widths(config).values())
     logits = limits.num_seqs * (config.hidden_size * dtype.itemsize + 4 * (config.vocab_size + 64))
-    angles = limits.num_blocks_each * 16 * config.head_dim * 4
+    angles = 4 * max_model_len * config.head_dim
     return limits.num_tokens * widths * dtype.itemsize + logits + angles
 
 

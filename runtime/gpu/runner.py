@@ -72,9 +72,7 @@ class GpuRunner:
             num_tokens=-(-budget // alignment) * alignment,
             alignment=alignment,
             num_seqs=min(config.max_num_seqs, budget),
-            num_blocks_each=self._blocks_of(
-                config.max_model_len or model_config.max_position_embeddings
-            ),
+            num_blocks_each=-(-self._wanted_len // config.block_size),
             tile_size=tile_size(self._dtype),
         )
         self._kv_plan = plan_kv(config, self._kv_sizes(limits))
@@ -297,8 +295,10 @@ class GpuRunner:
     def _new_graphs(self) -> StepGraphs:
         return StepGraphs(self._run, self._limits, self._device)
 
-    def _blocks_of(self, num_tokens: int) -> int:
-        return -(-num_tokens // self._config.block_size)
+    @property
+    def _wanted_len(self) -> int:
+        """The length limit before memory shrinks it, in tokens."""
+        return self._config.max_model_len or self._model_config.max_position_embeddings
 
     def _bytes_per_token(self) -> int:
         return self._model_config.kv_elements_per_token * self._dtype.itemsize
@@ -308,7 +308,7 @@ class GpuRunner:
         return KvSizes(
             bytes_per_token=self._bytes_per_token(),
             weights_bytes=self._weights.total_bytes,
-            activation_bytes=activation_bytes(shape, limits, self._dtype)
+            activation_bytes=activation_bytes(shape, limits, self._dtype, self._wanted_len)
             + limits.num_rows * 4 * shape.vocab_size,
             machine_bytes=0,
             model_max_len=shape.max_position_embeddings,

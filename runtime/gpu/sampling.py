@@ -1,6 +1,6 @@
 """From logits to tokens on the GPU: fills the sampling table, launches, reads the result."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from itertools import cycle
 
@@ -211,8 +211,7 @@ class GpuSampler:
         is_prompt[tokens[: item.num_prompt_tokens]] = PROMPT_BIT
         counts.add_(is_prompt)
 
-    def _set_bias(self, row: int, logit_bias: "dict[int, float] | object") -> None:
-        assert isinstance(logit_bias, dict)
+    def _set_bias(self, row: int, logit_bias: Mapping[int, float]) -> None:
         size = len(logit_bias)
         ids = self._device.upload(list(logit_bias), torch.int32)
         self._table.bias_token_ids[row, :size].copy_(ids)

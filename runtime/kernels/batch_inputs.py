@@ -146,7 +146,7 @@ def _expand_kernel(
     seq = tl.program_id(0)
     if seq >= tl.load(counts_ptr):
         return
-    record_ptr = records_ptr + seq * 8
+    record_ptr = records_ptr + seq * 8  # in the order of Field
     row = tl.load(record_ptr).to(tl.int64)
     start = tl.load(record_ptr + 1)
     query_start = tl.load(record_ptr + 2)

@@ -13,6 +13,7 @@ from runtime.config import EngineConfig
 from runtime.engine.engine import Engine
 from runtime.engine.sequence import FinishReason, SamplingParams, TokenLogprobs
 from runtime.gpu.runner import GpuRunner
+from runtime.kernels.norm import rms_norm
 from runtime.model.config import ModelConfig
 from tests.runtime.cpu.oracle import (
     TeacherForced,
@@ -213,4 +214,7 @@ def test_graphs_change_no_answer_and_nothing_is_compiled_late() -> None:
     tokens, _ = answers(Engine(CONFIG, runner, frozenset()), prompts, sampling)
     assert runner.num_graphs > 1
     assert runner.num_late_compilations == 0
+    rms_norm(torch.ones(1, 321, device=DEVICE), torch.ones(321, device=DEVICE), 1e-5,
+             torch.empty(1, 321, device=DEVICE))  # fmt: skip
+    assert runner.num_late_compilations == 1, "the counter counts"
     assert tokens == {id: greedy_alone(model, prompt, 30) for id, prompt in prompts.items()}

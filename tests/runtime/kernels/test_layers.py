@@ -2,7 +2,7 @@ import pytest
 import torch
 
 from runtime.kernels.activation import silu_mul, silu_mul_reference
-from runtime.kernels.matvec import matvec
+from runtime.kernels.matvec import matvec, matvec_reference
 from runtime.kernels.norm import rms_norm, rms_norm_reference
 from runtime.kernels.rope import rope_and_cache, rope_and_cache_reference
 from tests.runtime.kernels.device import DEVICE, DTYPES, poisoned, relative_error, tolerance
@@ -70,6 +70,7 @@ def test_matvec(dtype: torch.dtype, add: bool, num_rows: int, size: int) -> None
     weight = torch.randn(num_rows, size, device=DEVICE).to(dtype)
     x = torch.randn(1, size, device=DEVICE).to(dtype)
     out = torch.randn(1, num_rows, device=DEVICE).to(dtype)
-    expected = out.double() * add + x.double() @ weight.double().t()
+    expected = out.double()
+    matvec_reference(weight.double(), x.double(), expected, add=add)
     matvec(weight, x, out, add=add)
     assert relative_error(out, expected) < tolerance(dtype)
