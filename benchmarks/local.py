@@ -6,7 +6,7 @@ import socket
 import subprocess
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -76,9 +76,20 @@ class Controller:
 
 @contextmanager
 def running_controller(
-    home: Path, *, port: int = 0, log: Path | None = None
+    home: Path,
+    *,
+    port: int = 0,
+    log: Path | None = None,
+    command: Sequence[str] = ("-m", "controller.cli.app", "up"),
 ) -> Iterator[Controller]:
-    """Run `coldspark up` on a home directory and stop it, with its runtimes, at the end."""
+    """Run a controller on a home directory and stop it, with its runtimes, at the end.
+
+    Args:
+        home: Where it lives; created if need be.
+        port: 0 for any free one.
+        log: Where its output goes; None for a file in the home directory.
+        command: Arguments to Python that start it.
+    """
     home.mkdir(parents=True, exist_ok=True)
     log_path = log or home / "controller.log"
     environment = os.environ | {
@@ -89,7 +100,7 @@ def running_controller(
     url = f"http://127.0.0.1:{environment['COLDSPARK_PORT']}"
     with log_path.open("ab") as output:
         process = subprocess.Popen(
-            [sys.executable, "-m", "controller.cli.app", "up"],
+            [sys.executable, *command],
             env=environment,
             stdin=subprocess.DEVNULL,
             stdout=output,

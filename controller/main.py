@@ -6,11 +6,12 @@ Shutdown: refuse new requests, let running streams end, close the gateway, let g
 
 import asyncio
 import fcntl
+import gc
 import logging
 import signal
 import socket
 import sys
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import AsyncExitStack, contextmanager
 from decimal import Decimal
 from functools import partial
@@ -47,14 +48,19 @@ log = structlog.get_logger(__name__)
 
 FLUSH_S = 1.0
 COMPACT_S = 3600.0
+GC_THRESHOLD = 20_000  # allocations; Python's 700 would collect for every few hundred tokens
 
 
 class AlreadyRunning(Exception):
     """Another controller owns this home directory."""
 
 
-def serve(settings: Settings) -> None:
+def serve(settings: Settings, backends: Sequence[RuntimeBackend] | None = None) -> None:
     """Run the controller until SIGINT or SIGTERM; each further one gives up on what it waits for.
+
+    Args:
+        settings: Where it lives and listens.
+        backends: What can start runtimes; None for all that come with it.
 
     Raises:
         AlreadyRunning: Another controller owns the home directory.
@@ -65,12 +71,12 @@ def serve(settings: Settings) -> None:
     settings.home.mkdir(parents=True, exist_ok=True, mode=0o700)
     with home_lock(settings.home):
         try:
-            uvloop.run(run(settings))
+            uvloop.run(run(settings, backends))
         except asyncio.CancelledError:
             raise KeyboardInterrupt from None
 
 
-async def run(settings: Settings) -> None:
+async def run(settings: Settings, backends: Sequence[RuntimeBackend] | None = None) -> None:
     """Wire the parts, serve until a signal, and take them down in reverse."""
     clock, metrics, reaper = SystemClock(), Metrics(), Reaper()
     devices = find_devices()
@@ -100,10 +106,11 @@ async def run(settings: Settings) -> None:
             gpu_hour_usd=settings.gpu_hour_usd,
             epoch=unix_us(clock.now()) // 1_000_000,
         )
-        backends = open_backends(settings)
-        for backend in backends.values():
+        backends = backends or open_backends(settings)
+        for backend in backends:
             stack.push_async_callback(backend.close)
-        plane = ControlPlane(node, backends, records, reaper)
+        by_name = {backend.name: backend for backend in backends}
+        plane = ControlPlane(node, by_name, records, reaper)
         stack.callback(reaper.stop)
         stack.push_async_callback(plane.stop, stop_runtimes=settings.stop_runtimes_on_exit)
         first_key = settings.home / "bootstrap.key"
@@ -117,6 +124,7 @@ async def run(settings: Settings) -> None:
         reaper.every(COMPACT_S, "compact ledger", ledger.compact)
         reaper.every(COMPACT_S, "prune history", partial(records.prune, settings.history_days))
         reaper.start()
+        spare_the_collector()
         await GatewayServer(settings, plane, records, node, listener).serve_until_signal()
 
 
@@ -127,6 +135,13 @@ def listen(host: str, port: int) -> socket.socket:
         OSError: The address is taken or not ours.
     """
     return socket.create_server((host, port), family=family_of(host), backlog=2048)
+
+
+def spare_the_collector() -> None:
+    """Keep what was made at the start out of garbage collection, which halts every stream."""
+    gc.collect()
+    gc.freeze()
+    gc.set_threshold(GC_THRESHOLD)
 
 
 class GatewayServer:
@@ -206,13 +221,12 @@ class _Server(uvicorn.Server):
         yield
 
 
-def open_backends(settings: Settings) -> Mapping[str, RuntimeBackend]:
-    """Return every backend by name; none is contacted yet."""
-    backends: Sequence[RuntimeBackend] = (
+def open_backends(settings: Settings) -> Sequence[RuntimeBackend]:
+    """Return every backend; none is contacted yet."""
+    return (
         ProcessBackend(settings.runtimes_dir, cluster=settings.cluster),
         DockerBackend(settings.runtimes_dir, cluster=settings.cluster, image=settings.docker_image),
     )
-    return {backend.name: backend for backend in backends}
 
 
 def count_device_time(metrics: Metrics, interval: Interval) -> None:

@@ -14,6 +14,23 @@ INCOMPLETE = "\N{REPLACEMENT CHARACTER}"
 MAX_PENDING = 16
 
 
+class TokenTexts(dict[int, str]):
+    """The text of each token on its own, decoded once; at most a vocabulary of them.
+
+    Args:
+        tokenizer: The model's tokenizer.
+    """
+
+    def __init__(self, tokenizer: Tokenizer) -> None:
+        super().__init__()
+        self.tokenizer = tokenizer
+
+    def __missing__(self, token_id: int) -> str:
+        text: str = self.tokenizer.decode([token_id], skip_special_tokens=False)
+        self[token_id] = text
+        return text
+
+
 class Detokenizer:
     """Incremental detokenization of one sequence.
 
@@ -22,14 +39,15 @@ class Detokenizer:
     pending tokens, and their difference is the new text. The context is what was emitted last.
 
     Args:
-        tokenizer: The model's tokenizer.
+        texts: Of the model's tokens, shared by all its sequences.
         hidden_token_ids: Tokens without text, i.e. special ones and ends of sequence.
     """
 
-    __slots__ = ("_context_text", "_hidden", "_num_context", "_tokenizer", "_window")
+    __slots__ = ("_context_text", "_hidden", "_num_context", "_texts", "_tokenizer", "_window")
 
-    def __init__(self, tokenizer: Tokenizer, hidden_token_ids: AbstractSet[int]) -> None:
-        self._tokenizer = tokenizer
+    def __init__(self, texts: TokenTexts, hidden_token_ids: AbstractSet[int]) -> None:
+        self._texts = texts
+        self._tokenizer = texts.tokenizer
         self._hidden = hidden_token_ids
         self._window: list[int] = []
         self._num_context = 0
@@ -50,7 +68,10 @@ class Detokenizer:
         new_text = text[len(self._context_text) :]
         del window[: self._num_context]
         self._num_context = len(window)
-        self._context_text = self._tokenizer.decode(window, skip_special_tokens=False)
+        if self._num_context == 1:  # nearly always
+            self._context_text = self._texts[token_id]
+        else:
+            self._context_text = self._tokenizer.decode(window, skip_special_tokens=False)
         return new_text
 
     def finish(self) -> str:

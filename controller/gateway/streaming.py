@@ -16,9 +16,9 @@ from starlette.types import Receive, Scope, Send
 from controller.errors import ApiError, InternalError
 from controller.gateway.answers import Answer
 from controller.gateway.schemas.common import Usage
+from controller.gateway.stalls import ClientStalled, StallWatch
 
 DONE = b"data: [DONE]\n\n"
-WRITE_TIMEOUT_S = 60.0
 
 log = structlog.get_logger()
 _escape = json.JSONEncoder(ensure_ascii=False, separators=(",", ":")).encode
@@ -106,7 +106,7 @@ class EventStream(Response):
 
     Admission, and whatever fails before the first event or heartbeat, is raised and becomes a
     proper status. After that a failure is an event, and the stream ends without `[DONE]`. A client
-    that stops reading holds the engine back, and for WRITE_TIMEOUT_S at most.
+    that stops reading holds the engine back, until the stall is noticed.
 
     Args:
         answer: Not entered yet.
@@ -125,11 +125,19 @@ class EventStream(Response):
         self._opened: set[int] = set()
         self._is_started = False
         self._is_quiet = True
-        self._sending = asyncio.Lock()
+        self._starting = asyncio.Lock()
+        self._stall = StallWatch()
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """Stream the whole answer; cancelling this leaves every generation at once."""
         self._send = send
+        try:
+            async with self._stall:
+                await self._stream(scope)
+        except ClientStalled:
+            log.info("client_stalled", request_id=scope["state"]["request_id"])
+
+    async def _stream(self, scope: Scope) -> None:
         try:
             async with self._answer, self._heartbeat():
                 await self._answer.run(self._emit)
@@ -138,8 +146,6 @@ class EventStream(Response):
             await self._write(DONE, is_last=True)
         except ApiError as error:
             await self._fail(error, scope)
-        except _ClientStalledError:
-            log.info("client_stalled", request_id=scope["state"]["request_id"])
         except Exception:  # a defect of ours must still end the stream in good order
             if not self._is_started:
                 raise
@@ -188,25 +194,23 @@ class EventStream(Response):
 
     async def _write(self, event: bytes, *, is_last: bool = False) -> None:
         self._is_quiet = False
-        message = {"type": "http.response.body", "body": event, "more_body": not is_last}
-        try:
-            async with self._sending, asyncio.timeout(WRITE_TIMEOUT_S):
+        stall = self._stall
+        stall.begin()
+        if not self._is_started:
+            async with self._starting:
                 if not self._is_started:
-                    self._is_started = True
                     await self._start()
-                await self._send(message)
-        except TimeoutError as error:
-            raise _ClientStalledError from error
+        await self._send(
+            {"type": "http.response.body", "body": event, "more_body": not is_last}
+        )
+        stall.end()
 
     async def _start(self) -> None:
         self.headers.update(answer_headers(self._answer))
         await self._send(
             {"type": "http.response.start", "status": 200, "headers": self.raw_headers}
         )
-
-
-class _ClientStalledError(Exception):
-    """The client has not read for so long that it is as good as gone."""
+        self._is_started = True
 
 
 def answer_headers(answer: Answer) -> dict[str, str]:

@@ -16,7 +16,7 @@ from tokenizers import Tokenizer
 from controller.clock import Clock
 from controller.errors import InternalError, InvalidRequest
 from controller.gateway.chat_template import ChatTemplate
-from controller.gateway.detokenizer import Detokenizer
+from controller.gateway.detokenizer import Detokenizer, TokenTexts
 
 LONG_TEXT_CHARS = 8192  # more is encoded in a thread: about 5 ms
 MESSAGE_CHARS = 64  # what a message costs besides its content
@@ -61,6 +61,7 @@ class ModelText:
         self.vocab_size = vocab_size
         self.defaults = defaults
         self._tokenizer = tokenizer
+        self._token_texts = TokenTexts(tokenizer)
         self._chat_template = chat_template
         self._hidden_token_ids = hidden_token_ids
 
@@ -135,7 +136,7 @@ class ModelText:
         Args:
             stop_token_ids: What ends the sequence beside the model's own; it has no text either.
         """
-        return Detokenizer(self._tokenizer, self._hidden_token_ids.union(stop_token_ids))
+        return Detokenizer(self._token_texts, self._hidden_token_ids.union(stop_token_ids))
 
     async def _encode(self, texts: Sequence[str], *, add_special_tokens: bool) -> list[list[int]]:
         if sum(map(len, texts)) <= LONG_TEXT_CHARS:

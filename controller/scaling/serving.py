@@ -86,7 +86,8 @@ class TokenBuffer:
     """
 
     __slots__ = (
-        "_on_end", "_wakeup", "error", "finished", "num_cached_tokens", "num_tokens", "tokens",
+        "_loop", "_on_end", "_wakeup", "error", "finished", "num_cached_tokens", "num_tokens",
+        "tokens",
     )  # fmt: skip
 
     def __init__(self, on_end: Callable[[], None]) -> None:
@@ -96,6 +97,7 @@ class TokenBuffer:
         self.finished: pb.Finished | None = None
         self.error: ApiError | RuntimeRpcError | None = None
         self._on_end = on_end
+        self._loop = asyncio.get_running_loop()  # costs a system call, so not for every token
         self._wakeup: asyncio.Future[None] | None = None
 
     def on_started(self, started: pb.Started) -> None:
@@ -136,7 +138,7 @@ class TokenBuffer:
     async def wait(self) -> None:
         """Return once there is something to read."""
         while not self.tokens and self.finished is None and self.error is None:
-            self._wakeup = asyncio.get_running_loop().create_future()
+            self._wakeup = self._loop.create_future()
             await self._wakeup
 
     def _wake(self) -> None:

@@ -3,7 +3,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from tokenizers import Tokenizer
 
-from controller.gateway.detokenizer import Detokenizer, StopFilter
+from controller.gateway.detokenizer import Detokenizer, StopFilter, TokenTexts
 from tests.fakes.tokenizers import byte_fallback_tokenizer, byte_level_tokenizer
 
 BYTE_LEVEL = byte_level_tokenizer()
@@ -24,7 +24,7 @@ def id_of(tokenizer: Tokenizer, token: str) -> int:
 
 
 def pieces(tokenizer: Tokenizer, ids: list[int]) -> list[str]:
-    detokenizer = Detokenizer(tokenizer, special_ids(tokenizer))
+    detokenizer = Detokenizer(TokenTexts(tokenizer), special_ids(tokenizer))
     return [*(detokenizer.feed(token_id) for token_id in ids), detokenizer.finish()]
 
 

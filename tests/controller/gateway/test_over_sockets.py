@@ -11,7 +11,7 @@ import pytest
 import uvicorn
 from fastapi import FastAPI
 
-from controller.gateway import streaming
+from controller.gateway import stalls
 from controller.scaling.generation import GenerationRequest, TokenChunk
 from tests.controller.gateway.conftest import AppMaker
 from tests.fakes.function import FakeFunction, Step
@@ -87,7 +87,7 @@ async def test_socket_closed_mid_stream_ends_the_generation(
 async def test_client_that_never_reads_holds_the_engine_back_and_is_dropped(
     make_app: AppMaker, function: FakeFunction, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(streaming, "WRITE_TIMEOUT_S", 0.2)
+    monkeypatch.setattr(stalls, "WRITE_TIMEOUT_S", 0.2)
     num_asked = 0
 
     def endless(request: GenerationRequest) -> Iterable[Step]:

@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 from structlog.testing import capture_logs
 
 from controller.errors import ActivationTimeout, RuntimeDied
-from controller.gateway import streaming
+from controller.gateway import stalls
 from controller.metrics import Metrics
 from controller.scaling.generation import GenerationRequest, TokenChunk
 from tests.controller.gateway.conftest import AppMaker, client_of
@@ -213,7 +213,7 @@ async def test_client_that_stops_reading_loses_its_generation(
     ready: asyncio.Event,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    monkeypatch.setattr(streaming, "WRITE_TIMEOUT_S", 0.01)
+    monkeypatch.setattr(stalls, "WRITE_TIMEOUT_S", 0.01)
     call = AsgiCall(make_app(heartbeat_s=NEVER), PATH, body())
     call.hold_sends.clear()
     ready.set()
