@@ -35,6 +35,7 @@ LOG_NAME = "log"
 MARK_NAME = "COLDSPARK_PROCESS_TREE"
 PASSED_ON = ("PATH", "LANG", "LC_ALL", "TZ", "LD_LIBRARY_PATH", "PYTHONPATH")
 """What a runtime inherits; anything else could hold a secret."""
+KERNEL_CACHE = "kernel-cache"  # compiled Triton kernels, beside the runtimes and shared by them
 FOLLOW_PERIOD_S = 0.2
 LOG_SETTLE_S = 0.3
 ADOPTION = ""  # no runtime's id
@@ -87,6 +88,7 @@ class ProcessBackend:
         self, runtimes_dir: Path, *, cluster: str, command: Sequence[str] = RUNTIME_COMMAND
     ) -> None:
         self._directories = RuntimeDirectories(runtimes_dir, backend=self.name, cluster=cluster)
+        self._kernel_cache = runtimes_dir.parent / KERNEL_CACHE
         self._command = tuple(command)
         self._runtimes: dict[str, _Runtime] = {}
         self._serial = SerialOperations()
@@ -228,6 +230,7 @@ class ProcessBackend:
             "HOME": str(path),
             "TMPDIR": str(path),
             "PYTHONUNBUFFERED": "1",
+            "TRITON_CACHE_DIR": str(self._kernel_cache),
             "CUDA_VISIBLE_DEVICES": ",".join(spec.device_uuids),  # empty: no GPU at all
         }
         return passed_on | own | dict(spec.env) | {MARK_NAME: str(path)}

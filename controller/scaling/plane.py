@@ -195,9 +195,10 @@ class ControlPlane:
             self.node.pool.check(spec.resources.gpus)
         except Unschedulable as error:
             raise InvalidSpec(str(error), param="resources.gpus") from error
-        if spec.resources.gpus:
+        if spec.resources.gpus > 1:
             raise InvalidSpec(
-                "this version's engine computes on the CPU; set resources.gpus to 0",
+                "a replica is not spread over several GPUs in this version; set resources.gpus to "
+                "1, or to 0 for the CPU",
                 param="resources.gpus",
             )
         async with self._deploying:

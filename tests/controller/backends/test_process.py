@@ -61,6 +61,15 @@ async def test_a_runtime_sees_its_devices_alone(
     assert (await environment_of(info))["CUDA_VISIBLE_DEVICES"] == ",".join(uuids)
 
 
+async def test_runtimes_share_what_they_compile(
+    harness: ProcessHarness, runtimes_dir: Path
+) -> None:
+    for runtime_id in ("a", "b"):
+        info = await harness.backend.create(replace(spec(), runtime_id=runtime_id))
+        cache = Path((await environment_of(info))["TRITON_CACHE_DIR"])
+        assert cache.parent == runtimes_dir.parent
+
+
 async def test_a_runtime_has_its_own_session_and_no_files_of_ours(
     harness: ProcessHarness, tmp_path: Path
 ) -> None:

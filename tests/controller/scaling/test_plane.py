@@ -177,6 +177,15 @@ async def test_what_can_never_run_is_refused(
         assert plane.views() == []
 
 
+async def test_a_replica_over_several_gpus_is_refused(smollm2_snapshot: Path) -> None:
+    machine = Machine(smollm2_snapshot)
+    machine.world = World(num_gpus=2)
+    spec = spec_of(resources={"gpus": 2}, engine={"tensor_parallel_size": 2})
+    async with machine.controller() as plane:
+        with pytest.raises(InvalidSpec, match="not spread over several GPUs"):
+            await plane.deploy(spec, "fake")
+
+
 async def test_two_functions_cannot_serve_one_name(smollm2_snapshot: Path) -> None:
     machine = Machine(smollm2_snapshot)
     async with machine.controller() as plane:
