@@ -86,6 +86,7 @@ class StepLoop:
                 if self._engine.spare_s() >= TICK_S:
                     continue
                 self._emit(self._engine.step())
+                self._flush()  # before anything else that takes time
             elif self._is_idle():
                 self._has_idle_work = self._engine.use_idle_time()
             for call_id in self._drains.advance(self._live):

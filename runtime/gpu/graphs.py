@@ -65,8 +65,8 @@ class StepGraphs:
         """Return the shape at which to run a batch; no tiles if every sequence decodes."""
         if num_tiles == 0:
             return StepShape(self._decode_sizes[bisect_left(self._decode_sizes, num_tokens)], 0)
-        alignment = self._limits.alignment
-        padded = -(-num_tokens // alignment) * alignment
+        sizes = self._limits.mixed_sizes
+        padded = sizes[bisect_left(sizes, num_tokens)]
         return StepShape(padded, max(num_tiles, self._usual_tiles(padded)))
 
     def next_missing(self) -> StepShape | None:
@@ -102,10 +102,9 @@ class StepGraphs:
 
     def _usual_shapes(self) -> tuple[StepShape, ...]:
         """Return the shapes worth a graph, small ones first: they wait for the host most."""
-        alignment = self._limits.alignment
         decodes = [StepShape(size, 0) for size in self._decode_sizes]
         mixed = [
             StepShape(num_tokens, self._usual_tiles(num_tokens))
-            for num_tokens in range(alignment, self._limits.num_tokens + 1, alignment)
+            for num_tokens in self._limits.mixed_sizes
         ]
         return tuple(shape for shape in chain(*zip_longest(decodes, mixed)) if shape is not None)

@@ -10,18 +10,21 @@ class BatchLimits:
     """Sizes that hold for every batch.
 
     Attributes:
-        num_tokens: Tokens of one batch, padding included; a multiple of the alignment.
-        alignment: Batches with chunks of prompts are padded to a multiple of this.
+        mixed_sizes: Batches with chunks of prompts are padded to one of these, ascending.
         num_seqs: Sequences of one batch, and sequences that hold blocks.
         num_blocks_each: Blocks of one sequence.
         tile_size: Queries that one program of the chunk attention takes.
     """
 
-    num_tokens: int
-    alignment: int
+    mixed_sizes: tuple[int, ...]
     num_seqs: int
     num_blocks_each: int
     tile_size: int
+
+    @property
+    def num_tokens(self) -> int:
+        """Tokens of the largest batch, padding included."""
+        return self.mixed_sizes[-1]
 
     @property
     def padding_row(self) -> int:

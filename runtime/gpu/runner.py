@@ -33,11 +33,13 @@ from runtime.model.config import ModelConfig
 from runtime.model.description import check_dtype, read_model
 from snapshots.loader import LoadReport
 
-# A product of 512 tokens is as fast a token as a larger one, and decodes wait for no more than that.
-PREFILL_TOKENS_BESIDE_DECODES = 512
+# On an H200, products of the tokens between these take as long as those of the next size, or longer.
+STEP = 64
+LARGE_STEP = 128
+LARGE = 384
+PREFILL_TOKENS_BESIDE_DECODES = 480  # roughly; more would be faster a token, and decodes wait for it
 PREFILL_TOKENS_ALONE = 1024
-GPU_ALIGNMENT = 64  # few shapes for graphs, little padding
-CPU_ALIGNMENT = 4
+CPU_STEP = 4
 
 
 class GpuRunner:
@@ -65,12 +67,10 @@ class GpuRunner:
         self._weights = weights
         self._dtype = weights.dtype
         self._device = Device(device)
-        most = max(PREFILL_TOKENS_ALONE, config.max_num_seqs + PREFILL_TOKENS_BESIDE_DECODES)
+        most = max(PREFILL_TOKENS_ALONE, _tokens_beside(config.max_num_seqs))
         budget = min(config.max_num_batched_tokens, most)
-        alignment = GPU_ALIGNMENT if self._device.is_gpu else CPU_ALIGNMENT
         limits = BatchLimits(
-            num_tokens=-(-budget // alignment) * alignment,
-            alignment=alignment,
+            mixed_sizes=_mixed_sizes(budget, is_gpu=self._device.is_gpu),
             num_seqs=min(config.max_num_seqs, budget),
             num_blocks_each=-(-self._wanted_len // config.block_size),
             tile_size=tile_size(self._dtype),
@@ -126,7 +126,7 @@ class GpuRunner:
 
     def max_prefill_tokens(self, num_decodes: int) -> int:
         """Return how many tokens of prompts a step should run: fewer when decodes wait for it."""
-        return PREFILL_TOKENS_BESIDE_DECODES if num_decodes else PREFILL_TOKENS_ALONE
+        return _tokens_beside(num_decodes) - num_decodes if num_decodes else PREFILL_TOKENS_ALONE
 
     @property
     def max_in_flight(self) -> int:
@@ -314,3 +314,17 @@ class GpuRunner:
             model_max_len=shape.max_position_embeddings,
             device=device_memory(self._device.name),
         )
+
+
+def _tokens_beside(num_decodes: int) -> int:
+    """Return the tokens of a step that runs decodes and prompts, so that none are padding."""
+    return LARGE_STEP * round((num_decodes + PREFILL_TOKENS_BESIDE_DECODES) / LARGE_STEP)
+
+
+def _mixed_sizes(budget: int, *, is_gpu: bool) -> tuple[int, ...]:
+    """Return the sizes of steps with prompts; the last one holds the whole budget."""
+    small, large = (STEP, LARGE_STEP) if is_gpu else (CPU_STEP, CPU_STEP)
+    sizes = [small]
+    while sizes[-1] < budget:
+        sizes.append(sizes[-1] + (small if sizes[-1] < LARGE else large))
+    return tuple(sizes)

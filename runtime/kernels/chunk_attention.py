@@ -8,6 +8,7 @@ import torch
 import triton
 import triton.language as tl
 from torch import Tensor
+from triton.tools.tensor_descriptor import TensorDescriptor
 
 from runtime.kernels.decode_attention import LOG2_E
 from runtime.kernels.launch import next_power_of_2
@@ -45,9 +46,14 @@ def chunk_attention(
     _, _, num_kv_heads, block_size, head_dim = kv_cache.shape
     num_heads = out.shape[1] // head_dim
     is_exact = kv_cache.dtype == torch.float32
+    block_n = 32 if is_exact else 64
+    # Whole tiles of keys are fetched by the GPU's copy engine where its conditions hold.
+    is_copied = block_size % block_n == 0 and head_dim == next_power_of_2(head_dim)
+    kv_rows = kv_cache.view(-1, head_dim)
     _chunk_kernel[(len(tiles), num_heads)](
         qkv,
         kv_cache,
+        TensorDescriptor.from_tensor(kv_rows, [block_n, head_dim]) if is_copied else kv_cache,
         out,
         tiles,
         block_tables,
@@ -61,9 +67,10 @@ def chunk_attention(
         HEAD_DIM=head_dim,
         PAGE=block_size,
         BLOCK_M=tile_size(kv_cache.dtype),
-        BLOCK_N=32 if is_exact else 64,
+        BLOCK_N=block_n,
         BLOCK_DIM=next_power_of_2(head_dim),
         PRECISION="ieee" if is_exact else "tf32",
+        IS_COPIED=is_copied,
         num_warps=4,
         num_stages=2 if is_exact else 3,
     )
@@ -80,6 +87,8 @@ def _attend(
     last_tokens,
     table_ptr,
     kv_ptr,
+    kv_tiles,
+    kv_head,
     scale,
     dims,
     NUM_KV_HEADS: tl.constexpr,
@@ -89,34 +98,29 @@ def _attend(
     BLOCK_DIM: tl.constexpr,
     PRECISION: tl.constexpr,
     IS_MASKED: tl.constexpr,
+    IS_COPIED: tl.constexpr,
 ):
     PAGE_HEAD: tl.constexpr = PAGE * HEAD_DIM
     for block_start in tl.range(first, end, BLOCK_N):
         tokens = block_start + tl.arange(0, BLOCK_N)
-        is_kv = (dims < HEAD_DIM)[None, :]
-        if IS_MASKED:
-            is_kv = is_kv & (tokens < end)[:, None]
-        if PAGE % BLOCK_N == 0:  # one block holds all of them
-            block = tl.load(table_ptr + block_start // PAGE).to(tl.int64)
-            offset = block_start % PAGE + tl.arange(0, BLOCK_N)
-            k_block_ptr = kv_ptr + block * 2 * NUM_KV_HEADS * PAGE_HEAD
-            k_ptr = k_block_ptr + offset[:, None] * HEAD_DIM + dims[None, :]
+        if IS_COPIED and not IS_MASKED:
+            block = tl.load(table_ptr + block_start // PAGE)
+            row = (block * 2 * NUM_KV_HEADS + kv_head) * PAGE + block_start % PAGE
+            k = kv_tiles.load([row, 0])
+            v = kv_tiles.load([row + NUM_KV_HEADS * PAGE, 0])
         else:
+            is_kv = (tokens < end)[:, None] & (dims < HEAD_DIM)[None, :]
             blocks = tl.load(table_ptr + tokens // PAGE, mask=tokens < end, other=0)
             places = blocks.to(tl.int64) * 2 * NUM_KV_HEADS * PAGE_HEAD + tokens % PAGE * HEAD_DIM
             k_ptr = kv_ptr + places[:, None] + dims[None, :]
-        if IS_MASKED or BLOCK_DIM != HEAD_DIM:
             k = tl.load(k_ptr, mask=is_kv, other=0.0)
             v = tl.load(k_ptr + NUM_KV_HEADS * PAGE_HEAD, mask=is_kv, other=0.0)
-        else:
-            k = tl.load(k_ptr)
-            v = tl.load(k_ptr + NUM_KV_HEADS * PAGE_HEAD)
-        scores = tl.dot(q, tl.trans(k), input_precision=PRECISION) * scale
+        scores = tl.dot(q, tl.trans(k), input_precision=PRECISION)
         if IS_MASKED:
             is_seen = tokens[None, :] <= last_tokens[:, None]
             scores = tl.where(is_seen, scores, -float("inf"))
-        new_maxima = tl.maximum(maxima, tl.max(scores, 1))
-        weights = tl.exp2(scores - new_maxima[:, None])
+        new_maxima = tl.maximum(maxima, tl.max(scores, 1) * scale)
+        weights = tl.exp2(scores * scale - new_maxima[:, None])
         rescale = tl.exp2(maxima - new_maxima)
         sums = sums * rescale + tl.sum(weights, 1)
         acc = acc * rescale[:, None]
@@ -129,6 +133,7 @@ def _attend(
 def _chunk_kernel(
     qkv_ptr,
     kv_cache_ptr,
+    kv_tiles,
     out_ptr,
     tiles_ptr,
     block_tables_ptr,
@@ -145,6 +150,7 @@ def _chunk_kernel(
     BLOCK_N: tl.constexpr,
     BLOCK_DIM: tl.constexpr,
     PRECISION: tl.constexpr,
+    IS_COPIED: tl.constexpr,
 ):
     tile = tl.program_id(0)
     head = tl.program_id(1)
@@ -176,12 +182,14 @@ def _chunk_kernel(
     end = tl.minimum(first_token + BLOCK_M, seq_len)
     kv_ptr = kv_cache_ptr + kv_head * PAGE * HEAD_DIM
     acc, maxima, sums = _attend(
-        q, acc, maxima, sums, 0, common_end, last_tokens, table_ptr, kv_ptr, scale, dims,
-        NUM_KV_HEADS, HEAD_DIM, PAGE, BLOCK_N, BLOCK_DIM, PRECISION, IS_MASKED=False,
+        q, acc, maxima, sums, 0, common_end, last_tokens, table_ptr, kv_ptr,
+        kv_tiles, kv_head, scale, dims,
+        NUM_KV_HEADS, HEAD_DIM, PAGE, BLOCK_N, BLOCK_DIM, PRECISION, False, IS_COPIED,
     )  # fmt: skip
     acc, maxima, sums = _attend(
-        q, acc, maxima, sums, common_end, end, last_tokens, table_ptr, kv_ptr, scale, dims,
-        NUM_KV_HEADS, HEAD_DIM, PAGE, BLOCK_N, BLOCK_DIM, PRECISION, IS_MASKED=True,
+        q, acc, maxima, sums, common_end, end, last_tokens, table_ptr, kv_ptr,
+        kv_tiles, kv_head, scale, dims,
+        NUM_KV_HEADS, HEAD_DIM, PAGE, BLOCK_N, BLOCK_DIM, PRECISION, True, IS_COPIED,
     )  # fmt: skip
 
     out = (acc / sums[:, None]).to(out_ptr.dtype.element_ty)
