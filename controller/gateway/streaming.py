@@ -200,9 +200,7 @@ class EventStream(Response):
             async with self._starting:
                 if not self._is_started:
                     await self._start()
-        await self._send(
-            {"type": "http.response.body", "body": event, "more_body": not is_last}
-        )
+        await self._send({"type": "http.response.body", "body": event, "more_body": not is_last})
         stall.end()
 
     async def _start(self) -> None:

@@ -60,3 +60,29 @@ class Mark:
         """Return when the device has come that far."""
         if self._event is not None:
             self._event.synchronize()
+
+
+class SideStream:
+    """A second stream, for what the next kernels do not need; in a CUDA graph, a branch.
+
+    Args:
+        device: "cuda", or "cpu" in tests.
+    """
+
+    def __init__(self, device: str) -> None:
+        self._stream = torch.cuda.Stream() if device == "cuda" else None
+
+    @contextmanager
+    def forked(self) -> Iterator[None]:
+        """Launch what is inside after all before it and beside all after it, until `join`."""
+        if self._stream is None:
+            yield
+            return
+        self._stream.wait_stream(torch.cuda.current_stream())
+        with torch.cuda.stream(self._stream):
+            yield
+
+    def join(self) -> None:
+        """Have what is launched next wait for what was forked."""
+        if self._stream is not None:
+            torch.cuda.current_stream().wait_stream(self._stream)

@@ -9,6 +9,7 @@ from collections.abc import Mapping
 import torch
 from torch import Tensor
 
+from runtime.gpu.device import SideStream
 from runtime.gpu.limits import BatchLimits
 from runtime.gpu.linear import GpuLinear, named_tensor
 from runtime.kernels.activation import silu_mul
@@ -64,6 +65,7 @@ class GpuLlama:
         }
         self._last = torch.empty(limits.num_seqs, config.hidden_size, dtype=dtype, device=device)
         self._logits = torch.empty(limits.num_seqs, self._head.num_outputs, device=device)
+        self._side = SideStream(device.type)
         self._workspace = SplitWorkspace(
             num_heads=config.num_heads,
             num_kv_heads=config.num_kv_heads,
@@ -107,6 +109,20 @@ class GpuLlama:
             rms_norm(hidden, layer.input_norm, eps, normed)
             layer.qkv(normed, qkv)
             rope_and_cache(qkv, layer_cache, positions, slots, self._angles)
+            if (
+                tiles is not None
+            ):  # computes much and reads little, the other way round with decodes
+                with self._side.forked():
+                    chunk_attention(
+                        qkv,
+                        layer_cache,
+                        attended,
+                        tiles=tiles,
+                        block_tables=block_tables,
+                        rows=inputs.rows,
+                        query_starts=inputs.query_starts,
+                        seq_lens=inputs.seq_lens,
+                    )
             decode_attention(
                 qkv,
                 layer_cache,
@@ -118,16 +134,7 @@ class GpuLlama:
                 workspace=self._workspace,
             )
             if tiles is not None:
-                chunk_attention(
-                    qkv,
-                    layer_cache,
-                    attended,
-                    tiles=tiles,
-                    block_tables=block_tables,
-                    rows=inputs.rows,
-                    query_starts=inputs.query_starts,
-                    seq_lens=inputs.seq_lens,
-                )
+                self._side.join()
             layer.output.add(attended, hidden)
             rms_norm(hidden, layer.mlp_norm, eps, normed)
             layer.gate_up(normed, gate_up)

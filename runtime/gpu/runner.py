@@ -37,7 +37,9 @@ from snapshots.loader import LoadReport
 STEP = 64
 LARGE_STEP = 128
 LARGE = 384
-PREFILL_TOKENS_BESIDE_DECODES = 480  # roughly; more would be faster a token, and decodes wait for it
+PREFILL_TOKENS_BESIDE_DECODES = (
+    480  # roughly; more would be faster a token, and decodes wait for it
+)
 PREFILL_TOKENS_ALONE = 1024
 CPU_STEP = 4
 
