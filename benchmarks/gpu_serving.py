@@ -17,6 +17,7 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -41,7 +42,7 @@ from runtime.engine.sequence import SamplingParams, SequenceKey, SequenceRequest
 from runtime.gpu.runner import GpuRunner
 from runtime.model.config import ModelConfig
 
-ENGINE = {
+ENGINE: dict[str, Any] = {
     "max_model_len": 8192,
     "max_num_seqs": 256,
     "block_size": 64,

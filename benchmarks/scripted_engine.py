@@ -40,6 +40,7 @@ class _Figures:
     num_preemptions: int = 0
     num_prompt_tokens: int = 0
     num_cached_prompt_tokens: int = 0
+    num_late_compilations: int = 0
 
 
 class ScriptedRunner:

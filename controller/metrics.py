@@ -4,7 +4,7 @@ Knows nothing of who measures. Labels stay low in number: a function label is al
 deployed function or empty, never what a client typed.
 """
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 
 from prometheus_client import (
     CONTENT_TYPE_LATEST,
@@ -113,6 +113,44 @@ class Metrics:
         self._crashes = counter(
             "runtime_crashes_total", "Runtimes that went away unasked.", "function"
         )
+        self._engine_requests = gauge(
+            "engine_requests",
+            "Sequences inside the engines by state: running holds KV blocks, waiting has none yet.",
+            *("function", "state"),
+        )
+        self._engine_kv_usage = gauge(
+            "engine_kv_cache_usage_ratio",
+            "Share of the engines' KV blocks in use; blocks that only cache prefixes are free.",
+            "function",
+        )
+        self._engine_events = {
+            "num_preemptions": counter(
+                "engine_preemptions_total",
+                "Sequences that gave up their KV blocks to others and were computed again.",
+                "function",
+            ),
+            "num_prompt_tokens": counter(
+                "engine_prefix_cache_queries_total",
+                "Prompt tokens looked up in the prefix cache.",
+                "function",
+            ),
+            "num_cached_prompt_tokens": counter(
+                "engine_prefix_cache_hits_total",
+                "Prompt tokens found in the prefix cache.",
+                "function",
+            ),
+            "num_output_tokens": counter(
+                "engine_generation_tokens_total",
+                "Tokens generated, those that nobody read included.",
+                "function",
+            ),
+            "num_steps": counter("engine_steps_total", "Batches run.", "function"),
+            "num_late_compilations": counter(
+                "engine_late_compilations_total",
+                "Kernels compiled while requests could wait for them; more than 0 is a defect.",
+                "function",
+            ),
+        }
         self._gpu_seconds = counter(
             "gpu_seconds_total",
             "Device-seconds by ledger state; the function is empty when nobody holds the device.",
@@ -183,6 +221,24 @@ class Metrics:
         """Count a runtime that went away unasked."""
         self._crashes.labels(function).inc()
 
+    def set_engine_load(
+        self, function: str, *, running: int, waiting: int, kv_usage: float
+    ) -> None:
+        """Set what the engines of a function hold now."""
+        self._engine_requests.labels(function, "running").set(running)
+        self._engine_requests.labels(function, "waiting").set(waiting)
+        self._engine_kv_usage.labels(function).set(kv_usage)
+
+    def add_engine_events(self, function: str, counts: Mapping[str, int]) -> None:
+        """Count what engines did, under the names of the wire's LoadFigures."""
+        for name, count in counts.items():
+            self._engine_events[name].labels(function).inc(count)
+
+    @property
+    def engine_events(self) -> Sequence[str]:
+        """The counts that `add_engine_events` takes."""
+        return tuple(self._engine_events)
+
     def add_gpu_seconds(self, *, function: str, state: str, seconds: float) -> None:
         """Add device-seconds that have passed."""
         self._gpu_seconds.labels(function, state).inc(seconds)
@@ -193,7 +249,14 @@ class Metrics:
 
     def forget(self, function: str) -> None:
         """Drop the gauges of a deleted function; its counters stay, as Prometheus wants."""
-        for gauge in (self._in_flight, self._queued, self._replicas):
+        gauges = (
+            self._in_flight,
+            self._queued,
+            self._replicas,
+            self._engine_requests,
+            self._engine_kv_usage,
+        )
+        for gauge in gauges:
             gauge.remove_by_labels({"function": function})
 
     def render(self) -> bytes:

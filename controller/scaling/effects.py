@@ -171,6 +171,7 @@ class Effects:
         function.set.stopped(replica, now=function.clock.monotonic())
         function.changed()
         function.links.pop(replica.id, None)
+        function.engines.drop(replica.id)
         del function.homes[replica.id]
         function.node.pool.release(replica.id)
 
@@ -230,6 +231,7 @@ class Effects:
         try:
             async for status in link.connection.watch():
                 link.status = status
+                self._function.engines.update(replica.id, status.load)
                 if status.state == pb.RUNTIME_STATE_FAILED:
                     self._function.lost(replica, f"the engine died: {status.error}")
             reason = "the runtime closed its connection"

@@ -17,6 +17,7 @@ from controller.errors import ActivationFailed, ApiError, Conflict, ModelNotFoun
 from controller.scaling.books import Books
 from controller.scaling.deployment import Deployment
 from controller.scaling.effects import Effects
+from controller.scaling.engine_figures import EngineFigures
 from controller.scaling.generation import GenerationRequest
 from controller.scaling.lifecycle import COMING, ENDING, Lifecycle, ReplicaState, Tier
 from controller.scaling.link import RuntimeLink, SequenceStream
@@ -63,6 +64,7 @@ class Function:
         self.set = ReplicaSet(deployment.spec, deployment.runtime_hash, new_id=self._new_replica_id)
         self.last_error = ""
         self.books = Books(self)
+        self.engines = EngineFigures(deployment.spec.name, node.metrics)
         self._effects = Effects(self)
         self._warming: asyncio.Task[None] | None = None
         self._live: set[FunctionGeneration] = set()

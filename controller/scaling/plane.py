@@ -433,13 +433,16 @@ class ControlPlane:
 
     async def _watch(self, backend: RuntimeBackend) -> None:
         """Tell functions of exits the backend sees, whatever happens to the backend."""
+        last_error = ""
         while True:
             try:
                 async for info in backend.watch():
                     for function in self._all_functions():
                         await function.exited(info)
             except BackendError as error:
-                log.warning("cannot watch", backend=backend.name, error=str(error))
+                if str(error) != last_error:  # an engine that is not there is no news after once
+                    log.warning("cannot watch", backend=backend.name, error=str(error))
+                last_error = str(error)
             except Exception:
                 # A defect in one exit must not hide all that come after it.
                 log.exception("watch failed", backend=backend.name)

@@ -173,6 +173,11 @@ class CpuRunner:
         return max(0, resident_before - resident_bytes())
 
     @property
+    def num_late_compilations(self) -> int:
+        """None: nothing is compiled."""
+        return 0
+
+    @property
     def max_in_flight(self) -> int:
         """One: a launched batch has run when `launch` returns."""
         return 1

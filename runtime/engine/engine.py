@@ -57,6 +57,10 @@ class StepRunner(Protocol):
     def max_in_flight(self) -> int:
         """Batches to launch before the first is waited for; 2 prepares one while one runs."""
 
+    @property
+    def num_late_compilations(self) -> int:
+        """Kernels compiled since the engine was ready; more than 0 is a defect."""
+
     def launch(self, batch: ScheduledBatch) -> PendingTokens:
         """Run a batch after those launched before, waiting for none.
 
@@ -80,6 +84,7 @@ class EngineFigures:
     num_cached_prompt_tokens: int
     num_output_tokens: int
     num_steps: int
+    num_late_compilations: int
 
 
 class Engine:
@@ -202,6 +207,7 @@ class Engine:
             num_cached_prompt_tokens=counters.num_cached_prompt_tokens,
             num_output_tokens=counters.num_output_tokens,
             num_steps=counters.num_steps,
+            num_late_compilations=self._runner.num_late_compilations,
         )
 
     def reset_cache(self) -> None:

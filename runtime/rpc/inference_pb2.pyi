@@ -553,6 +553,7 @@ class LoadFigures(_message.Message):
     NUM_CACHED_PROMPT_TOKENS_FIELD_NUMBER: _builtins.int
     NUM_OUTPUT_TOKENS_FIELD_NUMBER: _builtins.int
     NUM_STEPS_FIELD_NUMBER: _builtins.int
+    NUM_LATE_COMPILATIONS_FIELD_NUMBER: _builtins.int
     num_running: _builtins.int
     num_waiting: _builtins.int
     num_kv_blocks: _builtins.int
@@ -563,6 +564,8 @@ class LoadFigures(_message.Message):
     num_cached_prompt_tokens: _builtins.int
     num_output_tokens: _builtins.int
     num_steps: _builtins.int
+    num_late_compilations: _builtins.int
+    """kernels compiled since the engine was ready; a defect"""
     def __init__(
         self,
         *,
@@ -575,10 +578,11 @@ class LoadFigures(_message.Message):
         num_cached_prompt_tokens: _builtins.int = ...,
         num_output_tokens: _builtins.int = ...,
         num_steps: _builtins.int = ...,
+        num_late_compilations: _builtins.int = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["num_cached_prompt_tokens", b"num_cached_prompt_tokens", "num_free_kv_blocks", b"num_free_kv_blocks", "num_kv_blocks", b"num_kv_blocks", "num_output_tokens", b"num_output_tokens", "num_preemptions", b"num_preemptions", "num_prompt_tokens", b"num_prompt_tokens", "num_running", b"num_running", "num_steps", b"num_steps", "num_waiting", b"num_waiting"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["num_cached_prompt_tokens", b"num_cached_prompt_tokens", "num_free_kv_blocks", b"num_free_kv_blocks", "num_kv_blocks", b"num_kv_blocks", "num_late_compilations", b"num_late_compilations", "num_output_tokens", b"num_output_tokens", "num_preemptions", b"num_preemptions", "num_prompt_tokens", b"num_prompt_tokens", "num_running", b"num_running", "num_steps", b"num_steps", "num_waiting", b"num_waiting"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 

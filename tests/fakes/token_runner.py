@@ -42,6 +42,7 @@ class TokenRunner:
         self.vocab_size = vocab_size
         self.max_step_tokens = max_step_tokens
         self.max_in_flight = max_in_flight
+        self.num_late_compilations = 0
         self.batches: list[ScheduledBatch] = []
         self.fail: Callable[[ScheduledBatch], str | None] = lambda batch: None
         self._block_size = block_size

@@ -127,6 +127,7 @@ class TeacherForced:
         self.max_model_len = runner.max_model_len
         self.max_step_tokens = runner.max_step_tokens
         self.max_in_flight = 1
+        self.num_late_compilations = 0
         self.vocab_size = runner.vocab_size
         self.logits: dict[int, dict[int, Tensor]] = {id: {} for id in targets}
         self.batch_sizes: list[int] = []
