@@ -1,6 +1,7 @@
 """The engine that products run: torch. The zygote imports this module, which takes seconds."""
 
 import importlib
+import os
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -9,13 +10,14 @@ import torch
 from runtime.config import EngineConfig
 from runtime.cpu.runner import CpuRunner
 from runtime.engine.engine import Engine
+from runtime.errors import LoadFailed
 
 if TYPE_CHECKING:
     from runtime.gpu.runner import GpuRunner
 
 # Imports Triton, which a machine without a GPU need not have. Imported here, before the fork.
 GPU_RUNNER = "runtime.gpu.runner"
-if Path("/dev/nvidiactl").exists():
+if torch.version.cuda is not None and Path("/dev/nvidiactl").exists():
     importlib.import_module(GPU_RUNNER)
 
 
@@ -26,9 +28,19 @@ class TorchEngineFactory:
         """Read a snapshot's configuration; weights come later.
 
         It computes on the GPU that this process is bound to, on the CPU if it is bound to none.
+
+        Raises:
+            LoadFailed: It is bound to a GPU that torch cannot use.
         """
-        if not torch.cuda.is_available():
+        devices = os.environ.get("CUDA_VISIBLE_DEVICES", "")
+        if not devices:
             return CpuRunner.open(snapshot, config)
+        if not torch.cuda.is_available():
+            raise LoadFailed(
+                f"the function is to run on GPU {devices} and torch {torch.__version__} sees none: "
+                "install a build of torch for CUDA and give the runtime the device, or set "
+                "resources.gpus to 0"
+            )
         runner: GpuRunner = importlib.import_module(GPU_RUNNER).GpuRunner.open(snapshot, config)
         return runner
 

@@ -24,6 +24,9 @@ if TYPE_CHECKING:
 
 log = structlog.get_logger(__name__)
 
+GPU_BLOCK_SIZE = 64
+CPU_BLOCK_SIZE = 16
+
 PARK_TIMEOUT_S = 60.0
 LOG_TAIL_LINES = 5
 LOG_TIMEOUT_S = 0.5
@@ -54,7 +57,7 @@ def load_request(
             max_num_seqs=engine.max_num_seqs,
             max_num_batched_tokens=engine.max_num_batched_tokens,
             gpu_memory_utilization=engine.gpu_memory_utilization,
-            block_size=engine.block_size,
+            block_size=engine.block_size or (GPU_BLOCK_SIZE if spec.resources.gpus else CPU_BLOCK_SIZE),
             enable_prefix_caching=engine.enable_prefix_caching,
             kv_cache_bytes=engine.kv_cache_memory_bytes or 0,
             tensor_parallel_size=engine.tensor_parallel_size,
