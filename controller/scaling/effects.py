@@ -50,6 +50,7 @@ def load_request(
 ) -> pb.LoadRequest:
     """Return what a runtime is told to load."""
     engine = spec.engine
+    usual_block_size = GPU_BLOCK_SIZE if spec.resources.gpus else CPU_BLOCK_SIZE
     return pb.LoadRequest(
         snapshot=snapshot,
         engine=pb.EngineConfig(
@@ -57,7 +58,7 @@ def load_request(
             max_num_seqs=engine.max_num_seqs,
             max_num_batched_tokens=engine.max_num_batched_tokens,
             gpu_memory_utilization=engine.gpu_memory_utilization,
-            block_size=engine.block_size or (GPU_BLOCK_SIZE if spec.resources.gpus else CPU_BLOCK_SIZE),
+            block_size=engine.block_size or usual_block_size,
             enable_prefix_caching=engine.enable_prefix_caching,
             kv_cache_bytes=engine.kv_cache_memory_bytes or 0,
             tensor_parallel_size=engine.tensor_parallel_size,
