@@ -46,7 +46,7 @@ def write_checkpoint(
     shape = ModelConfig.from_hf(config)
     _write_tokenizer(dest, tokenizer_dir, shape.vocab_size)
     tensors, _ = RandomWeights(shape, device=device).load(None)
-    _write_weights(dest, _checkpoint_tensors(shape, tensors))
+    _write_weights(dest, checkpoint_tensors(shape, tensors))
 
 
 def _write_tokenizer(dest: Path, source: Path, vocab_size: int) -> None:
@@ -59,7 +59,7 @@ def _write_tokenizer(dest: Path, source: Path, vocab_size: int) -> None:
             shutil.copy(source / name, dest / name)
 
 
-def _checkpoint_tensors(
+def checkpoint_tensors(
     shape: ModelConfig, fused: Mapping[str, Tensor]
 ) -> Iterator[tuple[str, Tensor]]:
     """Yield tensors under transformers' names, fused ones taken apart."""
