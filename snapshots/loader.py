@@ -119,7 +119,7 @@ def load_rank(
     began = time.perf_counter()
     _read(rank, slab, num_threads or min(16, os.cpu_count() or 1), on_progress)
     read = time.perf_counter()
-    _verify(rank, slab)
+    verify(rank, slab)
     verified = time.perf_counter()
     return LoadReport(num_bytes=rank.data_bytes, read_s=read - began, verify_s=verified - read)
 
@@ -140,11 +140,11 @@ def _read(
     memory = slab.numpy().data
     with _opened(rank.path) as descriptor, ThreadPoolExecutor(num_threads, "load") as pool:
 
-        def read_chunk(start: int) -> int:
-            return _read_chunk(rank, descriptor, memory[start : start + CHUNK_BYTES], start)
+        def read(start: int) -> int:
+            return read_chunk(rank, descriptor, memory[start : start + CHUNK_BYTES], start)
 
         try:
-            for end in pool.map(read_chunk, range(0, rank.data_bytes, CHUNK_BYTES)):
+            for end in pool.map(read, range(0, rank.data_bytes, CHUNK_BYTES)):
                 if on_progress is not None:
                     on_progress(end, rank.data_bytes)
         except BaseException:
@@ -152,7 +152,12 @@ def _read(
             raise
 
 
-def _read_chunk(rank: OpenRank, descriptor: int, target: memoryview, start: int) -> int:
+def read_chunk(rank: OpenRank, descriptor: int, target: memoryview, start: int) -> int:
+    """Fill `target` with the data section's bytes from `start` on; return where they end.
+
+    Raises:
+        SnapshotCorrupted: The file ends before.
+    """
     done = 0
     while done < len(target):
         offset = rank.file.data_offset + start + done
@@ -163,11 +168,20 @@ def _read_chunk(rank: OpenRank, descriptor: int, target: memoryview, start: int)
     return start + done
 
 
-def _verify(rank: OpenRank, slab: torch.Tensor) -> None:
+def verify(rank: OpenRank, slab: torch.Tensor) -> None:
+    """Compare a slab, wherever it is, with the sums that the builder took.
+
+    Args:
+        rank: What was read.
+        slab: uint8 [data_bytes], 8-byte aligned.
+
+    Raises:
+        SnapshotCorrupted: With the first wrong chunk and the tensors in it.
+    """
     found = _chunk_sums(slab)
     for chunk, (expected, actual) in enumerate(zip(rank.file.chunks, found, strict=True)):
         if expected.i64sum != actual:
-            names = _wrong_tensors(rank, slab, chunk)
+            names = _wrong_tensors(rank, slab.cpu(), chunk)
             raise SnapshotCorrupted(
                 rank.path, "was read with wrong bytes", chunk=chunk, tensors=names
             )

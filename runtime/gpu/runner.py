@@ -104,7 +104,12 @@ class GpuRunner:
         description = read_model(snapshot_dir)
         weights = GpuWeights(snapshot_dir, "cuda")
         check_dtype(config, weights.dtype)
-        return cls(description.config, config, weights, description.eos_token_ids)
+        weights.prefetch()  # while the device is set up, which takes as long as some reading
+        try:
+            return cls(description.config, config, weights, description.eos_token_ids)
+        except BaseException:
+            weights.release()
+            raise
 
     @property
     def weights_bytes(self) -> int:

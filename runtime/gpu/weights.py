@@ -6,10 +6,13 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from runtime.errors import SnapshotDamaged
 from runtime.gpu.memory import allocate_slab
+from runtime.gpu.weight_stream import WeightStream
 from runtime.memory.slab import Slab
-from runtime.memory.weights import OnProgress, SnapshotWeights
-from snapshots.loader import LoadReport
+from runtime.memory.weights import OnProgress, checked_rank, dtype_of
+from snapshots.errors import SnapshotCorrupted
+from snapshots.loader import LoadReport, views
 
 
 class GpuWeights:
@@ -24,49 +27,61 @@ class GpuWeights:
     """
 
     def __init__(self, snapshot: Path, device: str) -> None:
-        self._on_host = SnapshotWeights(snapshot)
+        self._rank = checked_rank(snapshot)
         self._device = device
         self._slab: Slab | None = None
+        self._stream: WeightStream | None = None
 
     @property
     def dtype(self) -> torch.dtype:
         """Of the tensors."""
-        return self._on_host.dtype
+        return dtype_of(self._rank)
 
     @property
     def total_bytes(self) -> int:
         """Size of the slab."""
-        return self._on_host.total_bytes
+        return self._rank.data_bytes
 
     @property
     def held_bytes(self) -> int:
         """GPU memory held now."""
         return 0 if self._slab is None else self._slab.num_bytes
 
+    def prefetch(self) -> None:
+        """Begin to read into host memory, as far as buffers go; needs no device yet."""
+        self._stream = WeightStream(self._rank)
+
     def load(self, on_progress: OnProgress | None) -> tuple[Mapping[str, Tensor], LoadReport]:
-        """Read and verify in host memory, copy; return views into the slab.
+        """Read, copy and verify on the device; return views into the slab.
 
         Raises:
             SnapshotDamaged: The bytes read are not those that were built; nothing is held.
             OutOfMemory: The GPU has not enough free memory.
         """
         assert self._slab is None, "released first"
-        self._slab = allocate_slab(self.total_bytes, self._device)
+        if self._stream is None:
+            self.prefetch()
         try:
-            _, report = self._on_host.load(on_progress)
-            self._slab.tensor.copy_(self._on_host.bytes)
+            self._slab = allocate_slab(self.total_bytes, self._device)
+            assert self._stream is not None, "set above"
+            report = self._stream.copy_to(self._slab.tensor, on_progress)
+        except SnapshotCorrupted as error:
+            self.release()
+            raise SnapshotDamaged(str(error)) from error
         except BaseException:
             self.release()
             raise
-        finally:
-            self._on_host.release()
-        return self._on_host.views(self._slab.tensor), report
+        self._stream = None
+        return views(self._rank, self._slab.tensor), report
 
     def discard(self, weight: Tensor) -> None:
         """Keep it: every weight is used as it is."""
 
     def release(self) -> None:
-        """Give the slab back."""
+        """Give the slab back, and buffers that were filled for nothing."""
+        if self._stream is not None:
+            self._stream.close()
+            self._stream = None
         if self._slab is not None:
             self._slab.release()
             self._slab = None

@@ -10,7 +10,7 @@ from torch import Tensor
 from runtime.errors import SnapshotDamaged
 from runtime.memory.slab import HostSlab
 from snapshots.errors import ManifestError, SnapshotCorrupted
-from snapshots.loader import TORCH_DTYPES, LoadReport, load_rank, open_rank, views
+from snapshots.loader import TORCH_DTYPES, LoadReport, OpenRank, load_rank, open_rank, views
 
 OnProgress = Callable[[int, int], None]
 
@@ -53,17 +53,14 @@ class SnapshotWeights:
     """
 
     def __init__(self, snapshot: Path, *, tensor_parallel_size: int = 1, rank: int = 0) -> None:
-        try:
-            self._rank = open_rank(snapshot, tensor_parallel_size=tensor_parallel_size, rank=rank)
-        except (ManifestError, SnapshotCorrupted) as error:
-            raise SnapshotDamaged(str(error)) from error
+        self._rank = checked_rank(snapshot, tensor_parallel_size=tensor_parallel_size, rank=rank)
         self._slab: HostSlab | None = None
         self._discarded_bytes = 0
 
     @property
     def dtype(self) -> torch.dtype:
-        """Of the embedding, which is that of all."""
-        return TORCH_DTYPES[self._rank.tensors["embed_tokens.weight"].dtype]
+        """Of the tensors."""
+        return dtype_of(self._rank)
 
     @property
     def total_bytes(self) -> int:
@@ -89,17 +86,7 @@ class SnapshotWeights:
         except SnapshotCorrupted as error:
             self.release()
             raise SnapshotDamaged(str(error)) from error
-        return self.views(self._slab.tensor), report
-
-    @property
-    def bytes(self) -> Tensor:
-        """The slab, uint8 [total_bytes]."""
-        assert self._slab is not None, "loaded first"
-        return self._slab.tensor
-
-    def views(self, slab: Tensor) -> dict[str, Tensor]:
-        """Return the tensors in a copy of the slab, uint8 [total_bytes]."""
-        return views(self._rank, slab)
+        return views(self._rank, self._slab.tensor), report
 
     def discard(self, weight: Tensor) -> None:
         """Give back the whole pages under a view."""
@@ -111,3 +98,20 @@ class SnapshotWeights:
         if self._slab is not None:
             self._slab.release()
             self._slab = None
+
+
+def checked_rank(snapshot: Path, *, tensor_parallel_size: int = 1, rank: int = 0) -> OpenRank:
+    """Open a rank's file and check its header; reads no weights.
+
+    Raises:
+        SnapshotDamaged: The header is not what the manifest says.
+    """
+    try:
+        return open_rank(snapshot, tensor_parallel_size=tensor_parallel_size, rank=rank)
+    except (ManifestError, SnapshotCorrupted) as error:
+        raise SnapshotDamaged(str(error)) from error
+
+
+def dtype_of(rank: OpenRank) -> torch.dtype:
+    """Return the dtype of the embedding, which is that of all tensors."""
+    return TORCH_DTYPES[rank.tensors["embed_tokens.weight"].dtype]
