@@ -40,13 +40,20 @@ class RandomWeights:
         self.dtype = dtype
         self._device = device
         self.held_bytes = 0
+        self._tensors: dict[str, Tensor] = {}
         self._shapes = _shapes(config)
         self.total_bytes = sum(
             torch.Size(shape).numel() * dtype.itemsize for shape in self._shapes.values()
         )
 
     def load(self, on_progress: OnProgress | None) -> tuple[Mapping[str, Tensor], LoadReport]:
-        """Draw them on the device."""
+        """Draw them on the device, the first time."""
+        if not self._tensors:
+            self._tensors = self._draw()
+        self.held_bytes = self.total_bytes
+        return self._tensors, LoadReport(num_bytes=self.total_bytes, read_s=0.0, verify_s=0.0)
+
+    def _draw(self) -> dict[str, Tensor]:
         generator = torch.Generator(self._device).manual_seed(0)
         tensors = {}
         for name, shape in self._shapes.items():
@@ -55,14 +62,13 @@ class RandomWeights:
             tensors[name] = (
                 tensor.fill_(1.0) if is_norm else tensor.normal_(std=0.02, generator=generator)
             )
-        self.held_bytes = self.total_bytes
-        return tensors, LoadReport(num_bytes=self.total_bytes, read_s=0.0, verify_s=0.0)
+        return tensors
 
     def discard(self, weight: Tensor) -> None:
         """Keep it."""
 
     def release(self) -> None:
-        """Forget them; torch keeps the memory for the next load."""
+        """Keep them, since a load must put them where they were; only count them as gone."""
         self.held_bytes = 0
 
 

@@ -50,7 +50,7 @@ class GpuRunner:
     Args:
         model_config: The model's shape.
         config: Limits of the engine.
-        weights: Where the tensors come from.
+        weights: Where the tensors come from; each load puts them where the first one did.
         eos_token_ids: The model's own end-of-sequence tokens.
         device: "cuda", or "cpu" in tests.
     """
@@ -83,6 +83,7 @@ class GpuRunner:
         self._kv_slab: Slab | None = None
         self._kv_cache = torch.empty(0)
         self._late_compilations = LateCompilations()
+        self._is_warm = False
         self._rows = Rows(limits.num_seqs)
         self._block_tables = torch.zeros(
             limits.num_rows, limits.num_blocks_each, dtype=torch.int32, device=device
@@ -90,7 +91,7 @@ class GpuRunner:
         self._inputs = ModelInputs.allocate(limits.num_tokens, limits.num_records, device)
         self._staging = BatchStaging(limits, self._device)
         self._sampler = GpuSampler(limits, model_config.vocab_size, self._device)
-        self._graphs = self._new_graphs()
+        self._graphs = StepGraphs(self._run, self._limits, self._device)
 
     @classmethod
     def open(cls, snapshot_dir: Path, config: EngineConfig) -> Self:
@@ -119,7 +120,8 @@ class GpuRunner:
     @property
     def kv_cache_bytes(self) -> int:
         """GPU memory held for KV blocks, now."""
-        return 0 if self._kv_slab is None else self._kv_slab.num_bytes
+        slab = self._kv_slab
+        return slab.num_bytes if slab is not None and slab.is_mapped else 0
 
     @property
     def max_model_len(self) -> int:
@@ -161,7 +163,7 @@ class GpuRunner:
         return self._graphs.num_captured
 
     def load_weights(self, on_progress: OnProgress | None = None) -> LoadReport:
-        """Read and verify weights.
+        """Read and verify weights, after a `release` at the same addresses as before.
 
         Raises:
             SnapshotDamaged: Bytes are not those that were built; nothing is held.
@@ -169,14 +171,21 @@ class GpuRunner:
         """
         with self._device.computing():
             tensors, report = self._weights.load(on_progress)
-            self._model = GpuLlama(
-                self._model_config, tensors, limits=self._limits, max_model_len=self.max_model_len
-            )
+            if self._model is None:
+                self._model = GpuLlama(
+                    self._model_config,
+                    tensors,
+                    limits=self._limits,
+                    max_model_len=self.max_model_len,
+                )
         self._device.synchronize()
         return report
 
     def allocate_kv(self) -> int:
         """Allocate the KV cache; return its number of blocks."""
+        if self._kv_slab is not None:
+            self._kv_slab.map()
+            return self.num_kv_blocks
         shape = self._model_config
         num_bytes = self.num_kv_blocks * self._config.block_size * self._bytes_per_token()
         self._kv_slab = allocate_slab(num_bytes, self._device.name)
@@ -191,11 +200,14 @@ class GpuRunner:
         return self.num_kv_blocks
 
     def warm_up(self) -> None:
-        """Compile and load every kernel, so that nothing is compiled once requests come."""
+        """Compile and load every kernel, so that nothing is compiled once requests come; once."""
+        if self._is_warm:
+            return
         for batch in warm_up_batches(self._limits, self._config.block_size, self.max_model_len):
             self.launch(batch).wait()
             self._rows.retire(tuple(item.number for item in batch.sequences))
         self._late_compilations.start()
+        self._is_warm = True
 
     def use_idle_time(self) -> bool:
         """Capture one more CUDA graph, which takes some milliseconds; return whether one was."""
@@ -209,16 +221,15 @@ class GpuRunner:
         return True
 
     def release(self) -> int:
-        """Give weights and KV memory back; return the bytes freed."""
+        """Give weights and KV memory back; return the bytes freed.
+
+        Their addresses stay ours, and so do kernels and graphs: what comes back is fast at once.
+        """
         freed_bytes = self.weights_bytes + self.kv_cache_bytes
         self._device.synchronize()
-        self._model = None
-        self._graphs = self._new_graphs()
         self._weights.release()
-        self._kv_cache = torch.empty(0)
-        if self._kv_slab is not None:
-            self._kv_slab.release()
-            self._kv_slab = None
+        if self._kv_slab is not None and self._kv_slab.is_mapped:
+            self._kv_slab.unmap()
         return freed_bytes
 
     def launch(self, batch: ScheduledBatch) -> PendingTokens:
@@ -298,9 +309,6 @@ class GpuRunner:
             tiles=self._staging.tiles[: shape.num_tiles] if shape.num_tiles else None,
         )
         return hidden if shape.num_tiles else self._model.logits(hidden, None, shape.num_tokens)
-
-    def _new_graphs(self) -> StepGraphs:
-        return StepGraphs(self._run, self._limits, self._device)
 
     @property
     def _wanted_len(self) -> int:

@@ -45,7 +45,7 @@ class GpuWeights:
     @property
     def held_bytes(self) -> int:
         """GPU memory held now."""
-        return 0 if self._slab is None else self._slab.num_bytes
+        return self._slab.num_bytes if self._slab is not None and self._slab.is_mapped else 0
 
     def prefetch(self) -> None:
         """Begin to read into host memory, as far as buffers go; needs no device yet."""
@@ -54,15 +54,20 @@ class GpuWeights:
     def load(self, on_progress: OnProgress | None) -> tuple[Mapping[str, Tensor], LoadReport]:
         """Read, copy and verify on the device; return views into the slab.
 
+        The slab keeps its addresses over `release`, so views of an earlier load are right again.
+
         Raises:
             SnapshotDamaged: The bytes read are not those that were built; nothing is held.
             OutOfMemory: The GPU has not enough free memory.
         """
-        assert self._slab is None, "released first"
+        assert not self.held_bytes, "released first"
         if self._stream is None:
             self.prefetch()
         try:
-            self._slab = allocate_slab(self.total_bytes, self._device)
+            if self._slab is None:
+                self._slab = allocate_slab(self.total_bytes, self._device)
+            else:
+                self._slab.map()
             assert self._stream is not None, "set above"
             report = self._stream.copy_to(self._slab.tensor, on_progress)
         except SnapshotCorrupted as error:
@@ -78,10 +83,9 @@ class GpuWeights:
         """Keep it: every weight is used as it is."""
 
     def release(self) -> None:
-        """Give the slab back, and buffers that were filled for nothing."""
+        """Give the slab's memory back, and buffers that were filled for nothing."""
         if self._stream is not None:
             self._stream.close()
             self._stream = None
-        if self._slab is not None:
-            self._slab.release()
-            self._slab = None
+        if self.held_bytes and self._slab is not None:
+            self._slab.unmap()

@@ -25,8 +25,18 @@ class Slab(Protocol):
     def tensor(self) -> Tensor:
         """All of it, uint8 [num_bytes]; views of it die with `release`."""
 
+    @property
+    def is_mapped(self) -> bool:
+        """Whether there is memory behind the addresses; so at first."""
+
+    def map(self) -> None:
+        """Take memory again, at the same addresses; its content is undefined."""
+
+    def unmap(self) -> None:
+        """Give the memory back and keep the addresses: views are right again after `map`."""
+
     def release(self) -> None:
-        """Give all of it back."""
+        """Give memory and addresses back."""
 
 
 class HostSlab:
@@ -43,11 +53,28 @@ class HostSlab:
         if huge_pages:
             self._mapping.madvise(mmap.MADV_HUGEPAGE)
         self._tensor: Tensor | None = torch.frombuffer(self._mapping, dtype=torch.uint8)
+        self._is_mapped = True
 
     @property
     def num_bytes(self) -> int:
         """Size of the slab."""
         return self._num_bytes
+
+    @property
+    def is_mapped(self) -> bool:
+        """Whether it counts as taken."""
+        return self._is_mapped
+
+    def map(self) -> None:
+        """Count as taken again; pages come when they are written."""
+        assert not self._is_mapped, "mapped already"
+        self._is_mapped = True
+
+    def unmap(self) -> None:
+        """Give all pages back and keep the addresses."""
+        assert self._is_mapped, "unmapped already"
+        self._mapping.madvise(mmap.MADV_DONTNEED)
+        self._is_mapped = False
 
     @property
     def tensor(self) -> Tensor:

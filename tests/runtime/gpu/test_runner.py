@@ -196,11 +196,15 @@ def test_memory_is_given_back_and_taken_again() -> None:
     engine = Engine(CONFIG, runner, frozenset())
     sampling = SamplingParams(temperature=0.0, max_tokens=4)
     before, _ = answers(engine, {1: [1, 2, 3]}, sampling)
+    answers(engine, {1: [1, 2, 3]}, sampling)  # by now a GPU has graphs of its steps
+    num_graphs = runner.num_graphs
     assert runner.release() > 0
     assert (runner.weights_bytes, runner.kv_cache_bytes) == (0, 0)
     runner.load_weights()
     runner.allocate_kv()
     engine.reset_cache()
+    assert runner.num_graphs == num_graphs, "graphs outlive the memory they read"
+    assert (num_graphs > 0) == IS_GPU
     assert answers(engine, {1: [1, 2, 3]}, sampling)[0] == before
 
 

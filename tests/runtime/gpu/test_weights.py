@@ -57,7 +57,18 @@ def test_reading_begins_before_there_is_a_device(smollm2_snapshot: Path) -> None
     weights.load(None)
     assert num_readers() == 0
     weights.release()
-    weights.load(None)  # again, as after a park
+
+
+def test_a_second_load_puts_every_tensor_where_it_was(smollm2_snapshot: Path) -> None:
+    weights = GpuWeights(smollm2_snapshot, DEVICE)
+    first, _ = weights.load(None)
+    before = {name: tensor.cpu() for name, tensor in first.items()}
+    weights.release()
+    second, _ = weights.load(None)
+    assert {n: t.data_ptr() for n, t in second.items()} == {
+        n: t.data_ptr() for n, t in first.items()
+    }
+    assert all(torch.equal(first[name].cpu(), before[name]) for name in before)
     weights.release()
 
 
