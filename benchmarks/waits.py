@@ -1,0 +1,77 @@
+"""Waits for a first token, by how cold the function was."""
+
+import statistics
+import time
+from collections.abc import Callable, Mapping, Sequence
+
+import openai
+from rich.console import Console
+from rich.table import Table
+
+from benchmarks.local import Controller
+
+Waits = Mapping[str, Sequence[float]]
+Goals = Mapping[str, float | None]
+
+
+def measure_tiers(controller: Controller, name: str, num_runs: int) -> Waits:
+    """Return the client's waits in seconds, `num_runs` from each tier."""
+    tiers: Mapping[str, Callable[[], object]] = {
+        "stopped": lambda: controller.operate(name, "stop"),
+        "parked": lambda: _park(controller, name),
+        "ready": lambda: None,
+    }
+    client = controller.client()
+    waits: dict[str, list[float]] = {tier: [] for tier in tiers}
+    for tier, prepare in tiers.items():
+        for _ in range(num_runs):
+            prepare()
+            waits[tier].append(first_token_s(client, name))
+    return waits
+
+
+def first_token_s(client: openai.OpenAI, model: str) -> float:
+    """Return the seconds from a request to the first streamed text."""
+    started_at = time.perf_counter()
+    stream = client.chat.completions.create(
+        model=model,
+        messages=[{"role": "user", "content": "What is the capital of France?"}],
+        max_tokens=4,
+        temperature=0,
+        stream=True,
+    )
+    first_at = None
+    for chunk in stream:
+        if chunk.choices and chunk.choices[0].delta.content:
+            first_at = first_at or time.perf_counter()
+    if first_at is None:
+        raise RuntimeError("the stream ended without a token")
+    return first_at - started_at
+
+
+def missed(waits: Waits, goals: Goals) -> list[str]:
+    """Return the tiers whose median is over their goal."""
+    medians = {tier: statistics.median(seconds) for tier, seconds in waits.items()}
+    return [tier for tier, goal_s in goals.items() if goal_s is not None and medians[tier] > goal_s]
+
+
+def print_waits(waits: Waits, goals: Goals) -> None:
+    """Print median, 95th percentile and worst of each tier beside its goal."""
+    table = Table("from", "runs", "p50 s", "p95 s", "worst s", "goal s")
+    for tier, seconds in waits.items():
+        ranked = sorted(seconds)
+        p95 = ranked[min(round(0.95 * len(ranked)), len(ranked) - 1)]
+        goal = goals[tier]
+        figures = (statistics.median(ranked), p95, ranked[-1])
+        table.add_row(
+            tier,
+            str(len(ranked)),
+            *(f"{s:.3f}" for s in figures),
+            "" if goal is None else f"{goal:g}",
+        )
+    Console().print(table)
+
+
+def _park(controller: Controller, name: str) -> None:
+    controller.operate(name, "warm")
+    controller.operate(name, "park")
