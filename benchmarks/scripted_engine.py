@@ -48,6 +48,7 @@ class ScriptedRunner:
 
     weights_bytes = 0
     kv_cache_bytes = 0
+    kept_reason = ""
 
     def __init__(self, config: EngineConfig) -> None:
         self.max_model_len = config.max_model_len or 2048

@@ -37,6 +37,10 @@ class Runner(Protocol):
         """Device memory held for KV blocks, now."""
 
     @property
+    def kept_reason(self) -> str:
+        """What is still held, and why, while the memory is given back; empty if nothing is."""
+
+    @property
     def max_model_len(self) -> int:
         """The limit in force, in tokens."""
 

@@ -90,4 +90,5 @@ def memory_message(runner: Runner) -> pb.Memory:
         weights_bytes=runner.weights_bytes,
         kv_cache_bytes=runner.kv_cache_bytes,
         host_rss_bytes=resident_bytes(),
+        kept_reason=runner.kept_reason,
     )

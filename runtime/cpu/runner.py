@@ -173,6 +173,11 @@ class CpuRunner:
         return max(0, resident_before - resident_bytes())
 
     @property
+    def kept_reason(self) -> str:
+        """Nothing is kept."""
+        return ""
+
+    @property
     def num_late_compilations(self) -> int:
         """None: nothing is compiled."""
         return 0

@@ -41,6 +41,10 @@ class Device:
         """Return a mark at the present end of the stream."""
         return Mark(self.stream)
 
+    def work_bytes(self) -> int:
+        """Return what torch holds of the device's memory; slabs are not torch's."""
+        return torch.cuda.memory_reserved() if self.is_gpu else 0
+
     def synchronize(self) -> None:
         """Wait for all that was launched."""
         if self.stream is not None:

@@ -124,6 +124,17 @@ class GpuRunner:
         return slab.num_bytes if slab is not None and slab.is_mapped else 0
 
     @property
+    def kept_reason(self) -> str:
+        """What a GPU still holds after a `release`."""
+        if self.weights_bytes or self._model is None or not self._device.is_gpu:
+            return ""
+        work_mib = self._device.work_bytes() >> 20
+        return (
+            f"the driver's context, kernels, {self.num_graphs} CUDA graphs and {work_mib} MiB of "
+            "work memory stay on the GPU, so that a wake only reads the weights"
+        )
+
+    @property
     def max_model_len(self) -> int:
         """The limit in force, in tokens."""
         return self._kv_plan.max_model_len

@@ -79,6 +79,7 @@ class FakeRunner:
     def __init__(self, script: Script, config: EngineConfig) -> None:
         self.script = script
         self.max_model_len = config.max_model_len or script.max_model_len
+        self.kept_reason = ""
         self._weights: mmap.mmap | None = None
         self._kv_cache: mmap.mmap | None = None
         self._num_loads = 0

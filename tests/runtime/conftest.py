@@ -1,4 +1,5 @@
 import asyncio
+import contextlib
 import os
 import shutil
 import signal
@@ -206,8 +207,9 @@ async def stop(process: Process) -> None:
     """Stop a server, whatever state it is in, and check that nothing of it is left."""
     descendants = process.descendants() if process.popen.poll() is None else []
     for descendant in descendants:
-        if descendant.status() == psutil.STATUS_STOPPED:
-            descendant.send_signal(signal.SIGCONT)
+        with contextlib.suppress(psutil.NoSuchProcess):  # it may be ending by itself
+            if descendant.status() == psutil.STATUS_STOPPED:
+                descendant.send_signal(signal.SIGCONT)
     if process.popen.poll() is None:
         process.popen.send_signal(signal.SIGTERM)
         code = await process.exited()

@@ -200,6 +200,7 @@ def test_memory_is_given_back_and_taken_again() -> None:
     num_graphs = runner.num_graphs
     assert runner.release() > 0
     assert (runner.weights_bytes, runner.kv_cache_bytes) == (0, 0)
+    assert ("CUDA graphs" in runner.kept_reason) == IS_GPU
     runner.load_weights()
     runner.allocate_kv()
     engine.reset_cache()
