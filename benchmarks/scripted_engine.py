@@ -49,6 +49,7 @@ class ScriptedRunner:
     weights_bytes = 0
     kv_cache_bytes = 0
     kept_reason = ""
+    kept_bytes = 0
 
     def __init__(self, config: EngineConfig) -> None:
         self.max_model_len = config.max_model_len or 2048

@@ -14,6 +14,7 @@ class EngineConfig:
         block_size: Tokens per KV block.
         enable_prefix_caching: Whether full blocks are reused between sequences.
         gpu_memory_utilization: Share of a GPU's memory the engine may use.
+        device_memory_bytes: Memory of each GPU the engine may use; 0 takes its share.
         kv_cache_bytes: Size of the KV cache; 0 derives it from the memory limits.
         memory_limit_bytes: Host memory the engine may use; 0 for no limit.
         dtype: "auto" takes the snapshot's; else bfloat16, float16 or float32.
@@ -26,6 +27,7 @@ class EngineConfig:
     block_size: int = 16
     enable_prefix_caching: bool = True
     gpu_memory_utilization: float = 0.90
+    device_memory_bytes: int = 0
     kv_cache_bytes: int = 0
     memory_limit_bytes: int = 0
     dtype: str = "auto"

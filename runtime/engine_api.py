@@ -41,6 +41,10 @@ class Runner(Protocol):
         """What is still held, and why, while the memory is given back; empty if nothing is."""
 
     @property
+    def kept_bytes(self) -> int:
+        """Device memory still held while the memory is given back, as far as it is known."""
+
+    @property
     def max_model_len(self) -> int:
         """The limit in force, in tokens."""
 

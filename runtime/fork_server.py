@@ -71,6 +71,11 @@ class ForkServer:
         """Whether the process has ended."""
         return self._death is not None
 
+    @property
+    def is_ready(self) -> bool:
+        """Whether forks are possible now."""
+        return self._death is None and self._ready.done()
+
     async def ready(self) -> None:
         """Wait until forks are possible.
 

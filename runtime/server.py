@@ -65,6 +65,11 @@ class RuntimeServicer:
         """Answer Drain."""
         return await self._supervisor.drain(request)
 
+    async def unload(self, _request: pb.UnloadRequest, _context: object) -> pb.UnloadResponse:
+        """Answer Unload."""
+        await self._supervisor.unload()
+        return pb.UnloadResponse()
+
     async def health(self, _request: pb.HealthRequest, _context: object) -> pb.RuntimeStatus:
         """Answer Health."""
         return self._board.read()
@@ -110,6 +115,7 @@ def service_handler(servicer: RuntimeServicer) -> "grpc.GenericRpcHandler[Any, A
         "Park": _unary(servicer.park, pb.ParkRequest),
         "Wake": _unary(servicer.wake, pb.WakeRequest),
         "Drain": _unary(servicer.drain, pb.DrainRequest),
+        "Unload": _unary(servicer.unload, pb.UnloadRequest),
         "Health": _unary(servicer.health, pb.HealthRequest),
         "Watch": grpc.unary_stream_rpc_method_handler(
             _translated(servicer.watch),

@@ -57,6 +57,18 @@ class StatusBoard:
             self._status.phases.extend(phases)
         self._publish()
 
+    def engine_wanted(self, request: pb.LoadRequest) -> None:
+        """Say whose engine is being made, of which snapshot, and for which devices."""
+        self._status.owner.CopyFrom(request.owner)
+        self._status.device_uuids[:] = request.device_uuids
+        self.update(snapshot=request.snapshot, error="", phases=[])
+
+    def engine_forgotten(self) -> None:
+        """Say nothing more of an engine that was ended on request."""
+        for name in ("owner", "device_uuids", "max_model_len", "last_active_unix_us"):
+            self._status.ClearField(name)
+        self.update(snapshot="", error="", phases=[])
+
     def engine_reported(self, report: pb.RuntimeStatus) -> None:
         """Take over what a living engine says of itself: memory, figures, last activity."""
         self._heartbeat_at = time.monotonic()

@@ -3,6 +3,7 @@
     STARTING → STANDBY → LOADING → READY ⇄ PARKED (through PARKING and LOADING)
                                    READY → DRAINING
     any of them → FAILED → LOADING
+    READY, PARKED, DRAINING, FAILED → UNLOADING → STANDBY
 
 Operations are decided here synchronously, so that two of them can never overlap; they run to their
 end even when the caller goes away.
@@ -40,6 +41,7 @@ _LOADABLE = frozenset(
     {pb.RUNTIME_STATE_STARTING, pb.RUNTIME_STATE_STANDBY, pb.RUNTIME_STATE_FAILED}
 )
 _DRAINABLE = frozenset({pb.RUNTIME_STATE_READY, pb.RUNTIME_STATE_DRAINING})
+_UNLOADABLE = _DRAINABLE | {pb.RUNTIME_STATE_PARKED, pb.RUNTIME_STATE_FAILED}
 _ATTACHABLE = _DRAINABLE | {pb.RUNTIME_STATE_PARKING, pb.RUNTIME_STATE_PARKED}
 
 State: TypeAlias = pb.RuntimeState.ValueType
@@ -80,7 +82,7 @@ class Supervisor:
         """
         self._check_snapshot(request.snapshot)
         self._move("load", _LOADABLE, pb.RUNTIME_STATE_LOADING)
-        self._board.update(snapshot=request.snapshot, error="", phases=[])
+        self._board.engine_wanted(request)
         return await self._to_the_end(self._load(request), name="load")
 
     async def park(self, request: pb.ParkRequest) -> pb.ParkResponse:
@@ -110,6 +112,15 @@ class Supervisor:
         """
         self._move("drain", _DRAINABLE, pb.RUNTIME_STATE_DRAINING)
         return await self._to_the_end(self._drain(request), name="drain")
+
+    async def unload(self) -> None:
+        """End the engine and be in STANDBY again, its memory free.
+
+        Raises:
+            WrongState: Something else is under way, or nothing is loaded.
+        """
+        self._move("unload", _UNLOADABLE, pb.RUNTIME_STATE_UNLOADING)
+        await self._to_the_end(self._unload(), name="unload")
 
     def open_stream(self) -> EngineStream:
         """Return a stream to the engine; parking and waking do not end it.
@@ -164,12 +175,31 @@ class Supervisor:
 
     async def _abandon_load(self, fault: RuntimeFault) -> None:
         """Say FAILED once the engine's memory is free."""
+        await self._end_engine(fault)
+        self._board.update(state=pb.RUNTIME_STATE_FAILED, error=str(fault))
+
+    async def _unload(self) -> None:
+        await self._end_engine(ShuttingDown("the engine was unloaded"))
+        self._board.engine_forgotten()
+        if self._zygote is not None and self._zygote.is_ready:
+            self._board.update(state=pb.RUNTIME_STATE_STANDBY)
+            return
+        self._board.update(state=pb.RUNTIME_STATE_STARTING)
+        if self._zygote is None or self._zygote.is_dead:
+            try:
+                self._start_zygote()
+            except ZygoteDied as fault:
+                self._give_up(str(fault))
+
+    async def _end_engine(self, fault: RuntimeFault) -> None:
+        """Kill the engine, if there is one, and return when its memory is free."""
         engine, self._engine = self._engine, None
         if engine is not None:
+            engine.fail_streams(fault)
+            engine.fail_calls(fault)
             engine.close()
             await engine.obituary()
         self._board.engine_gone()
-        self._board.update(state=pb.RUNTIME_STATE_FAILED, error=str(fault))
 
     async def _park(self, request: pb.ParkRequest) -> pb.ParkResponse:
         with self._undone_on_failure(pb.RUNTIME_STATE_PARKING, pb.RUNTIME_STATE_READY):

@@ -23,11 +23,14 @@ _REASONS = {
 
 def engine_config(request: pb.LoadRequest) -> EngineConfig:
     """Return the configuration a load asks for; what is unset takes the runtime's default."""
-    if not request.HasField("engine"):
-        return EngineConfig(memory_limit_bytes=request.memory_limit_bytes)
     chosen = {field.name: value for field, value in request.engine.ListFields()}
-    chosen["enable_prefix_caching"] = request.engine.enable_prefix_caching  # false means false
-    return EngineConfig(memory_limit_bytes=request.memory_limit_bytes, **chosen)
+    if request.HasField("engine"):
+        chosen["enable_prefix_caching"] = request.engine.enable_prefix_caching  # false means false
+    return EngineConfig(
+        memory_limit_bytes=request.memory_limit_bytes,
+        device_memory_bytes=request.device_memory_bytes,
+        **chosen,
+    )
 
 
 def sequence_request(key: SequenceKey, submit: pb.Submit) -> SequenceRequest:
@@ -91,4 +94,5 @@ def memory_message(runner: Runner) -> pb.Memory:
         kv_cache_bytes=runner.kv_cache_bytes,
         host_rss_bytes=resident_bytes(),
         kept_reason=runner.kept_reason,
+        kept_bytes=runner.kept_bytes,
     )

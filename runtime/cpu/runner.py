@@ -178,6 +178,11 @@ class CpuRunner:
         return ""
 
     @property
+    def kept_bytes(self) -> int:
+        """Nothing is kept."""
+        return 0
+
+    @property
     def num_late_compilations(self) -> int:
         """None: nothing is compiled."""
         return 0

@@ -26,7 +26,7 @@ from runtime.gpu.weights import GpuWeights
 from runtime.kernels.batch_inputs import ModelInputs, expand_batch
 from runtime.kernels.chunk_attention import tile_size
 from runtime.kernels.launch import LateCompilations
-from runtime.memory.kv_plan import KvSizes, plan_kv
+from runtime.memory.kv_plan import CONTEXT_BYTES, KvSizes, plan_kv
 from runtime.memory.slab import Slab
 from runtime.memory.weights import OnProgress, Weights
 from runtime.model.config import ModelConfig
@@ -124,9 +124,16 @@ class GpuRunner:
         return slab.num_bytes if slab is not None and slab.is_mapped else 0
 
     @property
+    def kept_bytes(self) -> int:
+        """GPU memory still held after a `release`, estimated; 0 while the weights are there."""
+        if self.weights_bytes or self._model is None or not self._device.is_gpu:
+            return 0
+        return CONTEXT_BYTES + self._device.work_bytes()
+
+    @property
     def kept_reason(self) -> str:
         """What a GPU still holds after a `release`."""
-        if self.weights_bytes or self._model is None or not self._device.is_gpu:
+        if not self.kept_bytes:
             return ""
         work_mib = self._device.work_bytes() >> 20
         return (

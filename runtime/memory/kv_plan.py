@@ -7,6 +7,7 @@ from runtime.errors import LoadFailed, OutOfMemory
 
 USABLE_SHARE = 0.9  # of the memory limit; the rest is for what nobody counts
 PROCESS_BYTES = 512 << 20  # interpreter, libraries and the allocator's slack
+CONTEXT_BYTES = 640 << 20  # what the driver takes of a GPU for a process
 DEVICE_RESERVE_BYTES = 512 << 20  # kernels, CUDA graphs and library workspaces
 MAX_DEFAULT_BYTES = 4 << 30  # without any limit, at most this and a quarter of the machine
 
@@ -86,8 +87,10 @@ def _budget_bytes(config: EngineConfig, sizes: KvSizes) -> int:
     if config.kv_cache_bytes:
         return config.kv_cache_bytes
     if sizes.device is not None:
-        taken_bytes = sizes.device.total_bytes - sizes.device.free_bytes
-        usable = int(config.gpu_memory_utilization * sizes.device.total_bytes) - taken_bytes
+        # What other processes hold of the device is not ours to count, unless there is no more.
+        share = int(config.gpu_memory_utilization * sizes.device.total_bytes)
+        ours = (config.device_memory_bytes or share) - CONTEXT_BYTES
+        usable = min(ours, sizes.device.free_bytes)
         return usable - sizes.weights_bytes - sizes.activation_bytes - DEVICE_RESERVE_BYTES
     if not config.memory_limit_bytes:
         return min(MAX_DEFAULT_BYTES, sizes.machine_bytes // 4)

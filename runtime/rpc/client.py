@@ -258,6 +258,11 @@ class RuntimeClient:
         with _translated():
             return await self._stub.Drain(request, timeout=timeout_s + ANSWER_MARGIN_S)
 
+    async def unload(self, *, timeout_s: float) -> None:
+        """End the engine; the runtime can load another snapshot then."""
+        with _translated():
+            await self._stub.Unload(pb.UnloadRequest(), timeout=timeout_s)
+
     async def health(self, *, timeout_s: float) -> pb.RuntimeStatus:
         """Return one status."""
         with _translated():

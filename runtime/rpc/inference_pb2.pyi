@@ -42,6 +42,8 @@ class _RuntimeStateEnumTypeWrapper(_enum_type_wrapper._EnumTypeWrapper[_RuntimeS
     RUNTIME_STATE_DRAINING: _RuntimeState.ValueType  # 7
     RUNTIME_STATE_FAILED: _RuntimeState.ValueType  # 8
     """the engine died; `error` says why"""
+    RUNTIME_STATE_UNLOADING: _RuntimeState.ValueType  # 9
+    """on the way back to STANDBY"""
 
 class RuntimeState(_RuntimeState, metaclass=_RuntimeStateEnumTypeWrapper): ...
 
@@ -58,6 +60,8 @@ RUNTIME_STATE_PARKED: RuntimeState.ValueType  # 6
 RUNTIME_STATE_DRAINING: RuntimeState.ValueType  # 7
 RUNTIME_STATE_FAILED: RuntimeState.ValueType  # 8
 """the engine died; `error` says why"""
+RUNTIME_STATE_UNLOADING: RuntimeState.ValueType  # 9
+"""on the way back to STANDBY"""
 Global___RuntimeState: _TypeAlias = RuntimeState  # noqa: Y015
 
 class _FinishReason:
@@ -138,6 +142,34 @@ class EngineConfig(_message.Message):
 Global___EngineConfig: _TypeAlias = EngineConfig  # noqa: Y015
 
 @_typing.final
+class Owner(_message.Message):
+    """Whose the engine is; not used by the runtime, but told to a controller that finds it."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    REPLICA_ID_FIELD_NUMBER: _builtins.int
+    FUNCTION_FIELD_NUMBER: _builtins.int
+    REVISION_FIELD_NUMBER: _builtins.int
+    replica_id: _builtins.str
+    function: _builtins.str
+    revision: _builtins.str
+    """of what a running engine cannot change"""
+    def __init__(
+        self,
+        *,
+        replica_id: _builtins.str = ...,
+        function: _builtins.str = ...,
+        revision: _builtins.str = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["function", b"function", "replica_id", b"replica_id", "revision", b"revision"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___Owner: _TypeAlias = Owner  # noqa: Y015
+
+@_typing.final
 class LoadRequest(_message.Message):
     DESCRIPTOR: _descriptor.Descriptor
 
@@ -145,16 +177,22 @@ class LoadRequest(_message.Message):
     ENGINE_FIELD_NUMBER: _builtins.int
     DEVICE_UUIDS_FIELD_NUMBER: _builtins.int
     MEMORY_LIMIT_BYTES_FIELD_NUMBER: _builtins.int
+    DEVICE_MEMORY_BYTES_FIELD_NUMBER: _builtins.int
+    OWNER_FIELD_NUMBER: _builtins.int
     snapshot: _builtins.str
     """directory name inside the mounted store: name@digest12"""
     memory_limit_bytes: _builtins.int
     """host memory the runtime may use; 0 for no limit"""
+    device_memory_bytes: _builtins.int
+    """of each device, that the engine may use; 0 for its share"""
     @_builtins.property
     def engine(self) -> Global___EngineConfig: ...
     @_builtins.property
     def device_uuids(self) -> _containers.RepeatedScalarFieldContainer[_builtins.str]:
         """empty on CPU"""
 
+    @_builtins.property
+    def owner(self) -> Global___Owner: ...
     def __init__(
         self,
         *,
@@ -162,10 +200,12 @@ class LoadRequest(_message.Message):
         engine: Global___EngineConfig | None = ...,
         device_uuids: _abc.Iterable[_builtins.str] | None = ...,
         memory_limit_bytes: _builtins.int = ...,
+        device_memory_bytes: _builtins.int = ...,
+        owner: Global___Owner | None = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _typing.Literal["engine", b"engine"]  # noqa: Y015
+    _HasFieldArgType: _TypeAlias = _typing.Literal["engine", b"engine", "owner", b"owner"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["device_uuids", b"device_uuids", "engine", b"engine", "memory_limit_bytes", b"memory_limit_bytes", "snapshot", b"snapshot"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["device_memory_bytes", b"device_memory_bytes", "device_uuids", b"device_uuids", "engine", b"engine", "memory_limit_bytes", b"memory_limit_bytes", "owner", b"owner", "snapshot", b"snapshot"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
@@ -203,6 +243,7 @@ class Memory(_message.Message):
     KV_CACHE_BYTES_FIELD_NUMBER: _builtins.int
     HOST_RSS_BYTES_FIELD_NUMBER: _builtins.int
     KEPT_REASON_FIELD_NUMBER: _builtins.int
+    KEPT_BYTES_FIELD_NUMBER: _builtins.int
     weights_bytes: _builtins.int
     """device memory held for weights, now"""
     kv_cache_bytes: _builtins.int
@@ -211,6 +252,8 @@ class Memory(_message.Message):
     """resident set of the engine process, now"""
     kept_reason: _builtins.str
     """when parked: why something is still held; empty otherwise"""
+    kept_bytes: _builtins.int
+    """when parked: device memory still held, estimated"""
     def __init__(
         self,
         *,
@@ -218,10 +261,11 @@ class Memory(_message.Message):
         kv_cache_bytes: _builtins.int = ...,
         host_rss_bytes: _builtins.int = ...,
         kept_reason: _builtins.str = ...,
+        kept_bytes: _builtins.int = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["host_rss_bytes", b"host_rss_bytes", "kept_reason", b"kept_reason", "kv_cache_bytes", b"kv_cache_bytes", "weights_bytes", b"weights_bytes"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["host_rss_bytes", b"host_rss_bytes", "kept_bytes", b"kept_bytes", "kept_reason", b"kept_reason", "kv_cache_bytes", b"kv_cache_bytes", "weights_bytes", b"weights_bytes"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
@@ -676,6 +720,36 @@ class WakeResponse(_message.Message):
 Global___WakeResponse: _TypeAlias = WakeResponse  # noqa: Y015
 
 @_typing.final
+class UnloadRequest(_message.Message):
+    DESCRIPTOR: _descriptor.Descriptor
+
+    def __init__(
+        self,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___UnloadRequest: _TypeAlias = UnloadRequest  # noqa: Y015
+
+@_typing.final
+class UnloadResponse(_message.Message):
+    DESCRIPTOR: _descriptor.Descriptor
+
+    def __init__(
+        self,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___UnloadResponse: _TypeAlias = UnloadResponse  # noqa: Y015
+
+@_typing.final
 class DrainRequest(_message.Message):
     DESCRIPTOR: _descriptor.Descriptor
 
@@ -760,6 +834,8 @@ class RuntimeStatus(_message.Message):
     ENGINE_PID_FIELD_NUMBER: _builtins.int
     MAX_MODEL_LEN_FIELD_NUMBER: _builtins.int
     BUILD_FIELD_NUMBER: _builtins.int
+    OWNER_FIELD_NUMBER: _builtins.int
+    DEVICE_UUIDS_FIELD_NUMBER: _builtins.int
     state: Global___RuntimeState.ValueType
     runtime_id: _builtins.str
     snapshot: _builtins.str
@@ -781,6 +857,14 @@ class RuntimeStatus(_message.Message):
     def phases(self) -> _containers.RepeatedCompositeFieldContainer[Global___Phase]:
         """of the last start, load or wake"""
 
+    @_builtins.property
+    def owner(self) -> Global___Owner:
+        """of the engine; unset without one"""
+
+    @_builtins.property
+    def device_uuids(self) -> _containers.RepeatedScalarFieldContainer[_builtins.str]:
+        """the engine's"""
+
     def __init__(
         self,
         *,
@@ -796,10 +880,12 @@ class RuntimeStatus(_message.Message):
         engine_pid: _builtins.int = ...,
         max_model_len: _builtins.int = ...,
         build: _builtins.str = ...,
+        owner: Global___Owner | None = ...,
+        device_uuids: _abc.Iterable[_builtins.str] | None = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _typing.Literal["load", b"load", "memory", b"memory"]  # noqa: Y015
+    _HasFieldArgType: _TypeAlias = _typing.Literal["load", b"load", "memory", b"memory", "owner", b"owner"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["build", b"build", "engine_pid", b"engine_pid", "error", b"error", "heartbeat_age_s", b"heartbeat_age_s", "last_active_unix_us", b"last_active_unix_us", "load", b"load", "max_model_len", b"max_model_len", "memory", b"memory", "phases", b"phases", "runtime_id", b"runtime_id", "snapshot", b"snapshot", "state", b"state"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["build", b"build", "device_uuids", b"device_uuids", "engine_pid", b"engine_pid", "error", b"error", "heartbeat_age_s", b"heartbeat_age_s", "last_active_unix_us", b"last_active_unix_us", "load", b"load", "max_model_len", b"max_model_len", "memory", b"memory", "owner", b"owner", "phases", b"phases", "runtime_id", b"runtime_id", "snapshot", b"snapshot", "state", b"state"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 

@@ -39,6 +39,11 @@ class RuntimeServiceStub:
                 request_serializer=runtime_dot_rpc_dot_inference__pb2.LoadRequest.SerializeToString,
                 response_deserializer=runtime_dot_rpc_dot_inference__pb2.LoadResponse.FromString,
                 _registered_method=True)
+        self.Unload = channel.unary_unary(
+                '/coldspark.runtime.v1.RuntimeService/Unload',
+                request_serializer=runtime_dot_rpc_dot_inference__pb2.UnloadRequest.SerializeToString,
+                response_deserializer=runtime_dot_rpc_dot_inference__pb2.UnloadResponse.FromString,
+                _registered_method=True)
         self.Attach = channel.stream_stream(
                 '/coldspark.runtime.v1.RuntimeService/Attach',
                 request_serializer=runtime_dot_rpc_dot_inference__pb2.AttachRequest.SerializeToString,
@@ -77,6 +82,13 @@ class RuntimeServiceServicer:
     def Load(self, request, context):
         """Forks an engine and brings a snapshot to READY. Waits while STARTING; allowed in STANDBY and,
         with a new engine, in FAILED.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
+    def Unload(self, request, context):
+        """Ends the engine, whatever it does, and returns when its memory is free; STANDBY again.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
@@ -134,6 +146,11 @@ def add_RuntimeServiceServicer_to_server(servicer, server):
                     servicer.Load,
                     request_deserializer=runtime_dot_rpc_dot_inference__pb2.LoadRequest.FromString,
                     response_serializer=runtime_dot_rpc_dot_inference__pb2.LoadResponse.SerializeToString,
+            ),
+            'Unload': grpc.unary_unary_rpc_method_handler(
+                    servicer.Unload,
+                    request_deserializer=runtime_dot_rpc_dot_inference__pb2.UnloadRequest.FromString,
+                    response_serializer=runtime_dot_rpc_dot_inference__pb2.UnloadResponse.SerializeToString,
             ),
             'Attach': grpc.stream_stream_rpc_method_handler(
                     servicer.Attach,
@@ -193,6 +210,33 @@ class RuntimeService:
             '/coldspark.runtime.v1.RuntimeService/Load',
             runtime_dot_rpc_dot_inference__pb2.LoadRequest.SerializeToString,
             runtime_dot_rpc_dot_inference__pb2.LoadResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def Unload(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/coldspark.runtime.v1.RuntimeService/Unload',
+            runtime_dot_rpc_dot_inference__pb2.UnloadRequest.SerializeToString,
+            runtime_dot_rpc_dot_inference__pb2.UnloadResponse.FromString,
             options,
             channel_credentials,
             insecure,

@@ -39,6 +39,8 @@ class RuntimeServiceStub:
     """Forks an engine and brings a snapshot to READY. Waits while STARTING; allowed in STANDBY and,
     with a new engine, in FAILED.
     """
+    Unload: _grpc.UnaryUnaryMultiCallable[_inference_pb2.UnloadRequest, _inference_pb2.UnloadResponse]
+    """Ends the engine, whatever it does, and returns when its memory is free; STANDBY again."""
     Attach: _grpc.StreamStreamMultiCallable[_inference_pb2.AttachRequest, _inference_pb2.StepOutput]
     """Submits and cancels sequences; answers with one StepOutput per engine step that concerns
     this stream, after an empty first one that says the stream is open. Parking and waking do not
@@ -64,6 +66,8 @@ class RuntimeServiceAsyncStub(RuntimeServiceStub):
     """Forks an engine and brings a snapshot to READY. Waits while STARTING; allowed in STANDBY and,
     with a new engine, in FAILED.
     """
+    Unload: _aio.UnaryUnaryMultiCallable[_inference_pb2.UnloadRequest, _inference_pb2.UnloadResponse]  # type: ignore[assignment]
+    """Ends the engine, whatever it does, and returns when its memory is free; STANDBY again."""
     Attach: _aio.StreamStreamMultiCallable[_inference_pb2.AttachRequest, _inference_pb2.StepOutput]  # type: ignore[assignment]
     """Submits and cancels sequences; answers with one StepOutput per engine step that concerns
     this stream, after an empty first one that says the stream is open. Parking and waking do not
@@ -92,6 +96,14 @@ class RuntimeServiceServicer(metaclass=_abc_1.ABCMeta):
         """Forks an engine and brings a snapshot to READY. Waits while STARTING; allowed in STANDBY and,
         with a new engine, in FAILED.
         """
+
+    @_abc_1.abstractmethod
+    def Unload(
+        self,
+        request: _inference_pb2.UnloadRequest,
+        context: _ServicerContext,
+    ) -> _typing.Union[_inference_pb2.UnloadResponse, _abc.Awaitable[_inference_pb2.UnloadResponse]]:
+        """Ends the engine, whatever it does, and returns when its memory is free; STANDBY again."""
 
     @_abc_1.abstractmethod
     def Attach(

@@ -80,6 +80,7 @@ class FakeRunner:
         self.script = script
         self.max_model_len = config.max_model_len or script.max_model_len
         self.kept_reason = ""
+        self.kept_bytes = 0
         self._weights: mmap.mmap | None = None
         self._kv_cache: mmap.mmap | None = None
         self._num_loads = 0

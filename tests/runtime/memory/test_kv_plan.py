@@ -4,7 +4,16 @@ import pytest
 
 from runtime.config import EngineConfig
 from runtime.errors import LoadFailed, OutOfMemory
-from runtime.memory.kv_plan import MAX_DEFAULT_BYTES, PROCESS_BYTES, KvPlan, KvSizes, plan_kv
+from runtime.memory.kv_plan import (
+    CONTEXT_BYTES,
+    DEVICE_RESERVE_BYTES,
+    MAX_DEFAULT_BYTES,
+    PROCESS_BYTES,
+    DeviceMemory,
+    KvPlan,
+    KvSizes,
+    plan_kv,
+)
 
 SIZES = KvSizes(
     bytes_per_token=1000,
@@ -40,6 +49,31 @@ def test_without_limits_a_small_machine_keeps_three_quarters() -> None:
 def test_cache_is_no_larger_than_all_sequences_together() -> None:
     config = EngineConfig(max_num_seqs=2, max_model_len=33, block_size=16)
     assert plan_kv(config, SIZES) == KvPlan(num_blocks=6, max_model_len=33)
+
+
+def on_gpu(*, free_bytes: int) -> KvSizes:
+    return replace(SIZES, device=DeviceMemory(total_bytes=100 << 30, free_bytes=free_bytes))
+
+
+ELSE_ON_GPU = SIZES.weights_bytes + SIZES.activation_bytes + DEVICE_RESERVE_BYTES
+
+
+@pytest.mark.parametrize("free_bytes", [99 << 30, 51 << 30])
+def test_a_gpus_share_is_the_same_whatever_others_hold_of_it(free_bytes: int) -> None:
+    config = replace(MANY, gpu_memory_utilization=0.5)
+    plan = plan_kv(config, on_gpu(free_bytes=free_bytes))
+    assert plan.num_blocks == ((50 << 30) - CONTEXT_BYTES - ELSE_ON_GPU) // 16_000
+
+
+def test_memory_granted_on_a_gpu_wins_over_the_share() -> None:
+    config = replace(MANY, gpu_memory_utilization=0.5, device_memory_bytes=20 << 30)
+    plan = plan_kv(config, on_gpu(free_bytes=99 << 30))
+    assert plan.num_blocks == ((20 << 30) - CONTEXT_BYTES - ELSE_ON_GPU) // 16_000
+
+
+def test_what_is_not_free_on_a_gpu_is_not_planned_for() -> None:
+    plan = plan_kv(MANY, on_gpu(free_bytes=10 << 30))
+    assert plan.num_blocks == ((10 << 30) - ELSE_ON_GPU) // 16_000
 
 
 def test_length_left_to_us_shrinks_to_what_fits() -> None:
