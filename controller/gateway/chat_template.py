@@ -43,8 +43,14 @@ class ChatTemplate:
         self._template = environment.from_string(source)
         self._special_tokens = dict(special_tokens)
 
-    def render(self, messages: Sequence[Mapping[str, str]]) -> str:
+    def render(
+        self, messages: Sequence[Mapping[str, str]], *, add_generation_prompt: bool = True
+    ) -> str:
         """Return the prompt that asks for the assistant's next message.
+
+        Args:
+            messages: The conversation.
+            add_generation_prompt: Whether it ends with what opens that message.
 
         Raises:
             InvalidRequest: The template refuses these messages, with its own words.
@@ -54,7 +60,7 @@ class ChatTemplate:
             "messages": messages,
             "tools": None,
             "documents": None,
-            "add_generation_prompt": True,
+            "add_generation_prompt": add_generation_prompt,
         }
         try:
             return self._template.render(variables)

@@ -107,11 +107,19 @@ class ModelText:
             defaults=SamplingDefaults.from_generation_config(generation_config),
         )
 
-    async def encode(self, prompts: Sequence[str]) -> list[list[int]]:
+    async def encode(
+        self, prompts: Sequence[str], *, add_special_tokens: bool = True
+    ) -> list[list[int]]:
         """Return the token ids of plain prompts, with the special tokens the model wants."""
-        return await self._encode(prompts, add_special_tokens=True)
+        return await self._encode(prompts, add_special_tokens=add_special_tokens)
 
-    async def encode_chat(self, messages: Sequence[Mapping[str, str]]) -> list[int]:
+    async def encode_chat(
+        self,
+        messages: Sequence[Mapping[str, str]],
+        *,
+        add_generation_prompt: bool = True,
+        add_special_tokens: bool = False,
+    ) -> list[int]:
         """Return the token ids of a conversation; the template writes the special tokens.
 
         Raises:
@@ -124,11 +132,27 @@ class ModelText:
             )
         size = sum(len(message["content"]) + MESSAGE_CHARS for message in messages)
         if size > LONG_TEXT_CHARS:
-            text = await asyncio.to_thread(template.render, messages)
+            text = await asyncio.to_thread(
+                template.render, messages, add_generation_prompt=add_generation_prompt
+            )
         else:
-            text = template.render(messages)
-        (token_ids,) = await self._encode([text], add_special_tokens=False)
+            text = template.render(messages, add_generation_prompt=add_generation_prompt)
+        (token_ids,) = await self._encode([text], add_special_tokens=add_special_tokens)
         return token_ids
+
+    async def decode(self, token_ids: Sequence[int]) -> str:
+        """Return the text of tokens, special ones included; ids are inside the vocabulary."""
+        if len(token_ids) <= LONG_TEXT_CHARS:
+            text: str = self._tokenizer.decode(token_ids, skip_special_tokens=False)
+        else:
+            text = await asyncio.to_thread(
+                self._tokenizer.decode, token_ids, skip_special_tokens=False
+            )
+        return text
+
+    def spell(self, token_ids: Sequence[int]) -> list[str]:
+        """Return tokens as the tokenizer spells them; padding of the vocabulary is empty."""
+        return [self._tokenizer.id_to_token(token_id) or "" for token_id in token_ids]
 
     def detokenizer(self, stop_token_ids: Iterable[int] = ()) -> Detokenizer:
         """Return a fresh incremental detokenizer for one sequence.

@@ -1,11 +1,14 @@
 """GET /v1/models and /v1/models/{id}."""
 
+from pathlib import Path
+
 from fastapi import APIRouter
 
 from controller.gateway.calls import GatewayDependency
 from controller.gateway.responses import ERROR_RESPONSES
-from controller.gateway.schemas.models import Model, ModelList
+from controller.gateway.schemas.models import Model, ModelLimits, ModelList
 from controller.scaling.generation import ServedFunction
+from functions.spec import FunctionSpec, SourceKind
 
 router = APIRouter(tags=["openai"], responses=ERROR_RESPONSES)
 
@@ -26,10 +29,23 @@ async def get_model(name: str, gateway: GatewayDependency) -> Model:
 
 
 def _model(function: ServedFunction, name: str) -> Model:
+    spec = function.spec
     return Model(
         id=name,
         created=function.created,
+        root=_root(spec),
         max_model_len=function.max_model_len,
         function=function.name,
         tier=function.tier,
+        limits=ModelLimits(
+            max_concurrency=spec.scaling.max_concurrency,
+            max_replicas=spec.scaling.max_replicas,
+            max_queued_requests=spec.queue.max_requests,
+        ),
     )
+
+
+def _root(spec: FunctionSpec) -> str:
+    """Return where a model comes from, without telling directories of this machine."""
+    model = spec.model
+    return model.location if model.kind is SourceKind.HUB else Path(model.location).name

@@ -5,16 +5,31 @@ from typing import Literal
 from pydantic import BaseModel
 
 
+class ModelLimits(BaseModel):
+    """What a function does for its callers at once."""
+
+    max_concurrency: int
+    max_replicas: int
+    max_queued_requests: int
+
+
 class Model(BaseModel):
-    """A name that can be asked for."""
+    """A name that can be asked for.
+
+    `root` is the hub id, or the last part of the path, that the model comes from.
+    """
 
     id: str
     object: Literal["model"] = "model"
     created: int
     owned_by: Literal["coldspark"] = "coldspark"
+    root: str
+    parent: None = None
+    permission: list[dict[str, str]] = []
     max_model_len: int
     function: str
     tier: str
+    limits: ModelLimits
 
 
 class ModelList(BaseModel):

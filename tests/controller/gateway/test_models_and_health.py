@@ -23,9 +23,13 @@ async def test_every_served_name_is_listed_with_its_function(
         "object": "model",
         "created": 1_700_000_000,
         "owned_by": "coldspark",
+        "root": "nowhere",
+        "parent": None,
+        "permission": [],
         "max_model_len": 256,
         "function": "tiny",
         "tier": "parked",
+        "limits": {"max_concurrency": 256, "max_replicas": 2, "max_queued_requests": 1000},
     }
 
 
