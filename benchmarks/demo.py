@@ -1,6 +1,6 @@
 """The whole life of a function on this machine: `make demo`, or `make serve` to keep it up.
 
-Cold start, warm call, idle, parked, woken, and what it cost, with a real model and the official
+Cold start, warm call, idle, parked, woken, stopped, up from standby, and what it cost, with a real model and the official
 OpenAI SDK.
 """
 
@@ -41,7 +41,7 @@ def main() -> None:
     with running_controller(home, port=port) as controller:
         console.print(f"controller at {controller.url}, its log is {home / 'controller.log'}")
         controller.deploy(spec, arguments.backend)
-        Demonstration(console, controller, spec.name).run()
+        Demonstration(console, controller, spec.name, arguments.backend).run()
         if arguments.stay:
             console.rule("serving until Ctrl-C")
             console.print(f"dashboard {controller.url}/ and base_url {controller.url}/v1")
@@ -51,11 +51,12 @@ def main() -> None:
 class Demonstration:
     """One function from nothing to parked and back, with what a client sees of it."""
 
-    def __init__(self, console: Console, controller: Controller, name: str) -> None:
+    def __init__(self, console: Console, controller: Controller, name: str, backend: str) -> None:
         self._console = console
         self._controller = controller
         self._client = controller.client()
         self._name = name
+        self._backend = backend
 
     def run(self) -> None:
         """Show it all."""
@@ -70,6 +71,11 @@ class Demonstration:
         console.rule("third call: wakes it")
         with self._timeline():
             self._ask("Write one sentence about the sea.")
+        console.rule("stopped: a runtime in standby takes it up")
+        self._controller.operate(self._name, "stop")
+        self._controller.wait_for_standby(self._backend)
+        with self._timeline():
+            self._ask("What is the capital of Italy?")
         console.rule("what it cost")
         coldspark("cost", COLDSPARK_URL=self._controller.url)
 

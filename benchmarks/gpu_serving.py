@@ -140,7 +140,9 @@ def run_engine(engine: Engine, workload: Workload) -> Figures:
 
 
 @contextmanager
-def serving_8b(work: Path, tokenizer: Path, num_layers: int = 32) -> Iterator[Controller]:
+def serving_8b(
+    work: Path, tokenizer: Path, num_layers: int = 32, *, num_standbys: int = 0
+) -> Iterator[Controller]:
     """Run a controller with the 8B shape deployed and ready."""
     checkpoint = work / f"checkpoint-{num_layers}"
     if not checkpoint.exists():
@@ -157,7 +159,7 @@ def serving_8b(work: Path, tokenizer: Path, num_layers: int = 32) -> Iterator[Co
             "scaling": {"max_replicas": 1, "target_concurrency": 256, "idle_timeout": None},
         }
     )
-    with running_controller(work / "home") as controller:
+    with running_controller(work / "home", num_standbys=num_standbys) as controller:
         began = time.perf_counter()
         controller.deploy(spec)
         deployed = time.perf_counter()

@@ -69,6 +69,14 @@ class Controller:
             time.sleep(0.05)
         return view
 
+    def wait_for_standby(self, backend: str = "process", timeout_s: float = 60.0) -> None:
+        """Return once a runtime is in standby."""
+        deadline = time.monotonic() + timeout_s
+        while not self.get("/api/v1/status")["standbys"].get(backend, {}).get("ready"):
+            if time.monotonic() > deadline:
+                raise TimeoutError(f"no standby of {backend!r} after {timeout_s} s")
+            time.sleep(0.05)
+
     def client(self) -> openai.OpenAI:
         """Return the official SDK, pointed at this controller."""
         return openai.OpenAI(base_url=f"{self.url}/v1", api_key="not-needed", max_retries=0)
@@ -81,6 +89,7 @@ def running_controller(
     port: int = 0,
     log: Path | None = None,
     command: Sequence[str] = ("-m", "controller.cli.app", "up"),
+    num_standbys: int = 1,
 ) -> Iterator[Controller]:
     """Run a controller on a home directory and stop it, with its runtimes, at the end.
 
@@ -89,6 +98,7 @@ def running_controller(
         port: 0 for any free one.
         log: Where its output goes; None for a file in the home directory.
         command: Arguments to Python that start it.
+        num_standbys: Runtimes it keeps without a model.
     """
     home.mkdir(parents=True, exist_ok=True)
     log_path = log or home / "controller.log"
@@ -96,6 +106,7 @@ def running_controller(
         "COLDSPARK_HOME": str(home),
         "COLDSPARK_PORT": str(port or _free_port()),
         "COLDSPARK_STOP_RUNTIMES_ON_EXIT": "true",
+        "COLDSPARK_STANDBY_REPLICAS": str(num_standbys),
     }
     url = f"http://127.0.0.1:{environment['COLDSPARK_PORT']}"
     with log_path.open("ab") as output:

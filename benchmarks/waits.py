@@ -10,22 +10,26 @@ from rich.table import Table
 
 from benchmarks.local import Controller
 
-Waits = Mapping[str, Sequence[float]]
+Waits = dict[str, list[float]]
 Goals = Mapping[str, float | None]
 
 
-def measure_tiers(controller: Controller, name: str, num_runs: int) -> Waits:
-    """Return the client's waits in seconds, `num_runs` from each tier."""
-    tiers: Mapping[str, Callable[[], object]] = {
+def measure_tiers(controller: Controller, name: str, num_runs: int, tiers: Sequence[str]) -> Waits:
+    """Return the client's waits in seconds, `num_runs` from each tier.
+
+    From "stopped" means that nothing runs: the controller must keep no standby then.
+    """
+    prepare: Mapping[str, Callable[[], object]] = {
         "stopped": lambda: controller.operate(name, "stop"),
+        "standby": lambda: _stop_to_standby(controller, name),
         "parked": lambda: _park(controller, name),
         "ready": lambda: None,
     }
     client = controller.client()
     waits: dict[str, list[float]] = {tier: [] for tier in tiers}
-    for tier, prepare in tiers.items():
+    for tier in tiers:
         for _ in range(num_runs):
-            prepare()
+            prepare[tier]()
             waits[tier].append(first_token_s(client, name))
     return waits
 
@@ -70,6 +74,11 @@ def print_waits(waits: Waits, goals: Goals) -> None:
             "" if goal is None else f"{goal:g}",
         )
     Console().print(table)
+
+
+def _stop_to_standby(controller: Controller, name: str) -> None:
+    controller.operate(name, "stop")
+    controller.wait_for_standby()
 
 
 def _park(controller: Controller, name: str) -> None:

@@ -39,6 +39,7 @@ from controller.scaling.node import Node
 from controller.scaling.placement import Device, DeviceKind, DevicePool
 from controller.scaling.plane import ControlPlane
 from controller.scaling.reaper import Reaper
+from controller.scaling.standby import StandbyPool
 from controller.settings import Settings, family_of, url_of
 from controller.store.database import Database
 from controller.store.ledger import LedgerStore
@@ -94,17 +95,25 @@ async def run(settings: Settings, backends: Sequence[RuntimeBackend] | None = No
         records = Records(database, ledger, clock)
         journal = Journal(records.write, on_dropped=metrics.journal_entry_dropped)
         stack.push_async_callback(journal.flush)
+        epoch = unix_us(clock.now()) // 1_000_000
         node = Node(
             clock=clock,
             connect=RuntimeClient,
             pool=DevicePool(devices),
+            standbys=StandbyPool(
+                size=settings.standby_replicas,
+                connect=RuntimeClient,
+                snapshot_store=settings.snapshot_store,
+                gpus=tuple(device.id for device in devices if device.kind is DeviceKind.GPU),
+                epoch=epoch,
+            ),
             ledger=ledger,
             journal=journal,
             metrics=metrics,
             snapshot_store=settings.snapshot_store,
             last_logs=LastLogs(settings.last_logs_dir),
             gpu_hour_usd=settings.gpu_hour_usd,
-            epoch=unix_us(clock.now()) // 1_000_000,
+            epoch=epoch,
         )
         backends = backends or open_backends(settings)
         for backend in backends:

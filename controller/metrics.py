@@ -105,6 +105,9 @@ class Metrics:
             buckets=PHASE_BUCKETS_S,
         )
         self._replicas = gauge("replicas", "Replicas by lifecycle state.", *("function", "state"))
+        self._standbys = gauge(
+            "standbys", "Runtimes without a model by state: ready, starting.", *("backend", "state")
+        )
         self._reaped = counter(
             "reaped_total",
             "Replicas moved down for being idle, by the tier they went to.",
@@ -212,6 +215,12 @@ class Metrics:
         self._replicas.remove_by_labels({"function": function})
         for state, count in counts.items():
             self._replicas.labels(function, state).set(count)
+
+    def set_standbys(self, counts: Mapping[str, Mapping[str, int]]) -> None:
+        """Set the number of standbys in each state, by backend."""
+        for backend, by_state in counts.items():
+            for state, count in by_state.items():
+                self._standbys.labels(backend, state).set(count)
 
     def replica_reaped(self, *, function: str, to_tier: str) -> None:
         """Count a replica that was moved down because it was idle."""

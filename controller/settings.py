@@ -58,6 +58,12 @@ class Settings(BaseSettings):
     history_days: int = Field(
         default=90, ge=1, description="Days that requests, cold starts and transitions are kept."
     )
+    standby_replicas: int = Field(
+        default=1,
+        ge=0,
+        le=64,
+        description="Runtimes kept without a model, imports done, for each backend in use.",
+    )
     docker_image: str = Field(
         default="coldspark-runtime:latest", description="Image of the docker backend."
     )

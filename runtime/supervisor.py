@@ -83,6 +83,7 @@ class Supervisor:
         self._check_snapshot(request.snapshot)
         self._move("load", _LOADABLE, pb.RUNTIME_STATE_LOADING)
         self._board.engine_wanted(request)
+        log.info("assigned", replica_id=request.owner.replica_id, snapshot=request.snapshot)
         return await self._to_the_end(self._load(request), name="load")
 
     async def park(self, request: pb.ParkRequest) -> pb.ParkResponse:

@@ -90,6 +90,14 @@ class RuntimeBackend(Protocol):
             BackendError: It cannot be started; the message says why and what to do.
         """
 
+    async def resize(self, runtime_id: str, *, cpu: float | None, memory_bytes: int | None) -> None:
+        """Change the limits of a running runtime; None for no limit.
+
+        Raises:
+            RuntimeNotFound: It was never created, or was deleted.
+            BackendError: Limits once set cannot be changed like this.
+        """
+
     async def delete(self, runtime_id: str, *, grace_s: float = 5.0) -> None:
         """Stop a runtime and everything under it, and forget it.
 

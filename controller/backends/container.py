@@ -17,6 +17,7 @@ RUNTIME_ID_LABEL = f"{LABEL_PREFIX}runtime-id"
 RUNTIME_MOUNT = "/run/coldspark"
 STORE_MOUNT = "/snapshots"
 UNPRIVILEGED_ID = 65532
+CPU_PERIOD_US = 100_000
 MAX_PROCESSES = 4096  # threads count, and a library starts one for each core
 SCRATCH = "rw,exec,nosuid,nodev,mode=1777,size=1g"  # kernels are compiled to and loaded from /tmp
 LOG_FILES = {"max-size": "8m", "max-file": "2"}
@@ -79,6 +80,17 @@ def container_options(spec: RuntimeSpec, *, cluster: str, directory: Path) -> di
         # The engine refuses more than the machine has.
         options["nano_cpus"] = round(min(spec.cpu, os.cpu_count() or 1) * 1e9)
     return options
+
+
+def resized(*, cpu: float | None, memory_bytes: int | None) -> dict[str, int]:
+    """Return the arguments of `update_container` that set these limits."""
+    changes: dict[str, int] = {}
+    if cpu is not None:
+        cores = min(cpu, os.cpu_count() or 1)
+        changes |= {"cpu_period": CPU_PERIOD_US, "cpu_quota": round(cores * CPU_PERIOD_US)}
+    if memory_bytes is not None:
+        changes |= {"mem_limit": memory_bytes, "memswap_limit": memory_bytes}
+    return changes
 
 
 def container_of(attributes: Mapping[str, Any], endpoint: str) -> Container:

@@ -31,6 +31,7 @@ from controller.backends.container import (
     container_options,
     is_labelled,
     owner_ids,
+    resized,
 )
 from controller.backends.directories import RUNTIME_ID, RuntimeDirectories
 from controller.backends.docker_engine import DockerEngine
@@ -79,6 +80,12 @@ class DockerBackend:
     async def create(self, spec: RuntimeSpec) -> RuntimeInfo:
         """Create and start a container, or return the one that already has this runtime id."""
         return await self._serial.run(spec.runtime_id, self._create(spec))
+
+    async def resize(self, runtime_id: str, *, cpu: float | None, memory_bytes: int | None) -> None:
+        """Set a container's limits; the engine cannot lift them again."""
+        await self._engine.call(
+            lambda client: self._resize(client, runtime_id, cpu=cpu, memory_bytes=memory_bytes)
+        )
 
     async def delete(self, runtime_id: str, *, grace_s: float = 5.0) -> None:
         """Stop and remove a container, and remove its directory."""
@@ -164,6 +171,37 @@ class DockerBackend:
                     " install the NVIDIA Container Toolkit"
                 )
             raise BackendError(f"cannot start {spec.runtime_id!r}: {reason}") from error
+
+    def _resize(
+        self,
+        client: docker.DockerClient,
+        runtime_id: str,
+        *,
+        cpu: float | None,
+        memory_bytes: int | None,
+    ) -> None:
+        container = self._find(client, runtime_id)
+        limits = client.api.inspect_container(container.id)["HostConfig"]
+        lifted = [
+            name
+            for name, wanted, present in (
+                ("cpu", cpu, limits["NanoCpus"] or limits["CpuQuota"]),
+                ("memory", memory_bytes, limits["Memory"]),
+            )
+            if wanted is None and present
+        ]
+        if lifted:
+            raise BackendError(
+                f"the {' and '.join(lifted)} limit of {runtime_id!r} cannot be lifted"
+            )
+        changes = resized(cpu=cpu, memory_bytes=memory_bytes)
+        if not changes:
+            return
+        try:
+            client.api.update_container(container.id, **changes)  # type: ignore[arg-type]
+        except APIError as error:
+            reason = error.explanation or error
+            raise BackendError(f"cannot set the limits of {runtime_id!r}: {reason}") from error
 
     async def _delete(self, runtime_id: str, grace_s: float) -> None:
         await self._engine.call(lambda client: self._remove(client, runtime_id, grace_s))

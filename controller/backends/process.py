@@ -100,6 +100,11 @@ class ProcessBackend:
         await self._adopt()
         return await self._serial.run(spec.runtime_id, self._create(spec))
 
+    async def resize(self, runtime_id: str, *, cpu: float | None, memory_bytes: int | None) -> None:
+        """Do nothing to a runtime that exists: limits are not enforced here."""
+        await self._adopt()
+        self._find(runtime_id)
+
     async def delete(self, runtime_id: str, *, grace_s: float = 5.0) -> None:
         """Stop a runtime with all its descendants and remove its directory."""
         await self._adopt()

@@ -29,6 +29,11 @@ def status(context: typer.Context, output: OutputOption = OutputFormat.TABLE) ->
             "up for": human_seconds(view["uptime_s"]),
             "functions": view["functions"],
             "replicas": view["replicas"],
+            "standbys": ", ".join(
+                f"{backend}: {counts['ready']} ready, {counts['starting']} starting"
+                for backend, counts in view["standbys"].items()
+            )
+            or "none",
         }
         print_fields(fields)
         typer.echo("\nDevices")

@@ -22,7 +22,7 @@ class ColdStart:
         function: The function's name.
         replica_id: The replica that was brought up.
         started_us: Wall time of the beginning, microseconds since the Unix epoch.
-        from_tier: The tier it was brought up from: parked or stopped.
+        from_tier: The tier it was brought up from: parked, standby or stopped.
         reason: "request", or "kept ready" when no request waited.
         outcome: "ready" or "failed".
         total_s: Seconds from beginning to end.

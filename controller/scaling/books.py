@@ -29,7 +29,7 @@ LEDGER_STATES = {
 }
 """What a replica's state is to the ledger; ready is active or idle by its leases."""
 
-DEFAULT_ETA_S = {"parked": 1.0, "stopped": 6.0}
+DEFAULT_ETA_S = {"parked": 1.0, "standby": 2.0, "stopped": 6.0}
 """Expected cold starts before any has been measured."""
 
 

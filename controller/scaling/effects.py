@@ -5,16 +5,22 @@ be cancelled at any await; whatever it had started is then removed by the effect
 """
 
 import asyncio
-from collections.abc import AsyncIterator, Coroutine, Iterable, Sequence
+from collections.abc import AsyncIterator, Coroutine, Iterable
 from contextlib import asynccontextmanager
+from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 import structlog
 
 from controller.backends.base import BackendError, RuntimeSpec
+from controller.scaling.activation import Activation
+from controller.scaling.deployment import Deployment
 from controller.scaling.lifecycle import ENDING, ReplicaState, Tier
 from controller.scaling.link import RuntimeLink
+from controller.scaling.node import Home
 from controller.scaling.replica import Replica
+from controller.scaling.replica_log import replica_log
+from controller.scaling.standby import Standby
 from functions.spec import FunctionSpec
 from runtime.rpc import inference_pb2 as pb
 from runtime.rpc.client import RuntimeRefused, RuntimeRpcError
@@ -28,6 +34,8 @@ GPU_BLOCK_SIZE = 64
 CPU_BLOCK_SIZE = 16
 
 PARK_TIMEOUT_S = 60.0
+UNLOAD_TIMEOUT_S = 10.0
+STANDBY_TIMEOUT_S = 2.0
 LOG_TAIL_LINES = 5
 LOG_TIMEOUT_S = 0.5
 
@@ -46,15 +54,15 @@ class ReplicaLost(Exception):
 
 
 def load_request(
-    spec: FunctionSpec, snapshot: str, max_model_len: int, gpus: Sequence[str]
+    spec: FunctionSpec, deployment: Deployment, replica: Replica, home: Home
 ) -> pb.LoadRequest:
-    """Return what a runtime is told to load."""
+    """Return what a runtime is told to load, and for whom."""
     engine = spec.engine
     usual_block_size = GPU_BLOCK_SIZE if spec.resources.gpus else CPU_BLOCK_SIZE
     return pb.LoadRequest(
-        snapshot=snapshot,
+        snapshot=deployment.snapshot,
         engine=pb.EngineConfig(
-            max_model_len=max_model_len,
+            max_model_len=deployment.max_model_len,
             max_num_seqs=engine.max_num_seqs,
             max_num_batched_tokens=engine.max_num_batched_tokens,
             gpu_memory_utilization=engine.gpu_memory_utilization,
@@ -64,8 +72,9 @@ def load_request(
             tensor_parallel_size=engine.tensor_parallel_size,
             dtype=spec.model.dtype,
         ),
-        device_uuids=gpus,
+        device_uuids=home.gpus,
         memory_limit_bytes=spec.resources.memory or 0,
+        owner=pb.Owner(replica_id=replica.id, function=spec.name, revision=replica.runtime_hash),
     )
 
 
@@ -78,41 +87,74 @@ class Effects:
         self._watches: dict[str, asyncio.Task[None]] = {}
 
     async def start(self, replica: Replica) -> None:
-        """Create a runtime, load the snapshot, open the stream."""
+        """Get a runtime, load the snapshot, open the stream."""
         function = self._function
         spec, deployment = function.spec, function.deployment
-        home = function.homes[replica.id]
-        activation = function.books.began(replica, Tier.STOPPED)
+        activation = function.books.began(replica, function.homes[replica.id].tier)
         async with self._translated(replica, limit_s=spec.timeouts.startup):
-            info = await home.backend.create(
-                RuntimeSpec(
-                    runtime_id=replica.id,
-                    function=function.name,
-                    revision=replica.runtime_hash,
-                    epoch=function.node.epoch,
-                    snapshot_store=function.node.snapshot_store,
-                    device_uuids=home.gpus,
-                    cpu=spec.resources.cpu,
-                    memory_bytes=spec.resources.memory,
-                )
-            )
-            link = RuntimeLink(function.node.connect(info.endpoint))
-            function.links[replica.id] = link
-            activation.lap("place")
-            await link.connection.wait_reachable(spec.timeouts.startup)
-            activation.lap("container_start")
+            link = await self._take_over(replica, activation)
+            if link is None:
+                link = await self._create(replica, activation)
             self.watch(replica, link)
             now = function.clock.monotonic()
             function.set.loading(replica, now=now, reason="runtime answers")
             function.changed()
             response = await link.connection.load(
-                load_request(spec, deployment.snapshot, deployment.max_model_len, home.gpus),
+                load_request(spec, deployment, replica, function.homes[replica.id]),
                 timeout_s=spec.timeouts.startup,
             )
             activation.lap_call(response.phases, rest="load_other")
             await link.attach()
             activation.lap("attach")
         function.ready(replica)
+
+    async def _take_over(self, replica: Replica, activation: Activation) -> RuntimeLink | None:
+        """Fit the standby runtime the replica was given, if it was; None if that is of no use."""
+        function = self._function
+        home = function.homes[replica.id]
+        if home.standby is None:
+            return None
+        link = function.links[replica.id] = home.standby.link
+        resources = function.spec.resources
+        try:
+            await home.backend.resize(
+                home.runtime_id, cpu=resources.cpu, memory_bytes=resources.memory
+            )
+            link.status = await link.connection.health(timeout_s=STANDBY_TIMEOUT_S)
+        except (BackendError, RuntimeRpcError) as error:
+            log.warning("standby not usable", runtime_id=home.runtime_id, error=str(error))
+            await self._delete(home)
+            await link.close()
+            function.homes[replica.id] = replace(
+                home, runtime_id=replica.id, tier=Tier.STOPPED, standby=None, is_generic=False
+            )
+            activation.from_tier = Tier.STOPPED
+            return None
+        activation.lap("place")
+        return link
+
+    async def _create(self, replica: Replica, activation: Activation) -> RuntimeLink:
+        """Start a runtime made for this replica."""
+        function, home = self._function, self._function.homes[replica.id]
+        spec = function.spec
+        info = await home.backend.create(
+            RuntimeSpec(
+                runtime_id=home.runtime_id,
+                function=function.name,
+                revision=replica.runtime_hash,
+                epoch=function.node.epoch,
+                snapshot_store=function.node.snapshot_store,
+                device_uuids=home.gpus,
+                cpu=spec.resources.cpu,
+                memory_bytes=spec.resources.memory,
+            )
+        )
+        link = RuntimeLink(function.node.connect(info.endpoint))
+        function.links[replica.id] = link
+        activation.lap("place")
+        await link.connection.wait_reachable(spec.timeouts.startup)
+        activation.lap("container_start")
+        return link
 
     async def wake(self, replica: Replica) -> None:
         """Bring a parked runtime back; one that does not come back is replaced by a start."""
@@ -149,9 +191,12 @@ class Effects:
         function.changed()
 
     async def stop(self, replica: Replica) -> None:
-        """Wait for the replica's leases, then remove it."""
+        """Wait for the replica's leases, then remove it; its runtime may go back to the pool."""
         await self._function.drained(replica)
-        await self.remove(replica)
+        if await self._give_back(replica):
+            await self._forget(replica)
+        else:
+            await self.remove(replica)
 
     async def remove(self, replica: Replica) -> None:
         """Remove a runtime for good and free its devices, trying for as long as that can help."""
@@ -160,18 +205,50 @@ class Effects:
         link = function.links.get(replica.id)
         if link is not None:
             await link.close()
-        backend, delay_s = function.homes[replica.id].backend, 0.1
-        await function.node.last_logs.keep(function.name, backend, replica.id)
+        home = function.homes[replica.id]
+        await function.node.last_logs.keep(function.name, home.backend, home.runtime_id)
+        await self._delete(home)
+        await self._forget(replica)
+
+    async def _give_back(self, replica: Replica) -> bool:
+        """End the engine and leave its runtime to the pool, if that wants it and it can be had."""
+        function, home = self._function, self._function.homes[replica.id]
+        link = function.links.get(replica.id)
+        if not home.is_generic or link is None or not function.node.standbys.wants(home.backend):
+            return False
+        await self._unwatch(replica)
+        await function.node.last_logs.keep(function.name, home.backend, home.runtime_id)
+        try:
+            await link.detach()
+            await link.connection.unload(timeout_s=UNLOAD_TIMEOUT_S)
+            await home.backend.resize(home.runtime_id, cpu=None, memory_bytes=None)
+        except (BackendError, RuntimeRpcError) as error:
+            log.info("runtime not reused", runtime_id=home.runtime_id, reason=str(error))
+            return False
+        if not function.node.standbys.wants(home.backend):
+            return False
+        function.node.standbys.give(
+            Standby(runtime_id=home.runtime_id, backend=home.backend, link=link)
+        )
+        return True
+
+    async def _delete(self, home: Home) -> None:
+        """Remove a runtime, trying for as long as that can help."""
+        delay_s = 0.1
         while True:
             try:
-                await backend.delete(replica.id)
-                break
+                await home.backend.delete(home.runtime_id)
+                return
             except BackendError as error:
-                log.warning("delete failed", replica_id=replica.id, error=str(error))
+                log.warning("delete failed", runtime_id=home.runtime_id, error=str(error))
                 if not error.temporary:
-                    break  # the sweep for orphans will find it, should it still be there
+                    return  # the sweep for orphans will find it, should it still be there
                 await asyncio.sleep(delay_s)
                 delay_s = min(2 * delay_s, 10.0)
+
+    async def _forget(self, replica: Replica) -> None:
+        """Note that nothing is left of a replica."""
+        function = self._function
         function.set.stopped(replica, now=function.clock.monotonic())
         function.changed()
         function.links.pop(replica.id, None)
@@ -268,10 +345,10 @@ class Effects:
     async def log_tail(self, replica: Replica) -> str:
         """Return the end of the runtime's log on one line, as far as it is to be had."""
         lines: list[str] = []
-        backend = self._function.homes[replica.id].backend
+        home = self._function.homes[replica.id]
         try:
             async with asyncio.timeout(LOG_TIMEOUT_S):
-                async for line in backend.logs(replica.id, tail=LOG_TAIL_LINES):
+                async for line in replica_log(home.backend, home.runtime_id, tail=LOG_TAIL_LINES):
                     lines.append(line)
         except (BackendError, TimeoutError):
             pass

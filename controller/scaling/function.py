@@ -84,6 +84,11 @@ class Function:
         return self.deployment.spec
 
     @property
+    def runtime_ids(self) -> set[str]:
+        """The runtimes its replicas live in."""
+        return {home.runtime_id for home in self.homes.values()}
+
+    @property
     def served_names(self) -> tuple[str, ...]:
         """Every model name that reaches this function."""
         return self.spec.served_names
@@ -101,7 +106,12 @@ class Function:
     @property
     def tier(self) -> Tier:
         """The warmest tier a new request would find."""
-        return self.set.tier
+        if self.set.tier is not Tier.STOPPED:
+            return self.set.tier
+        coming = (r for r in self.set.replicas.values() if r.state in COMING)
+        is_warm = any(self.homes[r.id].tier is Tier.STANDBY for r in coming if r.id in self.homes)
+        has_standby = is_warm or self.node.standbys.has_ready(self.backend)
+        return Tier.STANDBY if has_standby else Tier.STOPPED
 
     def generate(self, request: GenerationRequest) -> FunctionGeneration:
         """Prepare one generation; nothing happens until it is entered."""
@@ -299,23 +309,24 @@ class Function:
 
     def adopt(
         self,
-        info: RuntimeInfo,
+        replica_id: str,
+        runtime_hash: str,
+        home: Home,
         link: RuntimeLink,
         state: ReplicaState,
-        device_ids: tuple[str, ...],
     ) -> None:
         """Take over a runtime that an earlier controller left running."""
         now = self.clock.monotonic()
         replica = Replica(
-            id=info.runtime_id,
-            runtime_hash=info.revision,
+            id=replica_id,
+            runtime_hash=runtime_hash,
             lifecycle=Lifecycle(at=now, reason="adopted", state=state),
             idle_since=now,
         )
         self.links[replica.id] = link
-        self.homes[replica.id] = Home(device_ids=device_ids, backend=self.backend)
+        self.homes[replica.id] = home
         if state is ReplicaState.READY:
-            self.node.pool.claim(replica.id, device_ids)
+            self.node.pool.claim(replica.id, home.device_ids)
         self.set.adopt(replica)
         self._effects.watch(replica, link)
         self.books.publish()
@@ -323,8 +334,10 @@ class Function:
 
     async def exited(self, info: RuntimeInfo) -> None:
         """Hear from a backend that a runtime, of this function or another, has exited."""
-        replica = self.set.replicas.get(info.runtime_id)
-        if replica is not None:
+        for replica_id in [
+            k for k, home in self.homes.items() if home.runtime_id == info.runtime_id
+        ]:
+            replica = self.set.replicas[replica_id]
             code = "" if info.exit_code is None else f" with status {info.exit_code}"
             log_tail = await self._effects.log_tail(replica)
             self.lost(replica, f"the runtime exited{code}", log_tail=log_tail)
@@ -454,7 +467,7 @@ class Function:
                 if devices is None:
                     self.set.unplace(replica, parked=False, now=self.clock.monotonic())
                     continue
-                self.homes[replica.id] = Home(device_ids=devices, backend=self.backend)
+                self.homes[replica.id] = self._home(replica, devices)
                 effect = self._effects.start(replica)
             elif isinstance(instruction, WakeReplica):
                 if not self.node.pool.claim(replica.id, self.homes[replica.id].device_ids):
@@ -467,6 +480,20 @@ class Function:
                 effect = self._effects.stop(replica)
             self._effects.run(replica, effect)
         self.books.publish()
+
+    def _home(self, replica: Replica, devices: tuple[str, ...]) -> Home:
+        """Return a standby runtime for the replica, or one that is still to be made for it."""
+        standby = self.node.standbys.take(self.backend)
+        if standby is None:
+            return Home(runtime_id=replica.id, device_ids=devices, backend=self.backend)
+        return Home(
+            runtime_id=standby.runtime_id,
+            device_ids=devices,
+            backend=self.backend,
+            tier=Tier.STANDBY if standby.is_ready else Tier.STOPPED,
+            standby=standby,
+            is_generic=True,
+        )
 
     def _new_replica_id(self) -> str:
         return f"{self.name[:40].rstrip('-')}-{secrets.token_hex(4)}"

@@ -9,6 +9,7 @@ from pathlib import Path
 import structlog
 
 from controller.backends.base import BackendError, RuntimeBackend
+from controller.scaling.replica_log import replica_log
 
 log = structlog.get_logger(__name__)
 
@@ -32,7 +33,7 @@ class LastLogs:
         lines: list[str] = []
         try:
             async with asyncio.timeout(READ_TIMEOUT_S):
-                async for line in backend.logs(runtime_id, tail=MAX_LINES):
+                async for line in replica_log(backend, runtime_id, tail=MAX_LINES):
                     lines.append(line)
         except (BackendError, OSError) as error:  # running out of time is an OSError, too
             log.info("last log incomplete", runtime_id=runtime_id, error=str(error))

@@ -41,6 +41,9 @@ class RuntimeConnection(Protocol):
     async def wake(self, device_uuids: Sequence[str], *, timeout_s: float) -> pb.WakeResponse:
         """Reverse a park."""
 
+    async def unload(self, *, timeout_s: float) -> None:
+        """End the engine; the runtime stays."""
+
     async def health(self, *, timeout_s: float) -> pb.RuntimeStatus:
         """Return one status."""
 
@@ -81,11 +84,16 @@ class RuntimeLink:
         if self._attachment is None or self._attachment.is_broken:
             self._attachment = await self.connection.attach()
 
+    async def detach(self) -> None:
+        """Close the stream of sequences, and keep the connection."""
+        attachment, self._attachment = self._attachment, None
+        if attachment is not None:
+            await attachment.close()
+
     async def close(self) -> None:
         """Close stream and connection; errors of a runtime that is gone do not matter."""
         try:
-            if self._attachment is not None:
-                await self._attachment.close()
+            await self.detach()
             await self.connection.close()
         except RuntimeRpcError:
             pass

@@ -10,8 +10,10 @@ from controller.ledger.ledger import Ledger
 from controller.metrics import Metrics
 from controller.scaling.journal import Journal
 from controller.scaling.last_logs import LastLogs
+from controller.scaling.lifecycle import Tier
 from controller.scaling.link import Connect
 from controller.scaling.placement import CPU_DEVICE_ID, DevicePool
+from controller.scaling.standby import Standby, StandbyPool
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -21,6 +23,7 @@ class Node:
     clock: Clock
     connect: Connect
     pool: DevicePool
+    standbys: StandbyPool
     ledger: Ledger
     journal: Journal
     metrics: Metrics
@@ -32,10 +35,23 @@ class Node:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Home:
-    """Where a replica lives: the devices it was given and the backend that runs it."""
+    """Where a replica lives.
 
+    Attributes:
+        runtime_id: The runtime it is in; one that was in standby has a name of its own.
+        device_ids: The devices the replica was given.
+        backend: What runs the runtime.
+        tier: How warm the runtime was when the replica got it.
+        standby: The runtime as it was taken from the pool; None for one made for this replica.
+        is_generic: Whether the runtime could serve any function, and so go back to the pool.
+    """
+
+    runtime_id: str
     device_ids: tuple[str, ...]
     backend: RuntimeBackend
+    tier: Tier = Tier.STOPPED
+    standby: Standby | None = None
+    is_generic: bool = False
 
     @property
     def gpus(self) -> tuple[str, ...]:

@@ -42,6 +42,7 @@ from controller.scaling.reconcile import (
     remove_orphans,
     replace_silent,
 )
+from controller.scaling.replica_log import replica_log
 from controller.scaling.views import entry_view
 from functions.spec import FunctionSpec, revision
 from snapshots.errors import SnapshotError
@@ -85,6 +86,7 @@ class ControlPlane:
         self._background = Background()
         self._deploying = asyncio.Lock()
         node.pool.on_release(self.poke_all)
+        self._is_started = False
         self._started_at = node.clock.monotonic()
 
     # The registry, as the gateway sees it.
@@ -129,6 +131,8 @@ class ControlPlane:
         found = await self._find_adoptable(is_first=True)
         await self.node.ledger.recover(adopted_claims(found))
         _adopt(found)
+        self._is_started = True
+        self._keep_standbys()
         for entry in self._entries.values():
             self._reaper.follow_schedules(entry.spec, _poker(entry))
             if entry.function is not None:
@@ -155,11 +159,13 @@ class ControlPlane:
                 async with asyncio.timeout(timeout_s):
                     await asyncio.gather(*(function.stop() for function in self._all_functions()))
             except TimeoutError:
-                log.warning("runtimes left running", replica_ids=sorted(self._replica_ids()))
+                log.warning("runtimes left running", runtime_ids=sorted(self._runtime_ids()))
+        await self.node.standbys.close(remove=stop_runtimes)
         await self._background.cancel()
 
     async def sweep(self) -> None:
         """Have every function look at its deadlines."""
+        self.node.metrics.set_standbys(self.node.standbys.counts())
         for function in self._all_functions():
             function.sweep()
 
@@ -167,8 +173,9 @@ class ControlPlane:
         """Adopt what a backend that was away has kept, remove orphans, replace hung engines."""
         if self._unseen:
             _adopt(await self._find_adoptable(is_first=False))
+            self._keep_standbys()
         seen = [backend for backend in self._backends.values() if backend not in self._unseen]
-        await remove_orphans(seen, self._replica_ids)
+        await remove_orphans(seen, self._runtime_ids)
         await asyncio.gather(*(replace_silent(function) for function in self._functions().values()))
 
     def poke_all(self) -> None:
@@ -217,6 +224,7 @@ class ControlPlane:
             entry = self._entry(name)
             await self._store.delete(name)
             del self._entries[name]
+        self._keep_standbys()
         self._reaper.forget(name)
         if entry.builder is not None:
             entry.builder.cancel()
@@ -260,9 +268,10 @@ class ControlPlane:
             for line in await self.node.last_logs.lines(function.name, tail=tail):
                 yield line
         for replica_id in replica_ids[-1:] if follow else replica_ids:
-            backend = function.homes[replica_id].backend
+            home = function.homes[replica_id]
+            lines = replica_log(home.backend, home.runtime_id, tail=tail, follow=follow)
             try:
-                async for line in backend.logs(replica_id, tail=tail, follow=follow):
+                async for line in lines:
                     yield line
             except BackendError as error:
                 yield f"the log of {replica_id} cannot be read: {error}"
@@ -282,6 +291,7 @@ class ControlPlane:
                 }
                 for device in self.node.pool.devices
             ],
+            "standbys": self.node.standbys.counts(),
             "functions": len(self._entries),
             "replicas": sum(len(function.set.replicas) for function in functions),
         }
@@ -306,7 +316,7 @@ class ControlPlane:
         for backend in list(self._unseen):
             try:
                 found += await find_adoptable(
-                    backend, self._functions(), self._replica_ids, self.node
+                    backend, self._functions(), self._runtime_ids, self.node
                 )
             except BackendError as error:
                 # A machine without Docker needs no warning every time.
@@ -316,8 +326,14 @@ class ControlPlane:
                 self._unseen.remove(backend)
         return found
 
-    def _replica_ids(self) -> set[str]:
-        return {replica for function in self._all_functions() for replica in function.set.replicas}
+    def _runtime_ids(self) -> set[str]:
+        """Return every runtime that is somebody's: a function's, or the pool's."""
+        owned = {one for function in self._all_functions() for one in function.runtime_ids}
+        return owned | self.node.standbys.runtime_ids
+
+    def _keep_standbys(self) -> None:
+        """Have standbys for the backends that functions run on."""
+        self.node.standbys.use(function.backend for function in self._functions().values())
 
     async def _clear_up(self, entry: Entry) -> None:
         """Let go of what a deleted function held, unless its name has been deployed again."""
@@ -427,6 +443,8 @@ class ControlPlane:
             entry.function = Function(deployment, backend, self.node, created=created)
         else:
             entry.function.update(deployment, backend)
+        if self._is_started:
+            self._keep_standbys()
 
     def _own(self, function: Function) -> asyncio.Task[None]:
         return self._background.start(function.run(), f"own {function.name}")
@@ -451,7 +469,7 @@ class ControlPlane:
 
 def _adopt(found: Iterable[Found]) -> None:
     for one in found:
-        one.function.adopt(one.info, one.link, one.state, one.device_ids)
+        one.function.adopt(one.replica_id, one.runtime_hash, one.home, one.link, one.state)
 
 
 def _poker(entry: Entry) -> Callable[[], None]:

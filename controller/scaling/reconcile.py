@@ -4,6 +4,7 @@ import asyncio
 from collections.abc import Callable, Iterable, Mapping
 from collections.abc import Set as AbstractSet
 from dataclasses import dataclass
+from importlib.metadata import version
 
 import structlog
 
@@ -18,8 +19,9 @@ from controller.ledger.intervals import AdoptedClaim, LedgerState
 from controller.scaling.function import Function
 from controller.scaling.lifecycle import ReplicaState
 from controller.scaling.link import RuntimeLink
-from controller.scaling.node import Node
+from controller.scaling.node import Home, Node
 from controller.scaling.placement import CPU_DEVICE_ID
+from controller.scaling.standby import Standby
 from runtime.rpc import inference_pb2 as pb
 from runtime.rpc.client import RuntimeRpcError
 
@@ -39,14 +41,11 @@ class Found:
     """A running runtime that still fits its function."""
 
     function: Function
-    info: RuntimeInfo
+    replica_id: str
+    runtime_hash: str
+    home: Home
     link: RuntimeLink
     state: ReplicaState
-
-    @property
-    def device_ids(self) -> tuple[str, ...]:
-        """The devices it is on."""
-        return self.info.device_uuids or (CPU_DEVICE_ID,)
 
 
 async def find_adoptable(
@@ -57,7 +56,7 @@ async def find_adoptable(
 ) -> list[Found]:
     """Return a backend's running runtimes to take over; remove all others of this cluster.
 
-    Replicas that are owned already are left alone. The end of a removed one's log is kept.
+    Those without a model go to the pool. Replicas that are owned already are left alone. The end of a removed one's log is kept.
 
     Raises:
         BackendError: The backend cannot say what there is.
@@ -76,9 +75,9 @@ async def find_adoptable(
 def adopted_claims(found: Iterable[Found]) -> dict[str, AdoptedClaim]:
     """Return what the ledger must know of the replicas that were taken over, by id."""
     return {
-        candidate.info.runtime_id: AdoptedClaim(
+        candidate.replica_id: AdoptedClaim(
             function=candidate.function.name,
-            devices=candidate.device_ids,
+            devices=candidate.home.device_ids,
             state=LedgerState.PARKED
             if candidate.state is ReplicaState.PARKED
             else LedgerState.IDLE,
@@ -138,29 +137,58 @@ async def _check(
     functions: Mapping[str, Function],
     node: Node,
 ) -> Found | None:
-    function = functions.get(info.function)
-    fits = (
-        function is not None
-        and function.backend is backend
-        and function.deployment.runtime_hash == info.revision
-        and info.phase is RuntimePhase.RUNNING
-    )
-    if fits and function is not None:
-        link = RuntimeLink(node.connect(info.endpoint))
-        try:
+    link = RuntimeLink(node.connect(info.endpoint))
+    try:
+        if info.phase is RuntimePhase.RUNNING:
             link.status = await link.connection.health(timeout_s=HEALTH_TIMEOUT_S)
-            state = ADOPTABLE.get(link.status.state)
-            if state is not None:
+            if (found := _fit(info, backend, functions, link)) is not None:
                 await link.attach()
-                return Found(function=function, info=info, link=link, state=state)
-        except RuntimeRpcError as error:
-            log.warning("cannot adopt", runtime_id=info.runtime_id, error=str(error))
-        await link.close()
+                return found
+            if _is_standby(info, link.status):
+                node.standbys.give(Standby(runtime_id=info.runtime_id, backend=backend, link=link))
+                return None
+    except RuntimeRpcError as error:
+        log.warning("cannot adopt", runtime_id=info.runtime_id, error=str(error))
+    await link.close()
     log.info("removing a runtime that cannot be adopted", runtime_id=info.runtime_id)
-    if function is not None:
+    if (function := functions.get(link.status.owner.function or info.function)) is not None:
         await node.last_logs.keep(function.name, backend, info.runtime_id)
     try:
         await backend.delete(info.runtime_id)
     except BackendError as error:
         log.warning("delete failed", runtime_id=info.runtime_id, error=str(error))
     return None
+
+
+def _fit(
+    info: RuntimeInfo,
+    backend: RuntimeBackend,
+    functions: Mapping[str, Function],
+    link: RuntimeLink,
+) -> Found | None:
+    """Return the runtime as its owner's replica; None if that does not want it any more."""
+    status = link.status
+    function, state = functions.get(status.owner.function), ADOPTABLE.get(status.state)
+    if function is None or state is None or function.backend is not backend:
+        return None
+    if function.deployment.runtime_hash != status.owner.revision:
+        return None
+    home = Home(
+        runtime_id=info.runtime_id,
+        device_ids=tuple(status.device_uuids) or (CPU_DEVICE_ID,),
+        backend=backend,
+        is_generic=not info.function,
+    )
+    return Found(
+        function=function,
+        replica_id=status.owner.replica_id,
+        runtime_hash=status.owner.revision,
+        home=home,
+        link=link,
+        state=state,
+    )
+
+
+def _is_standby(info: RuntimeInfo, status: pb.RuntimeStatus) -> bool:
+    is_generic = not info.function and status.build == version("coldspark")
+    return is_generic and status.state == pb.RUNTIME_STATE_STANDBY

@@ -235,3 +235,21 @@ async def until_exited(harness: Harness, runtime_id: str) -> None:
     async with asyncio.timeout(SOON_S):
         await lines_of(harness.backend.logs(runtime_id, follow=True))
     assert (await harness.backend.inspect(runtime_id)).phase is RuntimePhase.EXITED
+
+
+async def test_limits_of_a_running_runtime_can_be_set(harness: Harness) -> None:
+    info = await harness.backend.create(spec())
+    incarnation = await harness.incarnation(info)
+    await harness.backend.resize(info.runtime_id, cpu=1.0, memory_bytes=512 << 20)
+    await harness.backend.resize(info.runtime_id, cpu=0.5, memory_bytes=1 << 30)
+    assert await harness.incarnation(info) == incarnation, "it runs on"
+
+
+async def test_limits_never_set_need_no_lifting(harness: Harness) -> None:
+    info = await harness.backend.create(spec())
+    await harness.backend.resize(info.runtime_id, cpu=None, memory_bytes=None)
+
+
+async def test_limits_of_what_does_not_exist_cannot_be_set(harness: Harness) -> None:
+    with pytest.raises(RuntimeNotFound):
+        await harness.backend.resize("nobody", cpu=1.0, memory_bytes=None)

@@ -29,7 +29,7 @@ class Node:
     def __init__(self, home: Path) -> None:
         self.home = home
         self.url = ""
-        self.environment = {"COLDSPARK_HOME": str(home)}
+        self.environment = {"COLDSPARK_HOME": str(home), "COLDSPARK_STANDBY_REPLICAS": "0"}
         self._process: subprocess.Popen[bytes] | None = None
 
     def start(self) -> None:

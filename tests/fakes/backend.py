@@ -69,6 +69,8 @@ class FakeBackend:
         self.delete_s = delete_s
         self.error: BackendError | None = None  # raised by every operation while set
         self.create_error: BackendError | None = None  # raised by creations while set
+        self.resize_error: BackendError | None = None  # raised by changes of limits while set
+        self.limits: dict[str, tuple[float | None, int | None]] = {}
         self.created: list[RuntimeSpec] = []
         self.deleted: list[str] = []
 
@@ -98,6 +100,12 @@ class FakeBackend:
                 device_uuids=spec.device_uuids,
             )
         return await self.inspect(spec.runtime_id)
+
+    async def resize(self, runtime_id: str, *, cpu: float | None, memory_bytes: int | None) -> None:
+        await self.inspect(runtime_id)
+        if self.resize_error is not None:
+            raise self.resize_error
+        self.limits[runtime_id] = (cpu, memory_bytes)
 
     async def delete(self, runtime_id: str, *, grace_s: float = 5.0) -> None:
         self._check()

@@ -3,6 +3,7 @@
 import asyncio
 from collections.abc import AsyncIterator, Sequence
 from dataclasses import dataclass, field
+from importlib.metadata import version
 
 from runtime.rpc import inference_pb2 as pb
 from runtime.rpc.client import RuntimeRefused, RuntimeUnavailable, SequenceSink
@@ -18,7 +19,7 @@ class FakeRuntime:
     park_s: float = 0.1
     wake_s: float = 0.2
     step_s: float = 0.01
-    fails: set[str] = field(default_factory=set)  # of "load", "park", "wake"
+    fails: set[str] = field(default_factory=set)  # of "load", "park", "wake", "unload"
     state: int = pb.RUNTIME_STATE_STANDBY
     calls: list[str] = field(default_factory=list)
     sequences: dict[int, asyncio.Task[None]] = field(default_factory=dict)
@@ -29,11 +30,16 @@ class FakeRuntime:
     num_submitted: int = 0
     num_cached_tokens: int = 0
     heartbeat_age_s: float = 0.0
+    owner: pb.Owner | None = None
+    device_uuids: list[str] = field(default_factory=list)
 
     def status(self) -> pb.RuntimeStatus:
         """What it says about itself."""
         held = WEIGHTS_BYTES if self.state == pb.RUNTIME_STATE_READY else 0
         return pb.RuntimeStatus(
+            build=version("coldspark"),
+            owner=self.owner,
+            device_uuids=self.device_uuids,
             state=self.state,  # type: ignore[arg-type]  # the stubs want the enum type
             memory=pb.Memory(weights_bytes=held),
             heartbeat_age_s=self.heartbeat_age_s,
@@ -142,6 +148,8 @@ class FakeConnection:
 
     async def load(self, request: pb.LoadRequest, *, timeout_s: float) -> pb.LoadResponse:
         """Become ready."""
+        self._runtime.owner = request.owner
+        self._runtime.device_uuids = list(request.device_uuids)
         await self._runtime.work("load", self._runtime.load_s)
         self._runtime.enter(pb.RUNTIME_STATE_READY)
         return pb.LoadResponse(phases=[pb.Phase(name="read", seconds=self._runtime.load_s)])
@@ -159,6 +167,12 @@ class FakeConnection:
         await self._runtime.work("wake", self._runtime.wake_s)
         self._runtime.enter(pb.RUNTIME_STATE_READY)
         return pb.WakeResponse(phases=[pb.Phase(name="read", seconds=self._runtime.wake_s)])
+
+    async def unload(self, *, timeout_s: float) -> None:
+        """Be in standby again."""
+        await self._runtime.work("unload", 0.05)
+        self._runtime.owner, self._runtime.device_uuids = None, []
+        self._runtime.enter(pb.RUNTIME_STATE_STANDBY)
 
     async def health(self, *, timeout_s: float) -> pb.RuntimeStatus:
         """Say how it is."""

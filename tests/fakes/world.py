@@ -18,6 +18,7 @@ from controller.scaling.journal import Entry, Journal
 from controller.scaling.last_logs import LastLogs
 from controller.scaling.node import Node
 from controller.scaling.placement import CPU_DEVICE_ID, Device, DeviceKind, DevicePool
+from controller.scaling.standby import StandbyPool
 from functions.spec import FunctionSpec
 from runtime.rpc import inference_pb2 as pb
 from tests.fakes.backend import FakeBackend
@@ -100,11 +101,16 @@ class World:
 
     Args:
         num_gpus: How many GPUs the machine has.
+        num_standbys: How many runtimes are kept in standby.
         make_runtime: Makes the runtime behind each new endpoint.
     """
 
     def __init__(
-        self, *, num_gpus: int = 0, make_runtime: Callable[[], FakeRuntime] = FakeRuntime
+        self,
+        *,
+        num_gpus: int = 0,
+        num_standbys: int = 0,
+        make_runtime: Callable[[], FakeRuntime] = FakeRuntime,
     ) -> None:
         self.backend = FakeBackend()
         self.runtimes: dict[str, FakeRuntime] = {}
@@ -125,6 +131,12 @@ class World:
             clock=clock,
             connect=self.connect,
             pool=DevicePool(devices),
+            standbys=StandbyPool(
+                size=num_standbys,
+                connect=self.connect,
+                snapshot_store=Path("/nowhere"),
+                gpus=tuple(gpu.id for gpu in gpus),
+            ),
             ledger=self.ledger,
             journal=Journal(self.write),
             metrics=Metrics(),

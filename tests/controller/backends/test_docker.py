@@ -105,6 +105,19 @@ async def test_the_engine_enforces_the_limits(
 
 
 @pytest.mark.docker
+async def test_limits_are_set_on_a_running_container_and_cannot_be_lifted(
+    harness: DockerHarness, client: docker.DockerClient
+) -> None:
+    await harness.backend.create(spec())
+    await harness.backend.resize("r-1", cpu=0.5, memory_bytes=256 << 20)
+    config = client.api.inspect_container(container_name("test", "r-1"))["HostConfig"]
+    assert config["Memory"] == config["MemorySwap"] == 256 << 20
+    assert config["CpuQuota"] / config["CpuPeriod"] == 0.5
+    with pytest.raises(BackendError, match="the cpu and memory limit of 'r-1' cannot be lifted"):
+        await harness.backend.resize("r-1", cpu=None, memory_bytes=None)
+
+
+@pytest.mark.docker
 async def test_directories_are_private_and_removed(
     harness: DockerHarness, runtimes_dir: Path
 ) -> None:

@@ -19,9 +19,11 @@ from controller.errors import (
     RuntimeDied,
 )
 from controller.scaling.entry import StoredFunction
+from controller.scaling.lifecycle import Tier
 from controller.scaling.plane import ControlPlane
 from controller.scaling.preparation import BuildProgress, PreparationFailed
 from controller.scaling.reaper import Reaper
+from controller.scaling.standby import REFILL_DELAY_S
 from functions.spec import FunctionSpec
 from snapshots.store import SnapshotStore
 from tests.fakes.runtime import FakeRuntime
@@ -49,10 +51,11 @@ class MemoryStore:
 class Machine:
     """What outlives a controller: store, snapshots and the backend's runtimes."""
 
-    def __init__(self, snapshot: Path) -> None:
+    def __init__(self, snapshot: Path, *, num_standbys: int = 0) -> None:
         self.store = MemoryStore()
         self.snapshot = snapshot
-        self.world = World()
+        self.num_standbys = num_standbys
+        self.world = World(num_standbys=num_standbys)
         self.world.node = replace(self.world.node, snapshot_store=snapshot.parent)
         self.build_error = ""
         self.unforeseen: Exception | None = None
@@ -61,7 +64,7 @@ class Machine:
 
     def restart(self) -> None:
         """Forget everything a controller keeps in memory."""
-        old, self.world = self.world, World()
+        old, self.world = self.world, World(num_standbys=self.num_standbys)
         self.world.backend, self.world.runtimes = old.backend, old.runtimes
         self.world.node = replace(self.world.node, snapshot_store=self.snapshot.parent)
 
@@ -506,3 +509,40 @@ async def test_the_serving_revision_serves_on_after_a_restart_during_a_build(
         assert (await until_built(plane))["snapshot_state"] == "ready"
         assert plane.view("tiny")["source"] == "./model"
         assert await collect(plane.resolve("tiny")) == [3, 4, 5, 6]
+
+
+async def test_standbys_and_replicas_in_them_outlive_the_controller(smollm2_snapshot: Path) -> None:
+    machine = Machine(smollm2_snapshot, num_standbys=1)
+    (built,) = (
+        s for s in SnapshotStore(smollm2_snapshot.parent).list() if s.path == smollm2_snapshot
+    )
+    async with machine.controller() as plane:
+        await plane.deploy(spec_of(model={"source": built.manifest.source.location}), "fake")
+        await until_built(plane)
+        await asyncio.sleep(0.1)
+        await collect(plane.resolve("tiny"))
+        await asyncio.sleep(REFILL_DELAY_S + 0.1)
+        (replica,) = plane.resolve("tiny").set.replicas
+        assert plane.status()["standbys"] == {"fake": {"ready": 1, "starting": 0}}
+    machine.restart()
+    async with machine.controller() as plane:
+        await plane.reconcile()
+        assert plane.resolve("tiny").tier is Tier.READY
+        assert set(plane.resolve("tiny").set.replicas) == {replica}, "its books go on"
+        assert await collect(plane.resolve("tiny")) == [3, 4, 5, 6]
+        assert plane.status()["standbys"] == {"fake": {"ready": 1, "starting": 0}}
+        assert not machine.world.backend.deleted
+        assert len(machine.world.backend.created) == 2
+
+
+async def test_standbys_go_with_the_last_function_that_could_use_them(
+    smollm2_snapshot: Path,
+) -> None:
+    machine = Machine(smollm2_snapshot, num_standbys=1)
+    async with machine.controller() as plane:
+        await plane.deploy(spec_of(), "fake")
+        await until_built(plane)
+        await asyncio.sleep(0.1)
+        await plane.delete("tiny")
+        await asyncio.sleep(0.1)
+        assert not machine.world.backend.machine.runtimes

@@ -1,0 +1,259 @@
+"""Runtimes without a model, everything imported and no device touched, for whoever starts next.
+
+The pool keeps a number of them for each backend in use. Taking one is a decision and costs
+nothing; making another is work that waits until what was taken has had time to load.
+"""
+
+import asyncio
+import secrets
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import structlog
+
+from controller.backends.base import BackendError, RuntimeBackend, RuntimeInfo, RuntimeSpec
+from controller.scaling.background import Background
+from controller.scaling.link import Connect, RuntimeLink
+from controller.scaling.policy import backoff_s
+from runtime.rpc import inference_pb2 as pb
+from runtime.rpc.client import RuntimeRpcError
+
+log = structlog.get_logger(__name__)
+
+STARTUP_TIMEOUT_S = 120.0
+REFILL_DELAY_S = 2.0
+"""Imports compete with the load of what was just taken for the same cores."""
+
+
+@dataclass(slots=True, kw_only=True, eq=False)
+class Standby:
+    """One runtime without a model, its connection open."""
+
+    runtime_id: str
+    backend: RuntimeBackend
+    link: RuntimeLink
+
+    @property
+    def is_ready(self) -> bool:
+        """Whether it can fork an engine at once."""
+        return self.link.status.state == pb.RUNTIME_STATE_STANDBY
+
+
+@dataclass(slots=True, kw_only=True)
+class _Shelf:
+    """What the pool knows of one backend."""
+
+    members: dict[str, Standby] = field(default_factory=dict)
+    coming: set[str] = field(default_factory=set)
+    num_failures: int = 0
+    last_error: str = ""
+
+    @property
+    def size(self) -> int:
+        return len(self.members) + len(self.coming)
+
+
+class StandbyPool:
+    """Keeps runtimes in standby. Event loop only.
+
+    Args:
+        size: How many for each backend in use; 0 keeps none.
+        connect: Opens a connection to a runtime.
+        snapshot_store: Mounted into each, since nobody knows yet what it will load.
+        gpus: UUIDs of all GPUs, for the same reason.
+        epoch: The controller's.
+    """
+
+    def __init__(
+        self,
+        *,
+        size: int,
+        connect: Connect,
+        snapshot_store: Path,
+        gpus: tuple[str, ...] = (),
+        epoch: int = 0,
+    ) -> None:
+        self.size = size
+        self._connect = connect
+        self._snapshot_store = snapshot_store
+        self._gpus = gpus
+        self._epoch = epoch
+        self._shelves: dict[RuntimeBackend, _Shelf] = {}
+        self._in_use: set[RuntimeBackend] = set()
+        self._leaving: set[str] = set()
+        self._background = Background()
+        self._watches: dict[str, asyncio.Task[None]] = {}
+
+    @property
+    def runtime_ids(self) -> set[str]:
+        """The ids of all, those included that are being made or removed."""
+        kept = {one for backend in self._shelves for one in self._ids(backend)}
+        return kept | self._leaving
+
+    def counts(self) -> Mapping[str, Mapping[str, int]]:
+        """Return how many are ready and starting, by the backend's name."""
+        return {
+            backend.name: {
+                "ready": (ready := sum(one.is_ready for one in shelf.members.values())),
+                "starting": shelf.size - ready,
+            }
+            for backend, shelf in self._shelves.items()
+        }
+
+    def use(self, backends: Iterable[RuntimeBackend]) -> None:
+        """Keep runtimes for these backends, and for no others."""
+        self._in_use = set(backends)
+        for backend in self._in_use:
+            self._refill(backend)
+        for backend, shelf in self._shelves.items():
+            for standby in list(shelf.members.values())[self._wanted(backend) :]:
+                self._discard(standby)
+
+    def has_ready(self, backend: RuntimeBackend) -> bool:
+        """Return whether one could load at once."""
+        shelf = self._shelves.get(backend)
+        return shelf is not None and any(one.is_ready for one in shelf.members.values())
+
+    def wants(self, backend: RuntimeBackend) -> bool:
+        """Return whether the pool would keep one more; those still to be made do not count."""
+        shelf = self._shelves.get(backend)
+        return (0 if shelf is None else len(shelf.members)) < self._wanted(backend)
+
+    def take(self, backend: RuntimeBackend) -> Standby | None:
+        """Hand over the one that is nearest to ready; None when there is none."""
+        shelf = self._shelves.get(backend)
+        if shelf is None or not shelf.members:
+            return None
+        standby = max(shelf.members.values(), key=lambda one: one.is_ready)
+        del shelf.members[standby.runtime_id]
+        self._unwatch(standby)
+        self._refill(backend, delay_s=REFILL_DELAY_S)
+        return standby
+
+    def give(self, standby: Standby) -> None:
+        """Take one in: unloaded by a function, or left by an earlier controller."""
+        self._shelf(standby.backend).members[standby.runtime_id] = standby
+        self._watches[standby.runtime_id] = self._background.start(
+            self._follow(standby), f"watch {standby.runtime_id}"
+        )
+
+    async def close(self, *, remove: bool) -> None:
+        """Make no more, and remove those there are or leave them to the next controller."""
+        self._in_use = set()
+        ids = [(backend, one) for backend in self._shelves for one in self._ids(backend)]
+        links = [one.link for shelf in self._shelves.values() for one in shelf.members.values()]
+        await self._background.cancel()
+        self._shelves.clear()
+        await asyncio.gather(*(link.close() for link in links))
+        if remove:
+            await asyncio.gather(*(self._delete(backend, one) for backend, one in ids))
+
+    def _wanted(self, backend: RuntimeBackend) -> int:
+        return self.size if backend in self._in_use else 0
+
+    def _shelf(self, backend: RuntimeBackend) -> _Shelf:
+        return self._shelves.setdefault(backend, _Shelf())
+
+    def _ids(self, backend: RuntimeBackend) -> list[str]:
+        shelf = self._shelf(backend)
+        return [*shelf.members, *shelf.coming]
+
+    def _refill(self, backend: RuntimeBackend, *, delay_s: float = 0.0) -> None:
+        shelf = self._shelf(backend)
+        while shelf.size < self._wanted(backend):
+            runtime_id = f"standby-{secrets.token_hex(4)}"
+            shelf.coming.add(runtime_id)
+            wait_s = max(delay_s, backoff_s(shelf.num_failures))
+            _ = self._background.start(
+                self._make(backend, runtime_id, wait_s), f"make {runtime_id}"
+            )
+
+    async def _make(self, backend: RuntimeBackend, runtime_id: str, delay_s: float) -> None:
+        """Bring one up; whatever happens, its place is free again afterwards or taken by it."""
+        shelf = self._shelf(backend)
+        standby: Standby | None = None
+        try:
+            await asyncio.sleep(delay_s)
+            if not self.wants(backend):
+                return
+            info = await backend.create(self._spec(runtime_id))
+            standby = self.member(info, backend)
+            await standby.link.connection.wait_reachable(STARTUP_TIMEOUT_S)
+            shelf.coming.discard(runtime_id)
+            self.give(standby)
+            if len(shelf.members) > self._wanted(backend):
+                self._discard(standby)
+        except (BackendError, RuntimeRpcError) as error:
+            self._note_failure(backend, str(error))
+            await self._delete(backend, runtime_id)
+            if standby is not None:
+                await standby.link.close()
+        finally:
+            shelf.coming.discard(runtime_id)
+            self._refill(backend)
+
+    def member(self, info: RuntimeInfo, backend: RuntimeBackend) -> Standby:
+        """Return a runtime that exists as one of ours, its connection opened."""
+        link = RuntimeLink(self._connect(info.endpoint))
+        return Standby(runtime_id=info.runtime_id, backend=backend, link=link)
+
+    def _spec(self, runtime_id: str) -> RuntimeSpec:
+        return RuntimeSpec(
+            runtime_id=runtime_id,
+            function="",
+            revision="",
+            epoch=self._epoch,
+            snapshot_store=self._snapshot_store,
+            device_uuids=self._gpus,
+        )
+
+    async def _follow(self, standby: Standby) -> None:
+        """Keep its status until it is taken; one that fails or goes away is replaced."""
+        shelf = self._shelf(standby.backend)
+        reason = "the runtime closed its connection"
+        try:
+            async for status in standby.link.connection.watch():
+                was_ready, standby.link.status = standby.is_ready, status
+                if standby.is_ready and not was_ready:
+                    shelf.num_failures, shelf.last_error = 0, ""
+                if status.state == pb.RUNTIME_STATE_FAILED:
+                    reason = status.error
+                    break
+        except RuntimeRpcError as error:
+            reason = str(error)
+        self._note_failure(standby.backend, f"{standby.runtime_id} was lost: {reason}")
+        self._watches.pop(standby.runtime_id, None)
+        self._discard(standby)
+        self._refill(standby.backend)
+
+    def _note_failure(self, backend: RuntimeBackend, error: str) -> None:
+        shelf = self._shelf(backend)
+        shelf.num_failures += 1
+        if error != shelf.last_error:
+            log.warning("no standby", backend=backend.name, error=error)
+        shelf.last_error = error
+
+    def _discard(self, standby: Standby) -> None:
+        self._shelf(standby.backend).members.pop(standby.runtime_id, None)
+        self._unwatch(standby)
+        self._leaving.add(standby.runtime_id)
+        _ = self._background.start(self._remove(standby), f"remove {standby.runtime_id}")
+
+    def _unwatch(self, standby: Standby) -> None:
+        watch = self._watches.pop(standby.runtime_id, None)
+        if watch is not None:
+            watch.cancel()
+
+    async def _remove(self, standby: Standby) -> None:
+        try:
+            await standby.link.close()
+            await self._delete(standby.backend, standby.runtime_id)
+        finally:
+            self._leaving.discard(standby.runtime_id)
+
+    async def _delete(self, backend: RuntimeBackend, runtime_id: str) -> None:
+        try:
+            await backend.delete(runtime_id)
+        except BackendError as error:  # the sweep for orphans will find it
+            log.warning("delete failed", runtime_id=runtime_id, error=str(error))
