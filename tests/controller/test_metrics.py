@@ -54,6 +54,12 @@ def test_failed_cold_start_is_counted_but_is_no_duration() -> None:
     assert samples(metrics, "cold_start_phase_seconds_sum") == {("f", "queue"): 1.0}
 
 
+def test_standbys_are_counted_by_backend_and_state() -> None:
+    metrics = Metrics()
+    metrics.set_standbys({"docker": {"ready": 1, "starting": 2}})
+    assert samples(metrics, "standbys") == {("docker", "ready"): 1, ("docker", "starting"): 2}
+
+
 def test_replica_states_that_are_left_out_vanish() -> None:
     metrics = Metrics()
     metrics.set_replicas("f", {"ready": 2, "starting": 1})

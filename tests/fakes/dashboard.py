@@ -138,6 +138,7 @@ class FakeHouse:
                 {"id": "cpu:0", "kind": "cpu", "memory_bytes": 24 << 30, "used_bytes": 5 << 30}
             ],
             "functions": len(self.functions),
+            "standbys": {},
             "replicas": 2,
         }
 
