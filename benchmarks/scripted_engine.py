@@ -10,6 +10,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from runtime.config import EngineConfig
+from runtime.engine.pooling import PoolingRequest
 from runtime.engine.sequence import (
     FinishedSequence,
     FinishReason,
@@ -18,6 +19,7 @@ from runtime.engine.sequence import (
     StepResult,
 )
 from runtime.engine_api import OnProgress
+from runtime.errors import InvalidSequence
 
 STEP_S = "SCRIPTED_STEP_S"  # variable with the seconds between steps
 VOCAB = (200, 49000)  # token ids that a small model's tokenizer has, special ones left out
@@ -89,6 +91,10 @@ class ScriptedEngine:
         self._left[request.key] = request.sampling.max_tokens
         self._requests[request.key] = request
         self._new.add(request.key)
+
+    def submit_text(self, request: PoolingRequest) -> None:
+        """Refuse: the script generates."""
+        raise InvalidSequence("the script generates")
 
     def cancel(self, key: SequenceKey) -> None:
         """End a sequence with the next step."""

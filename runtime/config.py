@@ -19,6 +19,9 @@ class EngineConfig:
         memory_limit_bytes: Host memory the engine may use; 0 for no limit.
         dtype: "auto" takes the snapshot's; else bfloat16, float16 or float32.
         tensor_parallel_size: Number of ranks.
+        task: "generate" or "embed".
+        pooling: How token vectors become a text's, to embed: mean, cls or last.
+        normalize: Whether embeddings are scaled to length 1.
     """
 
     max_model_len: int = 0
@@ -32,3 +35,6 @@ class EngineConfig:
     memory_limit_bytes: int = 0
     dtype: str = "auto"
     tensor_parallel_size: int = 1
+    task: str = "generate"
+    pooling: str = ""
+    normalize: bool = False

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Protocol, TypeVar
 
 from runtime.config import EngineConfig
+from runtime.engine.pooling import PoolingRequest
 from runtime.engine.sequence import SequenceKey, SequenceRequest, StepResult
 
 OnProgress = Callable[[int, int], None]  # bytes done, bytes in all
@@ -66,6 +67,9 @@ class StepEngine(Protocol):
 
     def submit(self, request: SequenceRequest) -> None:
         """Queue a sequence, or raise InvalidSequence."""
+
+    def submit_text(self, request: PoolingRequest) -> None:
+        """Queue a text to embed, or raise InvalidSequence."""
 
     def cancel(self, key: SequenceKey) -> None:
         """End a sequence; the next step reports it. An unknown key is ignored."""

@@ -11,10 +11,13 @@ from runtime.config import EngineConfig
 from runtime.cpu.runner import CpuRunner
 from runtime.engine.engine import Engine
 from runtime.errors import LoadFailed
+from runtime.pooling.engine import PoolingEngine
+from runtime.pooling.runner import PoolingRunner
 
 if TYPE_CHECKING:
     from runtime.gpu.runner import GpuRunner
 
+EMBED = "embed"
 # Imports Triton, which a machine without a GPU need not have. Imported here, before the fork.
 GPU_RUNNER = "runtime.gpu.runner"
 if torch.version.cuda is not None and Path("/dev/nvidiactl").exists():
@@ -24,7 +27,9 @@ if torch.version.cuda is not None and Path("/dev/nvidiactl").exists():
 class TorchEngineFactory:
     """Builds engines over tensors; implements `runtime.engine_api.EngineFactory`."""
 
-    def open_runner(self, snapshot: Path, config: EngineConfig) -> "CpuRunner | GpuRunner":
+    def open_runner(
+        self, snapshot: Path, config: EngineConfig
+    ) -> "CpuRunner | GpuRunner | PoolingRunner":
         """Read a snapshot's configuration; weights come later.
 
         It computes on the GPU that this process is bound to, on the CPU if it is bound to none.
@@ -34,6 +39,8 @@ class TorchEngineFactory:
         """
         devices = os.environ.get("CUDA_VISIBLE_DEVICES", "")
         if not devices:
+            if config.task == EMBED:
+                return PoolingRunner.open(snapshot, config)
             return CpuRunner.open(snapshot, config)
         if not torch.cuda.is_available():
             raise LoadFailed(
@@ -41,9 +48,15 @@ class TorchEngineFactory:
                 "install a build of torch for CUDA and give the runtime the device, or set "
                 "resources.gpus to 0"
             )
+        if config.task == EMBED:
+            return PoolingRunner.open(snapshot, config, "cuda")
         runner: GpuRunner = importlib.import_module(GPU_RUNNER).GpuRunner.open(snapshot, config)
         return runner
 
-    def build_engine(self, config: EngineConfig, runner: "CpuRunner | GpuRunner") -> Engine:
+    def build_engine(
+        self, config: EngineConfig, runner: "CpuRunner | GpuRunner | PoolingRunner"
+    ) -> Engine | PoolingEngine:
         """Join a runner, its memory in place, with a scheduler."""
+        if isinstance(runner, PoolingRunner):
+            return PoolingEngine(config, runner)
         return Engine(config, runner, runner.eos_token_ids)

@@ -96,7 +96,25 @@ class EngineHandle:
         Raises:
             RuntimeFault: The engine refused, or died.
         """
+        return await self._call(next(self._ids), kind, request, response_type)
+
+    async def embed(self, request: pb.EmbedRequest) -> pb.EmbedResponse:
+        """Have texts embedded; a caller that is cancelled takes them along.
+
+        Raises:
+            RuntimeFault: The engine refused, or died.
+        """
         call_id = next(self._ids)
+        try:
+            return await self._call(call_id, FrameKind.EMBED, request, pb.EmbedResponse)
+        except asyncio.CancelledError:
+            self._calls.pop(call_id, None)
+            self._connection.write(Frame(FrameKind.CANCEL_CALL, call_id))
+            raise
+
+    async def _call(
+        self, call_id: int, kind: FrameKind, request: Message, response_type: type[ResponseT]
+    ) -> ResponseT:
         answer: asyncio.Future[bytes] = asyncio.get_running_loop().create_future()
         self._calls[call_id] = answer
         self._connection.write(Frame(kind, call_id, request.SerializeToString()))
@@ -155,9 +173,11 @@ class EngineHandle:
             case FrameKind.STATUS:
                 self._on_status(pb.RuntimeStatus.FromString(frame.payload))
             case FrameKind.REPLY:
-                self._calls.pop(frame.id).set_result(frame.payload)
+                if answer := self._calls.pop(frame.id, None):  # its caller may have left
+                    answer.set_result(frame.payload)
             case FrameKind.REFUSAL:
-                self._calls.pop(frame.id).set_exception(decode_fault(frame.payload))
+                if answer := self._calls.pop(frame.id, None):
+                    answer.set_exception(decode_fault(frame.payload))
             case _:
                 raise AssertionError(f"{frame.kind!r} is never sent by an engine")
 

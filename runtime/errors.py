@@ -7,6 +7,7 @@ RuntimeFault
 ├── WrongState          FAILED_PRECONDITION  not allowed in the runtime's present state
 ├── LoadFailed          FAILED_PRECONDITION  this snapshot cannot be loaded with this configuration
 ├── SnapshotDamaged     DATA_LOSS            the files are not what the manifest says
+├── TextFailed          ABORTED              one text could not be embedded; others are not affected
 ├── OutOfMemory         RESOURCE_EXHAUSTED   weights or KV blocks do not fit
 ├── StreamOverflow      RESOURCE_EXHAUSTED   the reader of a stream is too slow
 ├── EngineDied          UNAVAILABLE          the engine ended without being asked
@@ -48,6 +49,10 @@ class SnapshotDamaged(RuntimeFault):
     """The snapshot's files are not what its manifest says."""
 
 
+class TextFailed(RuntimeFault):
+    """A text could not be embedded, through no fault of its own."""
+
+
 class OutOfMemory(RuntimeFault):
     """Weights or KV blocks do not fit the memory that is free or allowed."""
 
@@ -75,6 +80,7 @@ GRPC_STATUS: Mapping[type[RuntimeFault], str] = {
     WrongState: "FAILED_PRECONDITION",
     LoadFailed: "FAILED_PRECONDITION",
     SnapshotDamaged: "DATA_LOSS",
+    TextFailed: "ABORTED",
     OutOfMemory: "RESOURCE_EXHAUSTED",
     StreamOverflow: "RESOURCE_EXHAUSTED",
     EngineDied: "UNAVAILABLE",

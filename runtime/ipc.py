@@ -30,6 +30,8 @@ class FrameKind(IntEnum):
     PARK = 2
     WAKE = 3
     DRAIN = 4
+    EMBED = 12
+    CANCEL_CALL = 13  # of an EMBED whose caller has left
     # Server to engine; the id is a stream.
     ATTACH_REQUEST = 5
     CLOSE_STREAM = 6

@@ -53,6 +53,10 @@ class RuntimeServicer:
         """Answer Load."""
         return await self._supervisor.load(request)
 
+    async def embed(self, request: pb.EmbedRequest, _context: object) -> pb.EmbedResponse:
+        """Answer Embed."""
+        return await self._supervisor.embed(request)
+
     async def park(self, request: pb.ParkRequest, _context: object) -> pb.ParkResponse:
         """Answer Park."""
         return await self._supervisor.park(request)
@@ -112,6 +116,7 @@ def service_handler(servicer: RuntimeServicer) -> "grpc.GenericRpcHandler[Any, A
     """Return the handlers of all RPCs; Attach has no serializers and so passes bytes."""
     handlers = {
         "Load": _unary(servicer.load, pb.LoadRequest),
+        "Embed": _unary(servicer.embed, pb.EmbedRequest),
         "Park": _unary(servicer.park, pb.ParkRequest),
         "Wake": _unary(servicer.wake, pb.WakeRequest),
         "Drain": _unary(servicer.drain, pb.DrainRequest),

@@ -12,6 +12,8 @@ import structlog
 from google.protobuf.message import DecodeError, Message
 
 from runtime.drains import Drains
+from runtime.embeds import Embeds
+from runtime.engine.pooling import Pooled
 from runtime.engine.sequence import SequenceKey, StepResult
 from runtime.engine_api import Runner, StepEngine
 from runtime.errors import (
@@ -66,6 +68,7 @@ class StepLoop:
         self._runner = runner
         self._residency = Residency(engine, runner, device_uuids=device_uuids)
         self._drains = Drains(engine)
+        self._embeds = Embeds(engine)
         self._live: set[SequenceKey] = set()
         self._outbox: list[Frame] = []
         self._last_active_unix_us = 0
@@ -112,6 +115,10 @@ class StepLoop:
                 self._attach_request(frame)
             case FrameKind.CLOSE_STREAM:
                 self._engine.cancel_stream(frame.id)
+            case FrameKind.EMBED:
+                self._embed(frame)
+            case FrameKind.CANCEL_CALL:
+                self._embeds.cancel(frame.id)
             case FrameKind.PARK:
                 self._answer(frame, self._residency.park)
             case FrameKind.WAKE:
@@ -149,11 +156,25 @@ class StepLoop:
             log.exception("submit_failed", **key._asdict())
             self._reject(key, submit, as_fault(error))
 
-    def _check_accepts(self, key: SequenceKey) -> None:
+    def _embed(self, frame: Frame) -> None:
+        try:
+            self._check_serves()
+            self._embeds.start(frame.id, pb.EmbedRequest.FromString(frame.payload))
+        except RuntimeFault as fault:
+            log.info("texts_refused", call_id=frame.id, fault=type(fault).__name__)
+            self._send(FrameKind.REFUSAL, frame.id, encode_fault(fault))
+        except Exception as error:  # one call must not end the others
+            log.exception("embed_failed", call_id=frame.id)
+            self._send(FrameKind.REFUSAL, frame.id, encode_fault(as_fault(error)))
+
+    def _check_serves(self) -> None:
         if self._residency.is_parked:
             raise WrongState("the engine is parked: wake it first")
         if self._drains.has_begun:
             raise WrongState("the runtime is draining and takes no new sequence")
+
+    def _check_accepts(self, key: SequenceKey) -> None:
+        self._check_serves()
         if key in self._live:
             raise InvalidSequence(f"sequence {key.sequence_id} is already running on this stream")
 
@@ -191,8 +212,19 @@ class StepLoop:
             outputs[finished.key.stream_id].finished.append(finished_message(finished))
             self._live.discard(finished.key)
             self._last_active_unix_us = time.time_ns() // 1000
+        if result.pooled:
+            self._finish_texts(result.pooled)
         for stream_id, output in outputs.items():
             self._send(FrameKind.STEP_OUTPUT, stream_id, output.SerializeToString())
+
+    def _finish_texts(self, pooled: Sequence[Pooled]) -> None:
+        """Answer the calls whose last text this step has embedded."""
+        for call_id, answer in self._embeds.take(pooled):
+            if isinstance(answer, RuntimeFault):
+                self._send(FrameKind.REFUSAL, call_id, encode_fault(answer))
+            else:
+                self._reply(call_id, answer)
+            self._last_active_unix_us = time.time_ns() // 1000
 
     def _answer(self, frame: Frame, operation: Callable[[], Message]) -> None:
         try:
@@ -206,7 +238,7 @@ class StepLoop:
 
     def _report_if_due(self) -> None:
         silence_s = time.monotonic() - self._reported_at
-        is_busy = bool(self._live)
+        is_busy = self._is_busy
         if (
             silence_s >= HEARTBEAT_S
             or is_busy != self._reported_busy
@@ -214,9 +246,13 @@ class StepLoop:
         ):
             self._report()
 
+    @property
+    def _is_busy(self) -> bool:
+        return bool(self._live) or self._embeds.has_calls
+
     def _report(self) -> None:
         self._reported_at = time.monotonic()
-        self._reported_busy = bool(self._live)
+        self._reported_busy = self._is_busy
         status = pb.RuntimeStatus(
             memory=memory_message(self._runner),
             load=load_figures(self._engine.figures()),

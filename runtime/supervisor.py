@@ -86,6 +86,18 @@ class Supervisor:
         log.info("assigned", replica_id=request.owner.replica_id, snapshot=request.snapshot)
         return await self._to_the_end(self._load(request), name="load")
 
+    async def embed(self, request: pb.EmbedRequest) -> pb.EmbedResponse:
+        """Embed texts; a caller that leaves takes them along.
+
+        Raises:
+            WrongState: Not READY, or the engine generates.
+            InvalidSequence: A text that the engine cannot embed; none of the call was.
+            RuntimeFault: The engine could not.
+        """
+        if self._board.state != pb.RUNTIME_STATE_READY:
+            raise WrongState(f"cannot embed: the runtime is {self._state_name}")
+        return await self._living_engine.embed(request)
+
     async def park(self, request: pb.ParkRequest) -> pb.ParkResponse:
         """Give back weights and KV cache.
 

@@ -285,7 +285,8 @@ def _check_nothing_left(
         for piece in tensor.pieces
     }
     # A tied head may be stored all the same.
-    used |= {numbered(part.name, None) for part in architecture.head.parts}
+    if architecture.head is not None:
+        used |= {numbered(part.name, None) for part in architecture.head.parts}
     left = [
         name
         for name in checkpoint.tensors

@@ -115,7 +115,7 @@ def plan(
 
 def parts_of(architecture: Architecture, shape: ModelShape) -> Iterator[tuple[Part, int | None]]:
     """Yield every part a checkpoint may hold, with its layer."""
-    for fused in (architecture.embedding, *architecture.final, architecture.head):
+    for fused in (*architecture.embedding, *architecture.final, *_head(architecture)):
         yield from ((part, None) for part in fused.parts)
     for layer in range(shape.num_layers):
         for fused in architecture.layer:
@@ -130,11 +130,16 @@ def numbered(name: str, layer: int | None) -> str:
 def _groups(
     architecture: Architecture, shape: ModelShape, present: Collection[str]
 ) -> Iterator[Iterator[tuple[FusedTensor, int | None]]]:
-    yield iter([(architecture.embedding, None)])
+    yield ((fused, None) for fused in architecture.embedding)
     for layer in range(shape.num_layers):
         yield ((fused, layer) for fused in architecture.layer if _is_wanted(fused, layer, present))
-    head = () if shape.is_tied else (architecture.head,)
-    yield ((fused, None) for fused in (*architecture.final, *head))
+    last = (*architecture.final, *(() if shape.is_tied else _head(architecture)))
+    if last:
+        yield ((fused, None) for fused in last)
+
+
+def _head(architecture: Architecture) -> tuple[FusedTensor, ...]:
+    return () if architecture.head is None else (architecture.head,)
 
 
 def _is_wanted(fused: FusedTensor, layer: int, present: Collection[str]) -> bool:

@@ -23,7 +23,12 @@ class Span(NamedTuple):
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ModelShape:
-    """What the weights of a decoder are sized by."""
+    """What the weights of a model are sized by.
+
+    Attributes:
+        num_positions: Rows of a table of positions; 0 where none is declared.
+        num_token_types: Rows of a table of token types; 0 where none is declared.
+    """
 
     num_layers: int
     hidden_size: int
@@ -33,6 +38,8 @@ class ModelShape:
     intermediate_size: int
     vocab_size: int
     is_tied: bool
+    num_positions: int = 0
+    num_token_types: int = 0
 
     @classmethod
     def from_config(cls, config: Mapping[str, Any]) -> Self:
@@ -57,6 +64,8 @@ class ModelShape:
             intermediate_size=_size(config, "intermediate_size"),
             vocab_size=_size(config, "vocab_size"),
             is_tied=config.get("tie_word_embeddings", False) is True,
+            num_positions=_optional_size(config, "max_position_embeddings"),
+            num_token_types=_optional_size(config, "type_vocab_size"),
         )
 
     def size(self, dim: Dim) -> int:
@@ -67,6 +76,8 @@ class ModelShape:
             Dim.KEY_VALUE: self.num_kv_heads * self.head_dim,
             Dim.INTERMEDIATE: self.intermediate_size,
             Dim.VOCABULARY: self.vocab_size,
+            Dim.POSITION: self.num_positions,
+            Dim.TOKEN_TYPE: self.num_token_types,
         }[dim]
 
     def rank_size(self, dim: Dim, num_ranks: int) -> int:
@@ -119,3 +130,7 @@ def _size(config: Mapping[str, Any], key: str, default: int | None = None) -> in
     if type(value) is not int or not 1 <= value < MAX_SIZE:
         raise SourceInvalid(f"config.json: {key} is {value!r}, expected a positive number")
     return value
+
+
+def _optional_size(config: Mapping[str, Any], key: str) -> int:
+    return 0 if config.get(key) is None else _size(config, key)

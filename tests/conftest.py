@@ -20,6 +20,7 @@ if not Path("/dev/nvidiactl").exists():
 
 REPOSITORY = Path(__file__).resolve().parent.parent
 SMOLLM2_GGUF = REPOSITORY / "models" / "smollm2" / "SmolLM2-135M-Instruct.Q4_1.gguf"
+MINILM = REPOSITORY / "models" / "minilm"
 SNAPSHOT_STORE = REPOSITORY / ".coldspark" / "test-snapshots"
 
 
@@ -41,6 +42,24 @@ def smollm2_snapshot(smollm2_gguf: Path) -> Path:
 def smollm2_snapshot_fp32(smollm2_gguf: Path) -> Path:
     """Return the directory of a float32 snapshot of the small real model, kept between runs."""
     return _snapshot(smollm2_gguf, "float32")
+
+
+@pytest.fixture(scope="session")
+def minilm() -> Path:
+    """Return the directory of the small real embedding model."""
+    if not (MINILM / "model.safetensors").is_file():
+        pytest.fail(f"{MINILM} is missing: run `make model`", pytrace=False)
+    return MINILM
+
+
+@pytest.fixture(scope="session")
+def minilm_snapshot(minilm: Path) -> Path:
+    """Return the directory of a snapshot of the embedding model, kept between runs."""
+    from snapshots.builder import build  # most tests need no torch
+    from snapshots.sources.directory import DirectorySource
+    from snapshots.store import SnapshotStore
+
+    return build(DirectorySource(minilm), SnapshotStore(SNAPSHOT_STORE)).snapshot.path
 
 
 def _snapshot(source: Path, dtype: str) -> Path:

@@ -4,15 +4,13 @@ Plain objects over fused tensors, no modules: a forward pass at one token is mos
 every call saved in a layer is saved thirty times.
 """
 
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 
-import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 from runtime.cpu.attention import AttentionPlan, paged_attention
-from runtime.cpu.linear import Linear, PackedLinear, PlainLinear
-from runtime.errors import LoadFailed
+from runtime.cpu.builder import PartBuilder
 from runtime.model.config import ModelConfig
 from runtime.model.rope import Rope, rotate
 
@@ -35,12 +33,12 @@ class Llama:
     def __init__(
         self, config: ModelConfig, weights: Mapping[str, Tensor], *, is_packed: bool
     ) -> None:
-        builder = _Builder(weights, is_packed=is_packed)
+        builder = PartBuilder(weights, is_packed=is_packed)
         self.config = config
         self.embedding = builder.tensor("embed_tokens.weight")
-        self.dtype = torch.float32 if is_packed else self.embedding.dtype
+        self.dtype = builder.dtype_of(self.embedding)
         self._rope = Rope(config.rope, config.head_dim)
-        self._norm = builder.norm("norm", config.rms_norm_eps)
+        self._norm = builder.rms_norm("norm", config.rms_norm_eps)
         self._head = builder.linear("embed_tokens" if config.tie_word_embeddings else "lm_head")
         head_packables = builder.take_packables()
         self.packables = [head_packables] if head_packables else []
@@ -74,15 +72,15 @@ class Llama:
 class _Layer:
     """Attention and MLP, each added to the residual stream, which is updated in place."""
 
-    def __init__(self, config: ModelConfig, builder: "_Builder", name: str) -> None:
+    def __init__(self, config: ModelConfig, builder: PartBuilder, name: str) -> None:
         self._head_dim = config.head_dim
         self._num_heads = config.num_heads
         self._q_size = config.num_heads * config.head_dim
         self._num_qk_heads = config.num_heads + config.num_kv_heads
-        self._input_norm = builder.norm(f"{name}.input_layernorm", config.rms_norm_eps)
+        self._input_norm = builder.rms_norm(f"{name}.input_layernorm", config.rms_norm_eps)
         self._qkv = builder.linear(f"{name}.self_attn.qkv_proj")
         self._output = builder.linear(f"{name}.self_attn.o_proj")
-        self._mlp_norm = builder.norm(f"{name}.post_attention_layernorm", config.rms_norm_eps)
+        self._mlp_norm = builder.rms_norm(f"{name}.post_attention_layernorm", config.rms_norm_eps)
         self._gate_up = builder.linear(f"{name}.mlp.gate_up_proj")
         self._down = builder.linear(f"{name}.mlp.down_proj")
 
@@ -101,36 +99,3 @@ class _Layer:
         hidden.add_(self._output(attended))
         gate, up = self._gate_up(self._mlp_norm(hidden)).chunk(2, dim=-1)
         hidden.add_(self._down(F.silu(gate).mul_(up)))
-
-
-class _Builder:
-    """Makes parts out of named tensors and notes which of them can be packed."""
-
-    def __init__(self, weights: Mapping[str, Tensor], *, is_packed: bool) -> None:
-        self._weights = weights
-        self._is_packed = is_packed
-        self._packables: list[PackedLinear] = []
-
-    def take_packables(self) -> list[PackedLinear]:
-        taken, self._packables = self._packables, []
-        return taken
-
-    def tensor(self, name: str) -> Tensor:
-        if name not in self._weights:
-            raise LoadFailed(f"the snapshot has no tensor {name!r}: build it again")
-        return self._weights[name]
-
-    def norm(self, name: str, eps: float) -> Callable[[Tensor], Tensor]:
-        weight = self.tensor(f"{name}.weight")
-        if self._is_packed:
-            weight = weight.float()
-        shape = weight.shape
-        return lambda x: F.rms_norm(x, shape, weight, eps)
-
-    def linear(self, name: str) -> Linear:
-        weight, bias = self.tensor(f"{name}.weight"), self._weights.get(f"{name}.bias")
-        if not self._is_packed:
-            return PlainLinear(weight, bias)
-        linear = PackedLinear(weight, bias)
-        self._packables.append(linear)
-        return linear

@@ -17,6 +17,7 @@ from runtime.engine.batch import (
 )
 from runtime.engine.block_manager import BlockManager
 from runtime.engine.pacing import Pacing
+from runtime.engine.pooling import PoolingRequest
 from runtime.engine.scheduler import Scheduler
 from runtime.engine.sequence import (
     Sequence,
@@ -138,6 +139,10 @@ class Engine:
                 token_ids=list(request.prompt_token_ids),
             )
         )
+
+    def submit_text(self, request: PoolingRequest) -> None:
+        """Refuse: nothing is embedded here."""
+        raise InvalidSequence("this function generates and does not embed: ask for text")
 
     def cancel(self, key: SequenceKey) -> None:
         """End a sequence and free its blocks now; the next step reports it."""

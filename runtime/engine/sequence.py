@@ -14,7 +14,10 @@ from collections.abc import Mapping
 from collections.abc import Sequence as SequenceOf
 from dataclasses import dataclass, field
 from enum import StrEnum
-from typing import NamedTuple
+from typing import TYPE_CHECKING, NamedTuple
+
+if TYPE_CHECKING:
+    from runtime.engine.pooling import Pooled
 
 
 class SequenceKey(NamedTuple):
@@ -127,12 +130,14 @@ class StepResult:
     Attributes:
         started: Sequences whose first token this is, with the prompt tokens that were cached.
         logprobs: Of the tokens whose sequences asked for it.
+        pooled: Texts that were embedded, by an engine whose task that is.
     """
 
     tokens: list[tuple[SequenceKey, int]]
     finished: list[FinishedSequence]
     started: Mapping[SequenceKey, int] = field(default_factory=dict)
     logprobs: Mapping[SequenceKey, TokenLogprobs] = field(default_factory=dict)
+    pooled: "SequenceOf[Pooled]" = ()
 
 
 @dataclass(slots=True, kw_only=True, eq=False)

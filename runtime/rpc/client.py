@@ -67,6 +67,7 @@ _ERRORS: dict[grpc.StatusCode, type[RuntimeRpcError]] = {
     grpc.StatusCode.UNAUTHENTICATED: RuntimeRefused,
     grpc.StatusCode.ALREADY_EXISTS: RuntimeRefused,
     grpc.StatusCode.DATA_LOSS: RuntimeRefused,
+    grpc.StatusCode.ABORTED: RuntimeRefused,
 }
 
 
@@ -237,6 +238,11 @@ class RuntimeClient:
         """Load a snapshot; on a timeout the runtime goes on loading."""
         with _translated():
             return await self._stub.Load(request, timeout=timeout_s)
+
+    async def embed(self, request: pb.EmbedRequest, *, timeout_s: float) -> pb.EmbedResponse:
+        """Embed texts; cancelling drops those that have not been computed."""
+        with _translated():
+            return await self._stub.Embed(request, timeout=timeout_s)
 
     async def park(self, *, timeout_s: float) -> pb.ParkResponse:
         """Have the runtime give back weights and KV cache; refused while sequences run."""

@@ -49,6 +49,11 @@ class RuntimeServiceStub:
                 request_serializer=runtime_dot_rpc_dot_inference__pb2.AttachRequest.SerializeToString,
                 response_deserializer=runtime_dot_rpc_dot_inference__pb2.StepOutput.FromString,
                 _registered_method=True)
+        self.Embed = channel.unary_unary(
+                '/coldspark.runtime.v1.RuntimeService/Embed',
+                request_serializer=runtime_dot_rpc_dot_inference__pb2.EmbedRequest.SerializeToString,
+                response_deserializer=runtime_dot_rpc_dot_inference__pb2.EmbedResponse.FromString,
+                _registered_method=True)
         self.Park = channel.unary_unary(
                 '/coldspark.runtime.v1.RuntimeService/Park',
                 request_serializer=runtime_dot_rpc_dot_inference__pb2.ParkRequest.SerializeToString,
@@ -98,6 +103,14 @@ class RuntimeServiceServicer:
         """Submits and cancels sequences; answers with one StepOutput per engine step that concerns
         this stream, after an empty first one that says the stream is open. Parking and waking do not
         end it; closing it, the client's side alone included, cancels its sequences.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
+    def Embed(self, request, context):
+        """Embeds the texts of one call, for an engine whose task that is; all of them or none. Leaving
+        drops those that have not been computed.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
@@ -156,6 +169,11 @@ def add_RuntimeServiceServicer_to_server(servicer, server):
                     servicer.Attach,
                     request_deserializer=runtime_dot_rpc_dot_inference__pb2.AttachRequest.FromString,
                     response_serializer=runtime_dot_rpc_dot_inference__pb2.StepOutput.SerializeToString,
+            ),
+            'Embed': grpc.unary_unary_rpc_method_handler(
+                    servicer.Embed,
+                    request_deserializer=runtime_dot_rpc_dot_inference__pb2.EmbedRequest.FromString,
+                    response_serializer=runtime_dot_rpc_dot_inference__pb2.EmbedResponse.SerializeToString,
             ),
             'Park': grpc.unary_unary_rpc_method_handler(
                     servicer.Park,
@@ -264,6 +282,33 @@ class RuntimeService:
             '/coldspark.runtime.v1.RuntimeService/Attach',
             runtime_dot_rpc_dot_inference__pb2.AttachRequest.SerializeToString,
             runtime_dot_rpc_dot_inference__pb2.StepOutput.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def Embed(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/coldspark.runtime.v1.RuntimeService/Embed',
+            runtime_dot_rpc_dot_inference__pb2.EmbedRequest.SerializeToString,
+            runtime_dot_rpc_dot_inference__pb2.EmbedResponse.FromString,
             options,
             channel_credentials,
             insecure,

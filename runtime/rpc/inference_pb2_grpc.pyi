@@ -46,6 +46,10 @@ class RuntimeServiceStub:
     this stream, after an empty first one that says the stream is open. Parking and waking do not
     end it; closing it, the client's side alone included, cancels its sequences.
     """
+    Embed: _grpc.UnaryUnaryMultiCallable[_inference_pb2.EmbedRequest, _inference_pb2.EmbedResponse]
+    """Embeds the texts of one call, for an engine whose task that is; all of them or none. Leaving
+    drops those that have not been computed.
+    """
     Park: _grpc.UnaryUnaryMultiCallable[_inference_pb2.ParkRequest, _inference_pb2.ParkResponse]
     """Gives back weights and KV memory, keeps the engine process. Needs no sequence in flight."""
     Wake: _grpc.UnaryUnaryMultiCallable[_inference_pb2.WakeRequest, _inference_pb2.WakeResponse]
@@ -72,6 +76,10 @@ class RuntimeServiceAsyncStub(RuntimeServiceStub):
     """Submits and cancels sequences; answers with one StepOutput per engine step that concerns
     this stream, after an empty first one that says the stream is open. Parking and waking do not
     end it; closing it, the client's side alone included, cancels its sequences.
+    """
+    Embed: _aio.UnaryUnaryMultiCallable[_inference_pb2.EmbedRequest, _inference_pb2.EmbedResponse]  # type: ignore[assignment]
+    """Embeds the texts of one call, for an engine whose task that is; all of them or none. Leaving
+    drops those that have not been computed.
     """
     Park: _aio.UnaryUnaryMultiCallable[_inference_pb2.ParkRequest, _inference_pb2.ParkResponse]  # type: ignore[assignment]
     """Gives back weights and KV memory, keeps the engine process. Needs no sequence in flight."""
@@ -114,6 +122,16 @@ class RuntimeServiceServicer(metaclass=_abc_1.ABCMeta):
         """Submits and cancels sequences; answers with one StepOutput per engine step that concerns
         this stream, after an empty first one that says the stream is open. Parking and waking do not
         end it; closing it, the client's side alone included, cancels its sequences.
+        """
+
+    @_abc_1.abstractmethod
+    def Embed(
+        self,
+        request: _inference_pb2.EmbedRequest,
+        context: _ServicerContext,
+    ) -> _typing.Union[_inference_pb2.EmbedResponse, _abc.Awaitable[_inference_pb2.EmbedResponse]]:
+        """Embeds the texts of one call, for an engine whose task that is; all of them or none. Leaving
+        drops those that have not been computed.
         """
 
     @_abc_1.abstractmethod

@@ -104,17 +104,21 @@ _DOWN = FusedTensor(
 
 LLAMA = Architecture(
     name="llama",
+    classes=("LlamaForCausalLM",),
+    activations=("silu", "swish"),
     gguf_name="llama",
-    embedding=FusedTensor(
-        name="embed_tokens.weight",
-        parts=(
-            Part(
-                name="model.embed_tokens.weight",
-                gguf="token_embd.weight",
-                shape=(Dim.VOCABULARY, Dim.HIDDEN),
+    embedding=(
+        FusedTensor(
+            name="embed_tokens.weight",
+            parts=(
+                Part(
+                    name="model.embed_tokens.weight",
+                    gguf="token_embd.weight",
+                    shape=(Dim.VOCABULARY, Dim.HIDDEN),
+                ),
             ),
+            shard_axis=0,
         ),
-        shard_axis=0,
     ),
     layer=(
         _INPUT_NORM,

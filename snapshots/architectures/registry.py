@@ -6,13 +6,12 @@ The runtime checks again when it loads; here it is said before a download and a 
 from collections.abc import Mapping
 from typing import Any
 
+from snapshots.architectures.bert import BERT
 from snapshots.architectures.llama import LLAMA
 from snapshots.architectures.weights import Architecture
 from snapshots.errors import SourceInvalid, SourceUnsupported
 
-ARCHITECTURES = (LLAMA,)
-CLASSES = ("LlamaForCausalLM",)
-ACTIVATIONS = ("silu", "swish")
+ARCHITECTURES = (LLAMA, BERT)
 ROPE_TYPES = ("default", "linear", "llama3")
 
 
@@ -20,7 +19,8 @@ def architecture_of(config: Mapping[str, Any]) -> Architecture:
     """Return the architecture of a transformers config.
 
     Raises:
-        SourceUnsupported: There is none, or its activation or rotary scaling is not computed here.
+        SourceUnsupported: There is none, or its activation, its kind of positions or its rotary
+            scaling is not computed here.
         SourceInvalid: The rotary scaling is malformed.
     """
     model_type = config.get("model_type")
@@ -30,14 +30,29 @@ def architecture_of(config: Mapping[str, Any]) -> Architecture:
     else:
         known = ", ".join(architecture.name for architecture in ARCHITECTURES)
         raise SourceUnsupported(f"no weight map for model_type {model_type!r} (known: {known})")
-    name = next(iter(config.get("architectures") or CLASSES))
-    _check("architecture", name, CLASSES)
-    _check("activation", config.get("hidden_act", "silu"), ACTIVATIONS)
+    name = next(iter(config.get("architectures") or architecture.classes))
+    _check("architecture", name, architecture.classes)
+    activation = config.get("hidden_act", architecture.activations[0])
+    _check("activation", activation, architecture.activations)
+    if architecture is BERT:
+        _check_encoder(config)
+    else:
+        _check_rope(config)
+    return architecture
+
+
+def _check_encoder(config: Mapping[str, Any]) -> None:
+    positions = config.get("position_embedding_type", "absolute")
+    _check("position_embedding_type", positions, ("absolute",))
+    if config.get("is_decoder"):
+        raise SourceUnsupported("config.json: a BERT that decodes is not supported")
+
+
+def _check_rope(config: Mapping[str, Any]) -> None:
     rope = _rope_parameters(config)
     _check("rope type", rope.get("rope_type") or rope.get("type") or "default", ROPE_TYPES)
     if rope.get("partial_rotary_factor", 1.0) != 1.0:
         raise SourceUnsupported("config.json: partial rotary embeddings are not supported")
-    return architecture
 
 
 def _check(what: str, value: object, known: tuple[str, ...]) -> None:

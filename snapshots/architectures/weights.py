@@ -16,6 +16,8 @@ class Dim(StrEnum):
     KEY_VALUE = "num_key_value_heads * head_dim"
     INTERMEDIATE = "intermediate_size"
     VOCABULARY = "vocab_size"
+    POSITION = "max_position_embeddings"
+    TOKEN_TYPE = "type_vocab_size"
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -59,20 +61,24 @@ class Architecture:
 
     Attributes:
         name: transformers' `model_type`.
-        gguf_name: `general.architecture` in GGUF files.
+        classes: transformers' `architectures` that are computed.
+        activations: transformers' `hidden_act` that are computed; the first is the default.
+        gguf_name: `general.architecture` in GGUF files; None where they are not read.
         embedding: Before the layers.
         layer: Of each layer.
         final: After the layers.
-        head: The output projection; left out when tied to the embedding.
+        head: The output projection; left out when tied to the embedding. None for an encoder.
         ignored: Regular expressions of checkpoint names that hold nothing to serve.
         has_interleaved_gguf: Whether GGUF files hold the rows of rotary parts interleaved.
     """
 
     name: str
-    gguf_name: str
-    embedding: FusedTensor
+    classes: tuple[str, ...]
+    activations: tuple[str, ...]
+    gguf_name: str | None
+    embedding: tuple[FusedTensor, ...]
     layer: tuple[FusedTensor, ...]
     final: tuple[FusedTensor, ...]
-    head: FusedTensor
+    head: FusedTensor | None
     ignored: tuple[str, ...] = ()
     has_interleaved_gguf: bool = False

@@ -2,7 +2,7 @@
 
 import os
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Set
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -21,6 +21,7 @@ from snapshots.sources.companions import (
 from snapshots.sources.paths import (
     CONFIG_FILES,
     INDEX_FILE,
+    POOLING_FILES,
     TOKENIZER_FILES,
     boundary_of,
     contained,
@@ -29,10 +30,12 @@ from snapshots.sources.paths import (
     pickle_refused,
     read_json,
 )
+from snapshots.sources.pooling import write_pooling
 
 if TYPE_CHECKING:
     import torch
 
+COUNTERS = frozenset({"I64"})  # such as the list of positions in old BERT checkpoints: no weights
 _SHARD_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]*\.safetensors", re.ASCII)
 
 
@@ -46,7 +49,7 @@ class DirectorySource:
     def identify(self) -> Identity:
         """Return the directory's identity, by names, sizes and times of its files."""
         files = weight_files(self._directory)
-        for name in (*CONFIG_FILES, *TOKENIZER_FILES, INDEX_FILE):
+        for name in (*CONFIG_FILES, *TOKENIZER_FILES, INDEX_FILE, *POOLING_FILES):
             if (self._directory / name).exists():
                 files.append(self._directory / name)
         return Identity(
@@ -69,9 +72,10 @@ class DirectoryCheckpoint:
         self._directory = directory
         self._boundary = boundary_of(directory)
         self._places: dict[str, tuple[int, Path, Header]] = {}
+        self._counters: set[str] = set()
         for path in weight_files(directory):
             self._open_weights(path, stack)
-        _check_index(directory, self._places)
+        _check_index(directory, self._places, self._counters)
         self.config: Mapping[str, Any] = read_json(self._file("config.json"))
         if self.config.get("quantization_config"):
             raise SourceUnsupported(
@@ -114,6 +118,8 @@ class DirectoryCheckpoint:
             self._convert_tokenizer(directory)
         write_chat_template(directory)
         (directory / "chat_template.json").unlink(missing_ok=True)
+        found = [name for name in POOLING_FILES if (self._directory / name).exists()]
+        write_pooling(directory, {name: self._file(name) for name in found})
         check_tokenizer(directory)
 
     def _convert_tokenizer(self, directory: Path) -> None:
@@ -131,6 +137,9 @@ class DirectoryCheckpoint:
         except HeaderError as error:
             raise SourceInvalid(f"{path} is not a safetensors file: {error}") from error
         for name, slot in header.tensors.items():
+            if slot.dtype in COUNTERS:
+                self._counters.add(name)
+                continue
             if name in self._places:
                 raise SourceInvalid(
                     f"{name} is in both {self._places[name][1].name} and {path.name}"
@@ -185,10 +194,14 @@ def _index(directory: Path) -> dict[str, str]:
     return weight_map
 
 
-def _check_index(directory: Path, places: Mapping[str, tuple[int, Path, Header]]) -> None:
+def _check_index(
+    directory: Path, places: Mapping[str, tuple[int, Path, Header]], left_out: Set[str]
+) -> None:
     if not (directory / INDEX_FILE).exists():
         return
     for tensor, file in _index(directory).items():
+        if tensor in left_out:
+            continue
         if tensor not in places or places[tensor][1].name != file:
             raise SourceInvalid(f"{file} does not hold {tensor}, as {INDEX_FILE} says")
 

@@ -138,7 +138,7 @@ def _architecture(reader: "GGUFReader", path: Path) -> Architecture:
     for architecture in ARCHITECTURES:
         if architecture.gguf_name == found:
             return architecture
-    known = ", ".join(architecture.gguf_name for architecture in ARCHITECTURES)
+    known = ", ".join(filter(None, (architecture.gguf_name for architecture in ARCHITECTURES)))
     raise SourceUnsupported(f"no weight map for {found!r} in {path} (known: {known})")
 
 

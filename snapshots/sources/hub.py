@@ -29,6 +29,7 @@ from snapshots.sources.directory import DirectorySource
 from snapshots.sources.paths import (
     CONFIG_FILES,
     INDEX_FILE,
+    POOLING_FILES,
     TOKENIZER_FILES,
     is_pickle,
     pickle_refused,
@@ -41,7 +42,7 @@ if TYPE_CHECKING:
 CONFIG_FILE = "config.json"
 
 _WEIGHTS = "*.safetensors"
-_SMALL_FILES = (*CONFIG_FILES, *TOKENIZER_FILES, INDEX_FILE)
+_SMALL_FILES = (*CONFIG_FILES, *TOKENIZER_FILES, INDEX_FILE, *POOLING_FILES)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

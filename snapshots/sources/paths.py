@@ -21,6 +21,7 @@ TOKENIZER_FILES = (
     "vocab.json",
     "merges.txt",
 )
+POOLING_FILES = ("modules.json", "sentence_bert_config.json", "1_Pooling/config.json")
 INDEX_FILE = "model.safetensors.index.json"
 MAX_JSON_BYTES = 256 << 20
 
@@ -75,15 +76,31 @@ def read_json(path: Path) -> dict[str, Any]:
     Raises:
         SourceInvalid: It is too large, not JSON, or not an object.
     """
-    if path.stat().st_size > MAX_JSON_BYTES:
-        raise SourceInvalid(f"{path} is over {MAX_JSON_BYTES} bytes, too large for what it is")
-    try:
-        content = json.loads(path.read_bytes())
-    except (ValueError, RecursionError) as error:
-        raise SourceInvalid(f"{path} is not JSON: {error}") from error
+    content = _parsed(path)
     if not isinstance(content, dict):
         raise SourceInvalid(f"{path} is not a JSON object")
     return content
+
+
+def read_json_list(path: Path) -> list[Any]:
+    """Read a JSON array of bounded size.
+
+    Raises:
+        SourceInvalid: It is too large, not JSON, or not an array.
+    """
+    content = _parsed(path)
+    if not isinstance(content, list):
+        raise SourceInvalid(f"{path} is not a JSON array")
+    return content
+
+
+def _parsed(path: Path) -> Any:
+    if path.stat().st_size > MAX_JSON_BYTES:
+        raise SourceInvalid(f"{path} is over {MAX_JSON_BYTES} bytes, too large for what it is")
+    try:
+        return json.loads(path.read_bytes())
+    except (ValueError, RecursionError) as error:
+        raise SourceInvalid(f"{path} is not JSON: {error}") from error
 
 
 def fingerprint(files: Iterable[Path], root: Path) -> str:

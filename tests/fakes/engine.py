@@ -7,12 +7,14 @@ gets the tokens p + 1, p + 2, … — unless p is one of the tokens that make so
 import json
 import mmap
 import os
+import struct
 import sys
 import time
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
 from runtime.config import EngineConfig
+from runtime.engine.pooling import Pooled, PoolingRequest
 from runtime.engine.sequence import (
     FinishedSequence,
     FinishReason,
@@ -140,6 +142,7 @@ class FakeEngine:
         self._runner = runner
         self._sequences: dict[SequenceKey, _Sequence] = {}
         self._cancelled: list[FinishedSequence] = []
+        self._texts: list[PoolingRequest] = []
         self._num_steps = 0
         self._num_output_tokens = 0
 
@@ -152,6 +155,11 @@ class FakeEngine:
             raise ValueError("confused")
         self._sequences[request.key] = _Sequence(request=request)
 
+    def submit_text(self, request: PoolingRequest) -> None:
+        if not request.token_ids:
+            raise InvalidSequence("a text is empty")
+        self._texts.append(request)
+
     def cancel(self, key: SequenceKey) -> None:
         sequence = self._sequences.pop(key, None)
         if sequence is not None:
@@ -160,9 +168,10 @@ class FakeEngine:
     def cancel_stream(self, stream_id: int) -> None:
         for key in [key for key in self._sequences if key.stream_id == stream_id]:
             self.cancel(key)
+        self._texts = [text for text in self._texts if text.key.stream_id != stream_id]
 
     def has_work(self) -> bool:
-        return bool(self._sequences or self._cancelled)
+        return bool(self._sequences or self._cancelled or self._texts)
 
     def spare_s(self) -> float:
         return 0.0
@@ -189,7 +198,8 @@ class FakeEngine:
                     if sequence.num_output_tokens == sequence.request.sampling.max_tokens:
                         finished.append(_finished(sequence, FinishReason.LENGTH))
                         del self._sequences[key]
-        return StepResult(tokens=tokens, finished=finished)
+        pooled = [_pooled(self._texts.pop(0))] if self._texts else []
+        return StepResult(tokens=tokens, finished=finished, pooled=pooled)
 
     def figures(self) -> FakeFigures:
         return FakeFigures(
@@ -210,6 +220,14 @@ class FakeEngineFactory:
 
     def build_engine(self, config: EngineConfig, runner: FakeRunner) -> FakeEngine:
         return FakeEngine(runner)
+
+
+def _pooled(text: PoolingRequest) -> Pooled:
+    if text.token_ids[0] == CRASHING_TOKEN:
+        raise RuntimeError("the script says: crash")
+    if text.token_ids[0] == FAILING_TOKEN:
+        return Pooled(key=text.key, embedding=b"", error="told to fail")
+    return Pooled(key=text.key, embedding=struct.pack("<2f", text.token_ids[0], text.dimensions))
 
 
 def _finished(sequence: _Sequence, reason: FinishReason, error: str = "") -> FinishedSequence:

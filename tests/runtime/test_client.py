@@ -21,7 +21,7 @@ TRANSLATIONS = {
     "DEADLINE_EXCEEDED": RuntimeTimedOut,
     "CANCELLED": RuntimeUnavailable,
     "UNKNOWN": RuntimeUnavailable,
-    "ABORTED": RuntimeUnavailable,
+    "ABORTED": RuntimeRefused,
     "INTERNAL": RuntimeUnavailable,
     "UNAVAILABLE": RuntimeUnavailable,
     "INVALID_ARGUMENT": RuntimeRefused,
@@ -83,6 +83,7 @@ async def first(statuses: AsyncIterator[pb.RuntimeStatus]) -> None:
 CALLS: list[Callable[[RuntimeClient], Any]] = [
     lambda client: client.wait_reachable(TIMEOUT_S),
     lambda client: client.load(pb.LoadRequest(), timeout_s=TIMEOUT_S),
+    lambda client: client.embed(pb.EmbedRequest(), timeout_s=TIMEOUT_S),
     lambda client: client.park(timeout_s=TIMEOUT_S),
     lambda client: client.wake([], timeout_s=TIMEOUT_S),
     lambda client: client.drain(TIMEOUT_S),

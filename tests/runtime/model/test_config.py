@@ -11,6 +11,7 @@ from runtime.model.config import (
     RopeType,
 )
 from snapshots.architectures import registry
+from snapshots.architectures.llama import LLAMA
 
 MINIMAL: dict[str, Any] = {
     "architectures": ["LlamaForCausalLM"],
@@ -98,6 +99,6 @@ def test_what_the_engine_cannot_run_is_refused_by_name(
 
 
 def test_what_is_built_is_what_can_be_loaded() -> None:
-    assert SUPPORTED_ARCHITECTURES == registry.CLASSES
-    assert SUPPORTED_ACTIVATIONS == registry.ACTIVATIONS
+    assert LLAMA.classes == SUPPORTED_ARCHITECTURES
+    assert LLAMA.activations == SUPPORTED_ACTIVATIONS
     assert tuple(RopeType) == registry.ROPE_TYPES
