@@ -109,6 +109,23 @@ class ColdPolicy(StrEnum):
     REJECT = "reject"
 
 
+class Task(StrEnum):
+    """What a function's answers are."""
+
+    AUTO = "auto"
+    GENERATE = "generate"
+    EMBED = "embed"
+
+
+class PoolingMode(StrEnum):
+    """How the vectors of a text's tokens become one."""
+
+    AUTO = "auto"
+    MEAN = "mean"
+    CLS = "cls"
+    LAST = "last"
+
+
 class _Section(BaseModel):
     model_config = ConfigDict(frozen=True, extra="forbid")
 
@@ -136,6 +153,11 @@ class ModelSpec(_Section):
     )
     dtype: Literal["auto", "bfloat16", "float16", "float32"] = Field(
         default="auto", description="Type of the weights; auto takes the checkpoint's."
+    )
+    task: Task = Field(
+        default=Task.AUTO,
+        description="`generate` text, or `embed` it; auto embeds with encoders and with models "
+        "whose author says how to pool.",
     )
     quantization: None = Field(
         default=None,
@@ -175,6 +197,26 @@ class ModelSpec(_Section):
 def is_local_source(source: str) -> bool:
     """Return whether `source` is spelled as a path rather than as a hub id."""
     return source.startswith(("/", "./", "../", "~/")) or source.endswith(".gguf")
+
+
+class PoolingSpec(_Section):
+    """How a function that embeds makes a vector; left out, as the model's author says."""
+
+    mode: PoolingMode = Field(
+        default=PoolingMode.AUTO,
+        description="Of the last layer's vectors, take the `mean`, the first one (`cls`) or the "
+        "`last`; where the author says nothing, auto takes the mean of an encoder's and the last "
+        "of a decoder's.",
+    )
+    normalize: Switch | None = Field(
+        default=None, description="Scale vectors to length 1; null as the author says, else true."
+    )
+    dimensions: tuple[Annotated[Count, Field(ge=1)], ...] | None = Field(
+        default=None,
+        max_length=64,
+        description="Smaller sizes that callers may ask for; only right for a model that was "
+        "trained so. Null takes what the checkpoint says, which is mostly none.",
+    )
 
 
 class EngineSpec(_Section):
@@ -342,6 +384,7 @@ class FunctionSpec(_Section):
         description="Identity of the function: 1 to 63 of a-z, 0-9 and inner hyphens.",
     )
     model: ModelSpec
+    pooling: PoolingSpec = Field(default_factory=PoolingSpec)
     engine: EngineSpec = Field(default_factory=EngineSpec)
     resources: ResourceSpec = Field(default_factory=ResourceSpec)
     scaling: ScalingSpec = Field(default_factory=ScalingSpec)
@@ -363,6 +406,8 @@ class FunctionSpec(_Section):
 
     def _contradictions(self) -> Iterator[tuple[str, str]]:
         scaling, engine, gpus = self.scaling, self.engine, self.resources.gpus
+        if self.model.task is Task.GENERATE and self.pooling != PoolingSpec():
+            yield "pooling", "must be left out when model.task is generate"
         if scaling.min_replicas > scaling.max_replicas:
             yield (
                 "scaling.min_replicas",

@@ -12,7 +12,7 @@ from controller.gateway.calls import Gateway
 from controller.gateway.middleware import BodyGate, RequestContext
 from controller.gateway.origin import OriginGate
 from controller.gateway.responses import add_error_handlers
-from controller.gateway.routes import chat, completions, health, models, tokens
+from controller.gateway.routes import chat, completions, embeddings, health, models, tokens
 from controller.gateway.text import ModelTexts
 from controller.metrics import Metrics
 from controller.scaling.generation import FunctionRegistry
@@ -71,7 +71,7 @@ def create_app(
         is_ready=is_ready,
     )
     add_error_handlers(app)
-    openai = (chat, completions, models, tokens)
+    openai = (chat, completions, embeddings, models, tokens)
     for router in (*(one.router for one in openai), health.router, *extra_routers):
         app.include_router(router)
     return app

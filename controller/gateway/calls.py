@@ -87,8 +87,13 @@ class Call:
             default_max_tokens: Limit when the client names none; None is what the context leaves.
 
         Raises:
-            InvalidRequest: A prompt or a limit does not fit the model.
+            InvalidRequest: A prompt or a limit does not fit the model, or it only embeds.
         """
+        if self.function.pooling is not None:
+            raise InvalidRequest(
+                f"model: {self.function.name!r} embeds and generates no text; use /v1/embeddings",
+                param="model",
+            )
         self._check_stop_tokens(body.stop_token_ids or [])
         budgets = [self._budget(len(prompt), body, default_max_tokens) for prompt in prompts]
         choices = [

@@ -213,7 +213,12 @@ class EventStream(Response):
 
 def answer_headers(answer: Answer) -> dict[str, str]:
     """Return how cold the call was and, as soon as that is over, how long it queued."""
-    headers = {"x-coldspark-tier": answer.tier}
-    if answer.queue_s is not None:
-        headers["x-coldspark-queue-ms"] = str(round(answer.queue_s * 1000))
+    return headers_of(answer.tier, answer.queue_s)
+
+
+def headers_of(tier: str, queue_s: float | None) -> dict[str, str]:
+    """Return the headers that tell how cold a call was and how long it queued, if it is known."""
+    headers = {"x-coldspark-tier": tier}
+    if queue_s is not None:
+        headers["x-coldspark-queue-ms"] = str(round(queue_s * 1000))
     return headers

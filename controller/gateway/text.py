@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Self
 
-from tokenizers import Tokenizer
+from tokenizers import Encoding, Tokenizer
 
 from controller.clock import Clock
 from controller.errors import InternalError, InvalidRequest
@@ -108,10 +108,30 @@ class ModelText:
         )
 
     async def encode(
-        self, prompts: Sequence[str], *, add_special_tokens: bool = True
+        self,
+        prompts: Sequence[str],
+        *,
+        add_special_tokens: bool = True,
+        max_tokens: int | None = None,
     ) -> list[list[int]]:
-        """Return the token ids of plain prompts, with the special tokens the model wants."""
-        return await self._encode(prompts, add_special_tokens=add_special_tokens)
+        """Return the token ids of plain prompts, with the special tokens the model wants.
+
+        Args:
+            prompts: The texts.
+            add_special_tokens: Whether to add those.
+            max_tokens: Cut each text at its end to have so many, special tokens included.
+        """
+        if max_tokens is None:
+            return await self._encode(prompts, add_special_tokens=add_special_tokens)
+        encodings = await self._encodings(prompts, add_special_tokens=False)
+        num_special = self._tokenizer.num_special_tokens_to_add(is_pair=False)
+        for encoding in encodings:
+            encoding.truncate(max(max_tokens - num_special * add_special_tokens, 0))
+        complete = self._tokenizer.post_process
+        return [
+            complete(encoding, add_special_tokens=add_special_tokens).ids[:max_tokens]
+            for encoding in encodings
+        ]
 
     async def encode_chat(
         self,
@@ -163,15 +183,19 @@ class ModelText:
         return Detokenizer(self._token_texts, self._hidden_token_ids.union(stop_token_ids))
 
     async def _encode(self, texts: Sequence[str], *, add_special_tokens: bool) -> list[list[int]]:
+        encodings = await self._encodings(texts, add_special_tokens=add_special_tokens)
+        return [encoding.ids for encoding in encodings]
+
+    async def _encodings(self, texts: Sequence[str], *, add_special_tokens: bool) -> list[Encoding]:
         if sum(map(len, texts)) <= LONG_TEXT_CHARS:
             encode = self._tokenizer.encode
-            return [encode(text, add_special_tokens=add_special_tokens).ids for text in texts]
+            return [encode(text, add_special_tokens=add_special_tokens) for text in texts]
         # NOTE: `encode` holds the interpreter lock for seconds on megabytes, the batch form lets
         # it go, so only the latter is of use in a thread.
-        encodings = await asyncio.to_thread(
+        encodings: list[Encoding] = await asyncio.to_thread(
             self._tokenizer.encode_batch_fast, list(texts), add_special_tokens=add_special_tokens
         )
-        return [encoding.ids for encoding in encodings]
+        return encodings
 
 
 class ModelTexts:

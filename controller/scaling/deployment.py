@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from controller.errors import InvalidSpec
+from controller.scaling.embedding import Pooling, pooling_of
 from functions.spec import FunctionSpec, revision
 
 
@@ -20,6 +21,7 @@ class Deployment:
         snapshot: Directory name of the built snapshot, name@digest12.
         runtime_hash: Hash of what a running runtime cannot change.
         max_model_len: Longest prompt plus output, in tokens.
+        pooling: How it embeds; None for one that generates.
     """
 
     spec: FunctionSpec
@@ -28,17 +30,20 @@ class Deployment:
     snapshot: str
     runtime_hash: str
     max_model_len: int
+    pooling: Pooling | None = None
 
 
 def deployment_of(spec: FunctionSpec, backend: str, snapshot: Path) -> Deployment:
     """Join a spec with its snapshot directory.
 
     Raises:
-        InvalidSpec: The spec asks for more context than the model has, or the snapshot does not
-            say how much that is.
+        InvalidSpec: The spec asks for more context, or another task, than the model has, or the
+            snapshot does not say what it has.
     """
     limit = _context_length(snapshot)
-    max_model_len = spec.model.max_model_len or limit
+    pooling = pooling_of(spec, snapshot)
+    usual = limit if pooling is None else min(limit, pooling.max_tokens or limit)
+    max_model_len = spec.model.max_model_len or usual
     if max_model_len > limit:
         raise InvalidSpec(
             f"model.max_model_len is {max_model_len} and the model's own limit is {limit}; lower "
@@ -49,8 +54,9 @@ def deployment_of(spec: FunctionSpec, backend: str, snapshot: Path) -> Deploymen
         revision=revision(spec),
         backend=backend,
         snapshot=snapshot.name,
-        runtime_hash=_runtime_hash(spec, backend, snapshot.name),
+        runtime_hash=_runtime_hash(spec, backend, snapshot.name, pooling),
         max_model_len=max_model_len,
+        pooling=pooling,
     )
 
 
@@ -65,7 +71,7 @@ def _context_length(snapshot: Path) -> int:
         ) from error
 
 
-def _runtime_hash(spec: FunctionSpec, backend: str, snapshot: str) -> str:
+def _runtime_hash(spec: FunctionSpec, backend: str, snapshot: str, pooling: Pooling | None) -> str:
     meaning = {
         "backend": backend,
         "snapshot": snapshot,
@@ -74,5 +80,7 @@ def _runtime_hash(spec: FunctionSpec, backend: str, snapshot: str) -> str:
         "engine": spec.engine.model_dump(mode="json"),
         "resources": spec.resources.model_dump(mode="json"),
     }
+    if pooling is not None:
+        meaning["pooling"] = {"mode": pooling.mode, "normalize": pooling.normalize}
     canonical = json.dumps(meaning, sort_keys=True, separators=(",", ":"))
     return hashlib.sha256(canonical.encode()).hexdigest()[:12]

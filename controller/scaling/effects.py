@@ -57,7 +57,7 @@ def load_request(
     spec: FunctionSpec, deployment: Deployment, replica: Replica, home: Home
 ) -> pb.LoadRequest:
     """Return what a runtime is told to load, and for whom."""
-    engine = spec.engine
+    engine, pooling = spec.engine, deployment.pooling
     usual_block_size = GPU_BLOCK_SIZE if spec.resources.gpus else CPU_BLOCK_SIZE
     return pb.LoadRequest(
         snapshot=deployment.snapshot,
@@ -71,6 +71,9 @@ def load_request(
             kv_cache_bytes=engine.kv_cache_memory_bytes or 0,
             tensor_parallel_size=engine.tensor_parallel_size,
             dtype=spec.model.dtype,
+            task="generate" if pooling is None else "embed",
+            pooling="" if pooling is None else pooling.mode,
+            normalize=pooling is not None and pooling.normalize,
         ),
         device_uuids=home.gpus,
         memory_limit_bytes=spec.resources.memory or 0,

@@ -17,10 +17,12 @@ from controller.errors import ActivationFailed, ApiError, Conflict, ModelNotFoun
 from controller.scaling.books import Books
 from controller.scaling.deployment import Deployment
 from controller.scaling.effects import Effects
+from controller.scaling.embedding import EmbeddingRequest, Pooling
+from controller.scaling.embedding_call import FunctionEmbedding
 from controller.scaling.engine_figures import EngineFigures
 from controller.scaling.generation import GenerationRequest
 from controller.scaling.lifecycle import COMING, ENDING, Lifecycle, ReplicaState, Tier
-from controller.scaling.link import RuntimeLink, SequenceStream
+from controller.scaling.link import RuntimeConnection, RuntimeLink, SequenceStream
 from controller.scaling.node import Home, Node
 from controller.scaling.policy import Floor, replica_floor
 from controller.scaling.replica import (
@@ -32,7 +34,7 @@ from controller.scaling.replica import (
     WakeReplica,
 )
 from controller.scaling.replica_set import ReplicaSet
-from controller.scaling.serving import FunctionGeneration, Ticket
+from controller.scaling.serving import FunctionGeneration, LiveRequest, Ticket
 from functions.spec import ColdPolicy, FunctionSpec
 
 log = structlog.get_logger(__name__)
@@ -67,7 +69,7 @@ class Function:
         self.engines = EngineFigures(deployment.spec.name, node.metrics)
         self._effects = Effects(self)
         self._warming: asyncio.Task[None] | None = None
-        self._live: set[FunctionGeneration] = set()
+        self._live: set[LiveRequest] = set()
         self._changed = asyncio.Event()
         self._is_shut = False
         self._known_floor: Floor | None = None
@@ -99,6 +101,11 @@ class Function:
         return self.deployment.max_model_len
 
     @property
+    def pooling(self) -> Pooling | None:
+        """How it embeds; None for one that generates."""
+        return self.deployment.pooling
+
+    @property
     def snapshot_path(self) -> Path:
         """The snapshot's directory."""
         return self.node.snapshot_store / self.deployment.snapshot
@@ -117,7 +124,11 @@ class Function:
         """Prepare one generation; nothing happens until it is entered."""
         return FunctionGeneration(self, request)
 
-    # Requests: called by FunctionGeneration.
+    def embed(self, request: EmbeddingRequest) -> FunctionEmbedding:
+        """Prepare one call to embed; nothing happens until it is entered."""
+        return FunctionEmbedding(self, request)
+
+    # Requests: called by FunctionGeneration and FunctionEmbedding.
 
     def admit(self, ticket: Ticket) -> None:
         """Lease or queue at once, or raise why not.
@@ -165,19 +176,23 @@ class Function:
         """Return a leased replica's stream."""
         return self.links[replica.id].attachment
 
+    def connection(self, replica: Replica) -> RuntimeConnection:
+        """Return a leased replica's connection."""
+        return self.links[replica.id].connection
+
     def eta_s(self, tier: str, waited_s: float) -> float | None:
         """Return the expected rest of a cold start, from the measured ones."""
         return self.books.eta_s(tier, waited_s)
 
-    def entered(self, generation: FunctionGeneration) -> None:
+    def entered(self, generation: LiveRequest) -> None:
         """Note that a request was admitted."""
         self._live.add(generation)
 
-    def first_token(self, generation: FunctionGeneration, replica: Replica) -> None:
+    def first_token(self, generation: LiveRequest, replica: Replica) -> None:
         """Note a request's first token; the first after a cold start closes its books."""
         self.books.served(replica, waiting_since=generation.admitted_at)
 
-    def left(self, generation: FunctionGeneration) -> None:
+    def left(self, generation: LiveRequest) -> None:
         """Note that a request is over; its record is complete."""
         self._live.discard(generation)
         replica = self.set.replicas.get(generation.record.replica_id or "")

@@ -9,6 +9,7 @@ from pathlib import Path
 from types import TracebackType
 from typing import Protocol, Self
 
+from controller.scaling.embedding import Embedding, EmbeddingRequest, Pooling
 from functions.spec import FunctionSpec
 from runtime.rpc import inference_pb2 as pb
 
@@ -119,8 +120,15 @@ class ServedFunction(Protocol):
     def tier(self) -> str:
         """The warmest tier any replica is in: ready, parked, standby or stopped."""
 
+    @property
+    def pooling(self) -> Pooling | None:
+        """How it embeds; None for one that generates."""
+
     def generate(self, request: GenerationRequest) -> Generation:
         """Prepare one generation; nothing happens until it is entered."""
+
+    def embed(self, request: EmbeddingRequest) -> Embedding:
+        """Prepare one call to embed; nothing happens until it is entered."""
 
 
 class FunctionRegistry(Protocol):

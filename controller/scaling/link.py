@@ -35,6 +35,9 @@ class RuntimeConnection(Protocol):
     async def load(self, request: pb.LoadRequest, *, timeout_s: float) -> pb.LoadResponse:
         """Load a snapshot."""
 
+    async def embed(self, request: pb.EmbedRequest, *, timeout_s: float) -> pb.EmbedResponse:
+        """Embed texts; cancelling drops those that have not been computed."""
+
     async def park(self, *, timeout_s: float) -> pb.ParkResponse:
         """Give weights and KV back."""
 

@@ -34,6 +34,16 @@ class Ticket(Waiter):
     decided: asyncio.Event = field(default_factory=asyncio.Event)
 
 
+class LiveRequest(Protocol):
+    """An admitted request, as its function keeps it until it is over."""
+
+    record: GenerationRecord
+    admitted_at: float
+
+    def check_deadlines(self, now: float) -> None:
+        """End the request if it has waited too long for something."""
+
+
 class Host(Protocol):
     """What a generation needs of the function it runs on."""
 
@@ -69,14 +79,27 @@ class Host(Protocol):
     def eta_s(self, tier: str, waited_s: float) -> float | None:
         """Return the expected rest of a cold start."""
 
-    def entered(self, generation: "FunctionGeneration") -> None:
+    def entered(self, generation: LiveRequest) -> None:
         """Note that a request was admitted."""
 
-    def first_token(self, generation: "FunctionGeneration", replica: Replica) -> None:
+    def first_token(self, generation: LiveRequest, replica: Replica) -> None:
         """Note a request's first token."""
 
-    def left(self, generation: "FunctionGeneration") -> None:
+    def left(self, generation: LiveRequest) -> None:
         """Note that a request is over; its record is complete."""
+
+
+def expire_in_queue(host: Host, ticket: Ticket, admitted_at: float, now: float) -> None:
+    """End a ticket's wait for a lease if it has lasted too long."""
+    limit = host.spec.queue.timeout
+    if ticket.replica is None and now - admitted_at > limit:
+        host.abandon(ticket)
+        ticket.failure = ActivationTimeout(
+            f"no replica of {host.name!r} became ready within queue.timeout, {limit:g} s; retry, "
+            "or raise the limit",
+            retry_after_s=1.0,
+        )
+        ticket.decided.set()
 
 
 class TokenBuffer:
@@ -218,15 +241,7 @@ class FunctionGeneration:
         """End the request if it has waited too long for a lease, a first or a next token."""
         timeouts, name = self._host.spec.timeouts, self._host.name
         if self._buffer is None:
-            limit = self._host.spec.queue.timeout
-            if self._ticket.replica is None and now - self.admitted_at > limit:
-                self._host.abandon(self._ticket)
-                self._ticket.failure = ActivationTimeout(
-                    f"no replica of {name!r} became ready within queue.timeout, {limit:g} s; "
-                    "retry, or raise the limit",
-                    retry_after_s=1.0,
-                )
-                self._ticket.decided.set()
+            expire_in_queue(self._host, self._ticket, self.admitted_at, now)
             return
         num_tokens, since = self._progress
         if self._buffer.num_tokens != num_tokens:

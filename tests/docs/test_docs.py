@@ -11,7 +11,15 @@ from fastapi.routing import APIRoute
 
 from controller.cli.app import app
 from controller.clock import SystemClock
-from controller.gateway.routes import admin, chat, completions, health, models, tokens
+from controller.gateway.routes import (
+    admin,
+    chat,
+    completions,
+    embeddings,
+    health,
+    models,
+    tokens,
+)
 from functions.loader import load_object
 
 REPOSITORY = Path(__file__).parents[2]
@@ -46,7 +54,7 @@ def test_links_lead_somewhere(page: Path) -> None:
 def routes() -> list[APIRoute]:
     nothing = cast("Any", None)
     routers: list[APIRouter] = [chat.router, completions.router, models.router, health.router]
-    routers.append(tokens.router)
+    routers += [tokens.router, embeddings.router]
     routers.append(admin.admin_router(nothing, nothing, nothing, SystemClock()))
     return [route for router in routers for route in router.routes if isinstance(route, APIRoute)]
 

@@ -1,12 +1,14 @@
 """A function of the controller's contract that plays a script instead of running a model."""
 
 import asyncio
+import struct
 from collections.abc import AsyncIterator, Callable, Iterable, Sequence
 from pathlib import Path
 from types import TracebackType
 from typing import Self
 
 from controller.errors import ApiError, ModelNotFound
+from controller.scaling.embedding import EmbeddingRequest, Pooling
 from controller.scaling.generation import (
     GenerationRecord,
     GenerationRequest,
@@ -44,9 +46,11 @@ class FakeFunction:
         self.created = 1_700_000_000
         self.tier = tier
         self.script = script
+        self.pooling: Pooling | None = None
         self.refusal: ApiError | None = None
         self.eta_s: float | None = None
         self.generations: list[FakeGeneration] = []
+        self.embeddings: list[FakeEmbedding] = []
         self.entered = asyncio.Event()
 
     def generate(self, request: GenerationRequest) -> "FakeGeneration":
@@ -54,6 +58,12 @@ class FakeFunction:
         generation = FakeGeneration(self, request)
         self.generations.append(generation)
         return generation
+
+    def embed(self, request: EmbeddingRequest) -> "FakeEmbedding":
+        """Prepare one call to embed."""
+        embedding = FakeEmbedding(self, request)
+        self.embeddings.append(embedding)
+        return embedding
 
     @property
     def num_running(self) -> int:
@@ -118,6 +128,41 @@ class FakeGeneration:
         record.first_token_s = record.first_token_s or 0.05
         record.num_output_tokens += len(chunk.token_ids)
         record.outcome = chunk.finish_reason or record.outcome
+
+
+class FakeEmbedding:
+    """One call to embed: a text's vector is its length, over the fake's size of numbers."""
+
+    def __init__(self, function: FakeFunction, request: EmbeddingRequest) -> None:
+        self.request = request
+        self.record = GenerationRecord(
+            request_id=request.request_id,
+            function=function.name,
+            tier=function.tier,
+            key_id=request.key_id,
+            num_prompt_tokens=sum(map(len, request.texts)),
+        )
+        self._function = function
+
+    async def __aenter__(self) -> Self:
+        if self._function.refusal is not None:
+            raise self._function.refusal
+        return self
+
+    async def __aexit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        traceback: TracebackType | None,
+    ) -> None:
+        pass
+
+    async def run(self) -> Sequence[bytes]:
+        """Return the vectors."""
+        assert self._function.pooling is not None
+        self.record.queue_s = 0.0125
+        size = self.request.dimensions or self._function.pooling.size
+        return [struct.pack(f"<{size}f", *[len(text) / 3] * size) for text in self.request.texts]
 
 
 class FakeRegistry:

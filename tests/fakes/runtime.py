@@ -1,12 +1,13 @@
 """Runtimes that only pretend, on loop time, and can be told to fail."""
 
 import asyncio
+import struct
 from collections.abc import AsyncIterator, Sequence
 from dataclasses import dataclass, field
 from importlib.metadata import version
 
 from runtime.rpc import inference_pb2 as pb
-from runtime.rpc.client import RuntimeRefused, RuntimeUnavailable, SequenceSink
+from runtime.rpc.client import RuntimeRefused, RuntimeTimedOut, RuntimeUnavailable, SequenceSink
 
 WEIGHTS_BYTES = 1 << 20
 
@@ -19,6 +20,7 @@ class FakeRuntime:
     park_s: float = 0.1
     wake_s: float = 0.2
     step_s: float = 0.01
+    embed_s: float = 0.05
     fails: set[str] = field(default_factory=set)  # of "load", "park", "wake", "unload"
     state: int = pb.RUNTIME_STATE_STANDBY
     calls: list[str] = field(default_factory=list)
@@ -153,6 +155,16 @@ class FakeConnection:
         await self._runtime.work("load", self._runtime.load_s)
         self._runtime.enter(pb.RUNTIME_STATE_READY)
         return pb.LoadResponse(phases=[pb.Phase(name="read", seconds=self._runtime.load_s)])
+
+    async def embed(self, request: pb.EmbedRequest, *, timeout_s: float) -> pb.EmbedResponse:
+        """Return each text's length as its vector."""
+        assert self._runtime.state == pb.RUNTIME_STATE_READY, "texts for a runtime not ready"
+        await self._runtime.work("embed", min(self._runtime.embed_s, timeout_s))
+        if self._runtime.embed_s > timeout_s:
+            raise RuntimeTimedOut("too slow")
+        return pb.EmbedResponse(
+            embeddings=[struct.pack("<f", len(text.token_ids)) for text in request.texts]
+        )
 
     async def park(self, *, timeout_s: float) -> pb.ParkResponse:
         """Become parked, unless sequences run."""

@@ -37,6 +37,8 @@ def _model(function: ServedFunction, name: str) -> Model:
         max_model_len=function.max_model_len,
         function=function.name,
         tier=function.tier,
+        task="generate" if function.pooling is None else "embed",
+        embedding_size=None if function.pooling is None else function.pooling.size,
         limits=ModelLimits(
             max_concurrency=spec.scaling.max_concurrency,
             max_replicas=spec.scaling.max_replicas,

@@ -32,17 +32,7 @@ class CompletionRequest(SamplingBody):
     )
     @classmethod
     def _check_prompt(cls, value: Any) -> list[Prompt]:
-        if isinstance(value, str):
-            return [value]
-        if not isinstance(value, list) or not value:
-            raise wrong_field("must be a string, token ids, or a list of either, not empty")
-        if _all_of(value, str) or (_all_of(value, list) and all(map(_is_token_ids, value))):
-            return value
-        if _is_token_ids(value):
-            return [value]
-        raise wrong_field(
-            "must be a string, a list of strings, a list of token ids, or a list of such lists"
-        )
+        return checked_prompts(value)
 
 
 class CompletionChoice(BaseModel):
@@ -63,6 +53,21 @@ class Completion(BaseModel):
     model: str
     choices: list[CompletionChoice]
     usage: Usage
+
+
+def checked_prompts(value: Any) -> list[Prompt]:
+    """Return the prompts of a field that is one or a list of them, as text or as token ids."""
+    if isinstance(value, str):
+        return [value]
+    if not isinstance(value, list) or not value:
+        raise wrong_field("must be a string, token ids, or a list of either, not empty")
+    if _all_of(value, str) or (_all_of(value, list) and all(map(_is_token_ids, value))):
+        return value
+    if _is_token_ids(value):
+        return [value]
+    raise wrong_field(
+        "must be a string, a list of strings, a list of token ids, or a list of such lists"
+    )
 
 
 def _all_of(values: list[Any], kind: type) -> bool:

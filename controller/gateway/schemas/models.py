@@ -29,6 +29,8 @@ class Model(BaseModel):
     max_model_len: int
     function: str
     tier: str
+    task: Literal["generate", "embed"]
+    embedding_size: int | None = None
     limits: ModelLimits
 
 

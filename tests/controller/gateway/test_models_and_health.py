@@ -29,6 +29,8 @@ async def test_every_served_name_is_listed_with_its_function(
         "max_model_len": 256,
         "function": "tiny",
         "tier": "parked",
+        "task": "generate",
+        "embedding_size": None,
         "limits": {"max_concurrency": 256, "max_replicas": 2, "max_queued_requests": 1000},
     }
 
