@@ -12,7 +12,7 @@ RUN python3 -m venv /opt/coldspark/python \
     && if ls /wheels/*.whl > /dev/null 2>&1; then offline="--no-index --find-links /wheels"; fi \
     && /opt/coldspark/python/bin/pip install --no-cache-dir --disable-pip-version-check \
         ${offline:-} --constraint /wheels/constraints.txt \
-        "${TORCH}" grpcio numpy protobuf structlog \
+        "${TORCH}" grpcio llguidance numpy protobuf structlog \
     && /opt/coldspark/python/bin/pip uninstall --yes --quiet pip
 
 FROM ${BASE_IMAGE}

@@ -76,7 +76,7 @@ wheelhouse: $(WHEELHOUSE) ## Get the image's packages, to build it without a net
 $(WHEELHOUSE): constraints.txt | $(INSTALLED)
 	rm -rf $(@D)
 	$(BIN)/pip download --quiet --disable-pip-version-check --only-binary :all: \
-		--dest $(@D) -c constraints.txt "$(TORCH)" grpcio numpy protobuf structlog
+		--dest $(@D) -c constraints.txt "$(TORCH)" grpcio llguidance numpy protobuf structlog
 	touch $@
 
 image: ## Build the runtime's image

@@ -165,6 +165,8 @@ class ScriptedFactory:
         """Open nothing."""
         return ScriptedRunner(config)
 
-    def build_engine(self, config: EngineConfig, runner: ScriptedRunner) -> ScriptedEngine:
+    def build_engine(
+        self, snapshot: Path, config: EngineConfig, runner: ScriptedRunner
+    ) -> ScriptedEngine:
         """Return the engine."""
         return ScriptedEngine(float(os.environ[STEP_S]))

@@ -105,5 +105,5 @@ class EngineFactory(Protocol[RunnerT]):
     def open_runner(self, snapshot: Path, config: EngineConfig) -> RunnerT:
         """Read a snapshot's configuration; weights come later."""
 
-    def build_engine(self, config: EngineConfig, runner: RunnerT) -> StepEngine:
-        """Join a runner, its weights and KV cache in place, with a scheduler."""
+    def build_engine(self, snapshot: Path, config: EngineConfig, runner: RunnerT) -> StepEngine:
+        """Join a snapshot's runner, its weights and KV cache in place, with a scheduler."""

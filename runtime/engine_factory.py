@@ -10,7 +10,9 @@ import torch
 from runtime.config import EngineConfig
 from runtime.cpu.runner import CpuRunner
 from runtime.engine.engine import Engine
+from runtime.engine.grammars import GrammarCompiler
 from runtime.errors import LoadFailed
+from runtime.model.files import read_tokenizer
 from runtime.pooling.engine import PoolingEngine
 from runtime.pooling.runner import PoolingRunner
 
@@ -54,9 +56,17 @@ class TorchEngineFactory:
         return runner
 
     def build_engine(
-        self, config: EngineConfig, runner: "CpuRunner | GpuRunner | PoolingRunner"
+        self,
+        snapshot: Path,
+        config: EngineConfig,
+        runner: "CpuRunner | GpuRunner | PoolingRunner",
     ) -> Engine | PoolingEngine:
-        """Join a runner, its memory in place, with a scheduler."""
+        """Join a snapshot's runner, its memory in place, with a scheduler."""
         if isinstance(runner, PoolingRunner):
             return PoolingEngine(config, runner)
-        return Engine(config, runner, runner.eos_token_ids)
+        grammars = GrammarCompiler(
+            lambda: read_tokenizer(snapshot),
+            vocab_size=runner.vocab_size,
+            eos_token_ids=runner.eos_token_ids,
+        )
+        return Engine(config, runner, runner.eos_token_ids, grammars)

@@ -67,7 +67,7 @@ def _load(
         runner = factory.open_runner(store / request.snapshot, config)
     num_kv_blocks = bring_up(runner, phase_log, _LoadHeartbeat(connection))
     with phase_log.measure("build"):
-        engine = factory.build_engine(config, runner)
+        engine = factory.build_engine(store / request.snapshot, config, runner)
     response = pb.LoadResponse(
         phases=phase_log.phases,
         memory=memory_message(runner),

@@ -18,6 +18,7 @@ _REASONS = {
     FinishReason.LENGTH: pb.FINISH_REASON_LENGTH,
     FinishReason.CANCELLED: pb.FINISH_REASON_CANCELLED,
     FinishReason.ERROR: pb.FINISH_REASON_ERROR,
+    FinishReason.REFUSED: pb.FINISH_REASON_REFUSED,
 }
 
 
@@ -55,6 +56,10 @@ def sequence_request(key: SequenceKey, submit: pb.Submit) -> SequenceRequest:
             presence_penalty=sampling.presence_penalty,
             logit_bias=dict(sampling.logit_bias),
             num_logprobs=sampling.num_logprobs if sampling.HasField("num_logprobs") else None,
+            min_tokens=sampling.min_tokens,
+            allowed_token_ids=frozenset(sampling.allowed_token_ids),
+            bad_words=tuple(tuple(word.token_ids) for word in sampling.bad_words),
+            grammar=sampling.grammar,
         ),
     )
 

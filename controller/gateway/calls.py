@@ -10,6 +10,7 @@ from controller.clock import Clock
 from controller.errors import ContextLengthExceeded, InvalidRequest
 from controller.gateway.answers import Answer, Choice
 from controller.gateway.detokenizer import StopFilter
+from controller.gateway.grammars import check_grammar
 from controller.gateway.schemas.sampling import SamplingBody
 from controller.gateway.text import ModelText, ModelTexts
 from controller.metrics import Metrics
@@ -78,6 +79,7 @@ class Call:
         body: SamplingBody,
         *,
         default_max_tokens: int | None,
+        grammar: str = "",
     ) -> Answer:
         """Prepare one generation per prompt; nothing is admitted yet.
 
@@ -85,6 +87,7 @@ class Call:
             prompts: Token ids, not empty and inside the vocabulary.
             body: The request.
             default_max_tokens: Limit when the client names none; None is what the context leaves.
+            grammar: What the answer must match, checked; empty for anything.
 
         Raises:
             InvalidRequest: A prompt or a limit does not fit the model, or it only embeds.
@@ -102,7 +105,7 @@ class Call:
                     GenerationRequest(
                         request_id=self._sequence_name(index, len(prompts)),
                         prompt_token_ids=prompt,
-                        sampling=self._sampling(body, max_tokens),
+                        sampling=self._sampling(body, max_tokens, grammar),
                         num_bytes=self.num_bytes // len(prompts),
                         key_id=self.key_id,
                     )
@@ -154,7 +157,7 @@ class Call:
             )
         return wanted
 
-    def _sampling(self, body: SamplingBody, max_tokens: int) -> pb.SamplingParams:
+    def _sampling(self, body: SamplingBody, max_tokens: int, grammar: str) -> pb.SamplingParams:
         defaults = self.text.defaults
         top_k = defaults.top_k if body.top_k is None else body.top_k
         return pb.SamplingParams(
@@ -166,10 +169,30 @@ class Call:
             max_tokens=max_tokens,
             stop_token_ids=body.stop_token_ids or [],
             ignore_eos=bool(body.ignore_eos),
+            grammar=grammar,
         )
 
     def _sequence_name(self, index: int, num_prompts: int) -> str:
         return self.request_id if num_prompts == 1 else f"{self.request_id}-{index}"
+
+
+async def requested_grammar(body: SamplingBody) -> str:
+    """Return the grammar that a request asks its answer to match; empty if it is free.
+
+    Raises:
+        InvalidRequest: It cannot be followed.
+    """
+    param = "response_format" if body.structured_outputs is None else "structured_outputs"
+    structure = body.structured_outputs or body.response_format
+    if structure is None:
+        return ""
+    try:
+        grammar = structure.grammar()
+    except (ValueError, RecursionError) as error:
+        raise InvalidRequest(f"{param}: cannot be read: {error}", param=param) from error
+    if grammar:
+        await check_grammar(grammar, param=param)
+    return grammar
 
 
 async def collect(answer: Answer) -> list[tuple[str, str]]:

@@ -1,11 +1,13 @@
-"""What changes logits before a token is drawn: biases, then penalties. In plain torch."""
+"""What changes logits before a token is drawn: biases, penalties, masks. In plain torch."""
 
 from collections import Counter
 from collections.abc import Sequence
 
+import numpy as np
 import torch
 from torch import Tensor
 
+from runtime.engine.batch import TokenMasks
 from runtime.engine.sequence import SamplingParams
 
 
@@ -31,3 +33,16 @@ def adjust(
     counts = Counter(token_ids[num_prompt_tokens:])
     taken = params.frequency_penalty * torch.tensor(list(counts.values())) + params.presence_penalty
     logits[list(counts)] -= taken
+
+
+def mask(logits: Tensor, masks: TokenMasks) -> None:
+    """Set the logits of tokens that may not be chosen to minus infinity, in place.
+
+    Args:
+        logits: fp32 [num_sampled, vocab_size].
+        masks: Of some of its rows.
+    """
+    bits = np.frombuffer(masks.bits, dtype=np.uint8).reshape(len(masks.rows), -1)
+    may = torch.from_numpy(np.unpackbits(bits, axis=1, bitorder="little", count=logits.shape[1]))
+    for row, row_may in zip(masks.rows, may, strict=True):
+        logits[row].masked_fill_(row_may == 0, -torch.inf)

@@ -5,7 +5,7 @@ Knows nothing of requests beyond the batch it is given.
 
 import os
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Self
 
@@ -13,14 +13,20 @@ import torch
 from torch import Tensor
 
 from runtime.config import EngineConfig
-from runtime.cpu.adjustments import adjust
+from runtime.cpu.adjustments import adjust, mask
 from runtime.cpu.attention import AttentionPlan, AttentionSpan
 from runtime.cpu.linear import is_packing_faster
 from runtime.cpu.llama import Llama
 from runtime.cpu.packing import Packer
 from runtime.cpu.sampler import SamplingRow, sample
 from runtime.cpu.threads import ThreadTuner, usable_cores
-from runtime.engine.batch import SampledTokens, ScheduledBatch, ScheduledSequence
+from runtime.engine.batch import (
+    PendingTokens,
+    SampledTokens,
+    ScheduledBatch,
+    ScheduledSequence,
+    TokenMasks,
+)
 from runtime.engine.sequence import SamplingParams, TokenLogprobs
 from runtime.linux import resident_bytes
 from runtime.memory.kv_plan import KvSizes, plan_kv
@@ -192,7 +198,7 @@ class CpuRunner:
         """One: a launched batch has run when `launch` returns."""
         return 1
 
-    def launch(self, batch: ScheduledBatch) -> SampledTokens:
+    def launch(self, batch: ScheduledBatch) -> PendingTokens:
         """Run a batch; sequences whose logits are not finite are reported as faults."""
         assert self._packer is not None, "weights are loaded"
         with torch.inference_mode():
@@ -200,23 +206,34 @@ class CpuRunner:
                 torch.set_num_threads(self._num_cores)
                 if self._has_answered:
                     self._packer.pack_group()
-                sampled = self._execute(batch)
-                self._has_answered |= bool(sampled.token_ids)
-                return sampled
+                self._has_answered |= any(item.is_sampled for item in batch.sequences)
+                return self._execute(batch)
             num_threads = self._tuner.choose(batch.num_tokens)
             torch.set_num_threads(num_threads)
             started = time.perf_counter()
-            sampled = self._execute(batch)
+            pending = self._execute(batch)
             self._tuner.record(batch.num_tokens, num_threads, time.perf_counter() - started)
-            return sampled
+            return pending
 
-    def _execute(self, batch: ScheduledBatch) -> SampledTokens:
+    def _execute(self, batch: ScheduledBatch) -> PendingTokens:
+        """Run the model, and choose tokens unless their masks are still to come."""
         assert self._model is not None, "weights are loaded"
         hidden = self._forward(batch.sequences)
         last_rows, sampled = _sampled_rows(batch.sequences)
         if not sampled:
             return SampledTokens(token_ids=(), faults={})
         logits = self._model.logits(hidden[last_rows])
+        if batch.is_constrained:
+            return _PendingChoice(lambda masks: self._choose(logits, sampled, masks))
+        return self._choose(logits, sampled, None)
+
+    @torch.inference_mode()
+    def _choose(
+        self,
+        logits: Tensor,
+        sampled: list[tuple[int, ScheduledSequence]],
+        masks: TokenMasks | None,
+    ) -> SampledTokens:
         rows = [
             SamplingRow(params=item.sampling, seed=item.seed, position=item.end)
             for _, item in sampled
@@ -228,6 +245,8 @@ class CpuRunner:
         }
         for row, (_, item) in enumerate(sampled):
             adjust(logits[row], item.sampling, item.all_token_ids, item.num_prompt_tokens)
+        if masks is not None:
+            mask(logits, masks)
         token_ids, unsound = sample(logits, rows)
         for row in unsound:
             self._scrub(sampled[row][1].block_ids)
@@ -290,6 +309,21 @@ class CpuRunner:
             machine_bytes=os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE"),
             model_max_len=shape.max_position_embeddings,
         )
+
+
+class _PendingChoice:
+    """Logits that wait for their masks; implements `runtime.engine.batch.PendingTokens`."""
+
+    def __init__(self, choose: Callable[[TokenMasks | None], SampledTokens]) -> None:
+        self._choose = choose
+        self._chosen: SampledTokens | None = None
+
+    def choose(self, masks: TokenMasks | None) -> None:
+        self._chosen = self._choose(masks)
+
+    def wait(self) -> SampledTokens:
+        assert self._chosen is not None, "tokens are chosen before they are waited for"
+        return self._chosen
 
 
 def _sampled_rows(

@@ -4,7 +4,7 @@ from collections.abc import Sequence as SequenceOf
 from dataclasses import dataclass, field
 from typing import Protocol
 
-from runtime.engine.sequence import SamplingParams, SequenceKey, TokenLogprobs
+from runtime.engine.sequence import Constraint, SamplingParams, SequenceKey, TokenLogprobs
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -21,6 +21,7 @@ class ScheduledSequence:
         num_preemptions: The sequence's when this was scheduled.
         all_token_ids: The sequence's own list of all tokens, prompt and output; it grows.
         num_prompt_tokens: How many of those are the prompt.
+        constraint: What restricts the token to sample; it follows the committed tokens.
     """
 
     key: SequenceKey
@@ -35,6 +36,12 @@ class ScheduledSequence:
     sampling: SamplingParams
     seed: int
     num_preemptions: int
+    constraint: Constraint | None = None
+
+    @property
+    def is_constrained(self) -> bool:
+        """Whether the token to sample depends on all tokens before it, by more than the model."""
+        return self.is_sampled and self.constraint is not None
 
     @property
     def num_tokens(self) -> int:
@@ -64,6 +71,32 @@ class ScheduledBatch:
         """Tokens to run."""
         return sum(item.num_tokens for item in self.sequences)
 
+    @property
+    def is_constrained(self) -> bool:
+        """Whether tokens can be chosen only once all earlier batches are committed."""
+        return any(item.is_constrained for item in self.sequences)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class TokenMasks:
+    """Which tokens may be chosen, for some of the sequences with `is_sampled`.
+
+    Attributes:
+        rows: Their indices among those.
+        bits: int32 [len(rows), num_words] as bytes, num_words = ceil(vocab_size / 32); bit
+            t % 32 of word t // 32 says whether token t may be chosen. One of them always may.
+    """
+
+    rows: tuple[int, ...]
+    bits: memoryview
+
+    def of(self, row: int) -> "TokenMasks | None":
+        """Return one sequence's mask, for a batch of that one alone; None if it has none."""
+        if row not in self.rows:
+            return None
+        index, size = self.rows.index(row), len(self.bits) // len(self.rows)
+        return TokenMasks(rows=(0,), bits=self.bits[index * size : (index + 1) * size])
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class SampledTokens:
@@ -79,6 +112,10 @@ class SampledTokens:
     faults: dict[int, str]
     logprobs: dict[int, TokenLogprobs] = field(default_factory=dict)
 
+    def choose(self, masks: TokenMasks | None) -> None:
+        """Do nothing: the tokens are chosen, and nothing restricted them."""
+        assert masks is None, "a batch that is constrained waits for its masks"
+
     def wait(self) -> "SampledTokens":
         """Return itself: a runner that has finished already is not waited for."""
         return self
@@ -86,6 +123,13 @@ class SampledTokens:
 
 class PendingTokens(Protocol):
     """What a launched batch will yield."""
+
+    def choose(self, masks: TokenMasks | None) -> None:
+        """Have tokens chosen, those with a mask among what it allows.
+
+        Called once, when all earlier batches are committed and none is launched after this one.
+        A batch that is not constrained need not wait for it.
+        """
 
     def wait(self) -> SampledTokens:
         """Return it when the device is done with the batch."""

@@ -3,31 +3,27 @@
 import secrets
 import time
 from collections import deque
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from typing import Protocol
 
 import structlog
 
 from runtime.config import EngineConfig
-from runtime.engine.batch import (
-    PendingTokens,
-    SampledTokens,
-    ScheduledBatch,
-    ScheduledSequence,
-)
+from runtime.engine.batch import PendingTokens, ScheduledBatch
 from runtime.engine.block_manager import BlockManager
+from runtime.engine.constraints import MaskMaker
+from runtime.engine.figures import EngineFigures
+from runtime.engine.grammars import GrammarCompiler
+from runtime.engine.isolation import IsolatedBatch
 from runtime.engine.pacing import Pacing
 from runtime.engine.pooling import PoolingRequest
+from runtime.engine.preparation import Preparation
 from runtime.engine.scheduler import Scheduler
-from runtime.engine.sequence import (
-    Sequence,
-    SequenceKey,
-    SequenceRequest,
-    StepResult,
-    TokenLogprobs,
-)
+from runtime.engine.sequence import Sequence, SequenceKey, SequenceRequest, StepResult
 from runtime.engine.validation import check_request
 from runtime.errors import InvalidSequence
+
+PREPARATION_POLL_S = 0.001
 
 log = structlog.get_logger()
 
@@ -72,22 +68,6 @@ class StepRunner(Protocol):
         """Do a little that makes later steps faster; return whether anything was done."""
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class EngineFigures:
-    """Load now and counts since the start, under the names of the wire's LoadFigures."""
-
-    num_running: int
-    num_waiting: int
-    num_kv_blocks: int
-    num_free_kv_blocks: int
-    num_preemptions: int
-    num_prompt_tokens: int
-    num_cached_prompt_tokens: int
-    num_output_tokens: int
-    num_steps: int
-    num_late_compilations: int
-
-
 class Engine:
     """Sequences in, tokens out, one batch a step. Not thread-safe: one loop owns it.
 
@@ -95,10 +75,15 @@ class Engine:
         config: Budgets and block size.
         runner: Its weights and KV cache in place.
         eos_token_ids: Tokens that end a sequence unless it ignores them.
+        grammars: Compiles what outputs must match; without it such requests are refused.
     """
 
     def __init__(
-        self, config: EngineConfig, runner: StepRunner, eos_token_ids: frozenset[int]
+        self,
+        config: EngineConfig,
+        runner: StepRunner,
+        eos_token_ids: frozenset[int],
+        grammars: GrammarCompiler | None = None,
     ) -> None:
         budget = min(config.max_num_batched_tokens, runner.max_step_tokens)
         self._config = replace(config, max_num_batched_tokens=budget)
@@ -107,6 +92,8 @@ class Engine:
         self._num_submitted = 0
         self._in_flight: deque[tuple[ScheduledBatch, PendingTokens]] = deque()
         self._pacing = Pacing()
+        self._preparation = Preparation(grammars, runner.vocab_size)
+        self._mask_maker = MaskMaker(runner.vocab_size)
         self._blocks = self._new_blocks()
         self._scheduler = Scheduler(self._config, self._blocks, runner.max_prefill_tokens)
 
@@ -114,7 +101,7 @@ class Engine:
         """Queue a sequence; raise InvalidSequence if it can never run."""
         max_model_len = self._runner.max_model_len
         check_request(request, vocab_size=self._runner.vocab_size, max_model_len=max_model_len)
-        if request.key in self._scheduler.live_keys():
+        if request.key in self._live_keys():
             raise InvalidSequence(f"sequence {request.key!r} is live already: number it anew")
         sampling = request.sampling
         num_prompt_tokens = len(request.prompt_token_ids)
@@ -128,7 +115,7 @@ class Engine:
             )
         eos_token_ids = frozenset() if sampling.ignore_eos else self._eos_token_ids
         self._num_submitted += 1
-        self._scheduler.add(
+        self._preparation.add(
             Sequence(
                 key=request.key,
                 number=self._num_submitted,
@@ -139,6 +126,7 @@ class Engine:
                 token_ids=list(request.prompt_token_ids),
             )
         )
+        self._start_prepared()
 
     def submit_text(self, request: PoolingRequest) -> None:
         """Refuse: nothing is embedded here."""
@@ -146,23 +134,27 @@ class Engine:
 
     def cancel(self, key: SequenceKey) -> None:
         """End a sequence and free its blocks now; the next step reports it."""
+        self._preparation.give_up(key)
+        self._start_prepared()
         self._scheduler.cancel(key)
 
     def cancel_stream(self, stream_id: int) -> None:
         """End all sequences of a stream."""
-        for key in self._scheduler.live_keys():
+        for key in self._live_keys():
             if key.stream_id == stream_id:
-                self._scheduler.cancel(key)
+                self.cancel(key)
 
     def has_work(self) -> bool:
         """Return whether a step would compute or report anything."""
-        return bool(self._in_flight) or self._scheduler.has_work()
+        return bool(self._in_flight or self._preparation) or self._scheduler.has_work()
 
     def spare_s(self) -> float:
         """Return how long the next step may wait for requests without the runner running dry.
 
         A batch that is launched early makes a request that comes just after wait for it.
         """
+        if not (self._in_flight or self._scheduler.has_work() or self._preparation.has_prepared):
+            return PREPARATION_POLL_S
         if len(self._in_flight) != self._runner.max_in_flight - 1 or not self._in_flight:
             return 0.0
         batch, _ = self._in_flight[0]
@@ -174,14 +166,18 @@ class Engine:
 
     def step(self) -> StepResult:
         """Keep the runner busy, take over its oldest batch, report tokens and ends."""
+        self._start_prepared()
         while len(self._in_flight) < self._runner.max_in_flight:
             began = time.monotonic()
             batch = self._scheduler.schedule()
             if not batch.sequences:
                 break
             pending = self._launch(batch)
-            self._pacing.launched(began, time.monotonic(), is_next=not self._in_flight)
+            is_next = not self._in_flight
             self._in_flight.append((batch, pending))
+            if is_next:
+                self._choose_next()
+            self._pacing.launched(began, time.monotonic(), is_next=is_next)
         if not self._in_flight:
             return self._scheduler.commit(ScheduledBatch(sequences=()), ())
         batch, pending = self._in_flight.popleft()
@@ -192,6 +188,8 @@ class Engine:
             log.error("sequence_failed", **item.key._asdict(), error=error)
             self._scheduler.fail(item.key, error)
         result = self._scheduler.commit(batch, sampled.token_ids)
+        if self._in_flight:
+            self._choose_next()
         if not sampled.logprobs:
             return result
         found = {batch.sequences[index].key: item for index, item in sampled.logprobs.items()}
@@ -204,7 +202,7 @@ class Engine:
         counters = self._scheduler.counters
         return EngineFigures(
             num_running=self._scheduler.num_running,
-            num_waiting=self._scheduler.num_waiting,
+            num_waiting=self._scheduler.num_waiting + len(self._preparation),
             num_kv_blocks=self._blocks.num_blocks,
             num_free_kv_blocks=self._blocks.num_available_blocks,
             num_preemptions=counters.num_preemptions,
@@ -228,28 +226,33 @@ class Engine:
             enable_prefix_caching=self._config.enable_prefix_caching,
         )
 
+    def _live_keys(self) -> list[SequenceKey]:
+        return [*self._scheduler.live_keys(), *self._preparation.keys()]
+
+    def _start_prepared(self) -> None:
+        """Queue the sequences whose constraints are there."""
+        for sequence, error in self._preparation.take_prepared():
+            self._scheduler.add(sequence)
+            if error:
+                self._scheduler.refuse(sequence.key, error)
+
     def _launch(self, batch: ScheduledBatch) -> PendingTokens:
-        """Launch a batch; when that raises, run its sequences alone to find the faulty ones."""
         try:
             return self._runner.launch(batch)
-        except Exception:
+        except Exception:  # the fault of one sequence, or of few
             log.exception("batch_failed", num_sequences=len(batch.sequences))
-        token_ids: list[int] = []
-        faults: dict[int, str] = {}
-        logprobs: dict[int, TokenLogprobs] = {}
-        for index, item in enumerate(batch.sequences):
-            alone = self._run_alone(item)
-            token_ids += alone.token_ids
-            if alone.faults:
-                faults[index] = alone.faults[0]
-            if alone.logprobs:
-                logprobs[index] = alone.logprobs[0]
-        return SampledTokens(token_ids=token_ids, faults=faults, logprobs=logprobs)
+            return IsolatedBatch(self._runner, batch)
 
-    def _run_alone(self, item: ScheduledSequence) -> SampledTokens:
+    def _choose_next(self) -> None:
+        """Have the oldest batch's tokens chosen; those before it are committed."""
+        batch, pending = self._in_flight[0]
+        masks, errors = self._mask_maker.masks(batch)
+        for key, error in errors.items():
+            self._scheduler.refuse(key, error)
         try:
-            return self._runner.launch(ScheduledBatch(sequences=(item,))).wait()
-        except Exception as error:
-            log.exception("sequence_raised", **item.key._asdict())
-            message = f"the engine could not run this sequence: {type(error).__name__}: {error}"
-            return SampledTokens(token_ids=(0,) * item.is_sampled, faults={0: message})
+            pending.choose(masks)
+        except Exception:
+            log.exception("choice_failed", num_sequences=len(batch.sequences))
+            isolated = IsolatedBatch(self._runner, batch)
+            isolated.choose(masks)
+            self._in_flight[0] = (batch, isolated)

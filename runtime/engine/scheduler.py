@@ -98,6 +98,12 @@ class Scheduler:
             self._blocks.release(sequence, keep_content=False)
             self._finish(sequence, FinishReason.ERROR, error)
 
+    def refuse(self, key: SequenceKey, error: str) -> None:
+        """End a sequence that asks for what cannot be; the next commit reports it."""
+        sequence = self._find(key)
+        if sequence is not None:
+            self._finish(sequence, FinishReason.REFUSED, error)
+
     def replace_blocks(self, blocks: BlockManager) -> None:
         """Start over with another KV cache; nothing may be live."""
         assert not self._running, "running sequences would lose their blocks"
@@ -230,6 +236,7 @@ class Scheduler:
             sampling=sequence.sampling,
             seed=sequence.seed,
             num_preemptions=sequence.num_preemptions,
+            constraint=sequence.constraint,
         )
 
     def _append(self, sequence: Sequence, token_id: int) -> None:

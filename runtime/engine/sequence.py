@@ -14,7 +14,7 @@ from collections.abc import Mapping
 from collections.abc import Sequence as SequenceOf
 from dataclasses import dataclass, field
 from enum import StrEnum
-from typing import TYPE_CHECKING, NamedTuple
+from typing import TYPE_CHECKING, NamedTuple, Protocol
 
 if TYPE_CHECKING:
     from runtime.engine.pooling import Pooled
@@ -34,6 +34,7 @@ class FinishReason(StrEnum):
     LENGTH = "length"
     CANCELLED = "cancelled"
     ERROR = "error"
+    REFUSED = "refused"
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -56,6 +57,11 @@ class SamplingParams:
         max_tokens: Most tokens to generate.
         stop_token_ids: Tokens that end the sequence, beside the model's own.
         ignore_eos: Whether the model's own end-of-sequence tokens are ordinary ones.
+        min_tokens: Before this many, no token that would end the sequence is chosen.
+        allowed_token_ids: The only tokens to choose from; empty allows all.
+        bad_words: Runs of tokens that are never completed in the output.
+        grammar: What the output must match, as `runtime.engine.grammars` reads it; empty for
+            anything.
     """
 
     temperature: float = 1.0
@@ -71,6 +77,10 @@ class SamplingParams:
     max_tokens: int = 16
     stop_token_ids: frozenset[int] = frozenset()
     ignore_eos: bool = False
+    min_tokens: int = 0
+    allowed_token_ids: frozenset[int] = frozenset()
+    bad_words: tuple[tuple[int, ...], ...] = ()
+    grammar: str = ""
 
     @property
     def has_penalties(self) -> bool:
@@ -112,7 +122,7 @@ class FinishedSequence:
     Attributes:
         num_cached_tokens: Prompt tokens that the prefix cache saved when the sequence started.
         num_output_tokens: Includes the token that stopped it.
-        error: For people; empty unless the reason is ERROR.
+        error: For people; empty unless the reason is ERROR or REFUSED.
     """
 
     key: SequenceKey
@@ -140,6 +150,13 @@ class StepResult:
     pooled: "SequenceOf[Pooled]" = ()
 
 
+class Constraint(Protocol):
+    """What restricts a sequence's next token; see `runtime.engine.constraints`."""
+
+    def accept(self, token_id: int) -> bool:
+        """Take over a token that was chosen; return whether the output is complete with it."""
+
+
 @dataclass(slots=True, kw_only=True, eq=False)
 class Sequence:
     """A live sequence; scheduler and block manager own its counts and its block table.
@@ -149,6 +166,7 @@ class Sequence:
         max_tokens: Most tokens it may ever have, prompt and output.
         stop_token_ids: All tokens that end it, the model's own included unless ignored.
         token_ids: Prompt, then output.
+        constraint: What restricts its output, if anything does.
         num_cached_tokens: Tokens the prefix cache saved when it was first admitted.
         block_ids: Block table: block i holds tokens [i * block_size, (i + 1) * block_size).
         num_published_blocks: Leading blocks whose content the prefix cache knows.
@@ -163,6 +181,7 @@ class Sequence:
     max_tokens: int
     stop_token_ids: frozenset[int]
     token_ids: list[int]
+    constraint: Constraint | None = None
     num_prompt_tokens: int = field(init=False)
     num_cached_tokens: int = 0
     num_computed_tokens: int = 0
@@ -198,7 +217,8 @@ class Sequence:
     def append(self, token_id: int) -> FinishReason | None:
         """Add a sampled token; return why the sequence ends with it, or None."""
         self.token_ids.append(token_id)
-        if token_id in self.stop_token_ids:
+        is_complete = self.constraint is not None and self.constraint.accept(token_id)
+        if is_complete or token_id in self.stop_token_ids:
             return FinishReason.STOP
         if len(self.token_ids) >= self.max_tokens:
             return FinishReason.LENGTH

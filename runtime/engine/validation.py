@@ -12,6 +12,8 @@ from runtime.errors import InvalidSequence
 MAX_SEED = 2**64 - 1
 MAX_LOGPROBS = 20
 MAX_LOGIT_BIASES = 1024
+MAX_BAD_WORDS = 1024
+MAX_GRAMMAR_CHARS = 1 << 20
 MAX_LOGIT_BIAS = 1e6  # far beyond any logit, and still finite when added to one
 
 
@@ -71,6 +73,19 @@ def check_sampling(sampling: SamplingParams, *, vocab_size: int) -> None:
         most = min(MAX_LOGPROBS, vocab_size)
         is_valid = 0 <= sampling.num_logprobs <= most
         _check(is_valid, "num_logprobs", sampling.num_logprobs, f"between 0 and {most}")
+    is_valid = 0 <= sampling.min_tokens <= sampling.max_tokens
+    _check(is_valid, "min_tokens", sampling.min_tokens, "between 0 and max_tokens")
+    num_words, size = len(sampling.bad_words), len(sampling.grammar)
+    _check(num_words <= MAX_BAD_WORDS, "len(bad_words)", num_words, f"at most {MAX_BAD_WORDS}")
+    _check(size <= MAX_GRAMMAR_CHARS, "len(grammar)", size, f"at most {MAX_GRAMMAR_CHARS}")
+    for name, words in (
+        ("bad_words", sampling.bad_words),
+        ("allowed_token_ids", ((token_id,) for token_id in sampling.allowed_token_ids)),
+    ):
+        for word in words:
+            expected = f"tokens in [0, {vocab_size})"
+            is_known = bool(word) and min(word) >= 0 and max(word) < vocab_size
+            _check(is_known, name, next(iter(word), -1), expected)
     if sampling.seed is not None:
         _check(0 <= sampling.seed <= MAX_SEED, "seed", sampling.seed, "between 0 and 2**64 - 1")
 

@@ -12,16 +12,16 @@ import torch
 from torch import Tensor
 
 from runtime.config import EngineConfig
-from runtime.engine.batch import PendingTokens, ScheduledBatch
+from runtime.engine.batch import PendingTokens, ScheduledBatch, TokenMasks
 from runtime.gpu.device import Device
 from runtime.gpu.graphs import StepGraphs, StepShape
 from runtime.gpu.limits import BatchLimits
 from runtime.gpu.llama import GpuLlama, activation_bytes
 from runtime.gpu.memory import allocate_slab, device_memory
 from runtime.gpu.rows import Rows
-from runtime.gpu.sampling import GpuSampler
+from runtime.gpu.sampling import GpuSampler, PendingChoice, PendingSample
 from runtime.gpu.staging import BatchDescription, BatchStaging, describe
-from runtime.gpu.warm_up import warm_up_batches
+from runtime.gpu.warm_up import warm_up_batches, warm_up_masks
 from runtime.gpu.weights import GpuWeights
 from runtime.kernels.batch_inputs import ModelInputs, expand_batch
 from runtime.kernels.chunk_attention import tile_size
@@ -222,7 +222,9 @@ class GpuRunner:
         if self._is_warm:
             return
         for batch in warm_up_batches(self._limits, self._config.block_size, self.max_model_len):
-            self.launch(batch).wait()
+            pending = self.launch(batch)
+            pending.choose(warm_up_masks(batch, self.vocab_size))
+            pending.wait()
             self._rows.retire(tuple(item.number for item in batch.sequences))
         self._late_compilations.start()
         self._is_warm = True
@@ -289,15 +291,21 @@ class GpuRunner:
             logits = self._model.logits(result, rows, num_sampled)
         else:
             logits = result[:0]
-        return self._sampler.launch(
-            logits,
-            described.sampled,
-            described.sampled_seqs,
-            rows=self._rows,
-            sampled=self._staging.sampled_seqs[:num_sampled],
-            batch_rows=self._inputs.rows,
-            seq_lens=self._inputs.seq_lens,
-        )
+
+        def choose(masks: TokenMasks | None) -> PendingSample:
+            with self._device.computing():
+                return self._sampler.launch(
+                    logits,
+                    described.sampled,
+                    described.sampled_seqs,
+                    rows=self._rows,
+                    sampled=self._staging.sampled_seqs[:num_sampled],
+                    batch_rows=self._inputs.rows,
+                    seq_lens=self._inputs.seq_lens,
+                    masks=masks,
+                )
+
+        return PendingChoice(choose) if batch.is_constrained else choose(None)
 
     def _run(self, shape: StepShape) -> Tensor:
         """Launch the batch on the device; what a CUDA graph records.

@@ -1,19 +1,26 @@
 """From logits to tokens on the GPU: fills the sampling table, launches, reads the result."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import cycle
 
 import torch
 from torch import Tensor
 
-from runtime.engine.batch import SampledTokens, ScheduledSequence
+from runtime.engine.batch import SampledTokens, ScheduledSequence, TokenMasks
 from runtime.engine.sequence import TokenLogprobs
 from runtime.gpu.device import Device, Mark
 from runtime.gpu.limits import BatchLimits
 from runtime.gpu.rows import Rows
 from runtime.gpu.staging import NUM_BUFFERS
-from runtime.kernels.sampling import FAULT, PROMPT_BIT, SamplingTable, adjust_logits, sample
+from runtime.kernels.sampling import (
+    FAULT,
+    PROMPT_BIT,
+    SamplingTable,
+    adjust_logits,
+    mask_logits,
+    sample,
+)
 
 GREEDY_BELOW = 1e-5  # colder than this, differences of logits overflow
 NOT_FINITE = "the model computed logits that are not finite"
@@ -34,6 +41,10 @@ class PendingSample:
     logprobs: "PendingLogprobs | None"
     mark: Mark
 
+    def choose(self, masks: TokenMasks | None) -> None:
+        """Do nothing: choosing is launched, and nothing restricts it."""
+        assert masks is None, "a batch that is constrained waits for its masks"
+
     def wait(self) -> SampledTokens:
         """Return the tokens when the device has chosen them."""
         self.mark.wait()
@@ -51,6 +62,27 @@ class PendingSample:
             if self.batch_indices[row] not in faults
         }
         return SampledTokens(token_ids=token_ids, faults=faults, logprobs=logprobs)
+
+
+class PendingChoice:
+    """Logits of a constrained batch, which wait for their masks.
+
+    Args:
+        launch: Launches the choice of tokens.
+    """
+
+    def __init__(self, launch: Callable[[TokenMasks | None], PendingSample]) -> None:
+        self._launch = launch
+        self._chosen: PendingSample | None = None
+
+    def choose(self, masks: TokenMasks | None) -> None:
+        """Launch the choice; no other batch may have been launched since."""
+        self._chosen = self._launch(masks)
+
+    def wait(self) -> SampledTokens:
+        """Return the tokens when the device has chosen them."""
+        assert self._chosen is not None, "tokens are chosen before they are waited for"
+        return self._chosen.wait()
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -101,6 +133,11 @@ class GpuSampler:
             [device.pinned(limits.num_seqs, dtype=torch.int32) for _ in range(NUM_BUFFERS)]
         )
         self.last_tokens = torch.zeros(limits.num_rows, dtype=torch.int32, device=device.name)
+        self._mask_rows = torch.zeros(limits.num_seqs, dtype=torch.int32, device=device.name)
+        num_words = -(-vocab_size // 32)
+        self._mask_bits = torch.zeros(
+            limits.num_seqs, num_words, dtype=torch.int32, device=device.name
+        )
 
     def launch(
         self,
@@ -112,6 +149,7 @@ class GpuSampler:
         sampled: Tensor,
         batch_rows: Tensor,
         seq_lens: Tensor,
+        masks: TokenMasks | None = None,
     ) -> PendingSample:
         """Choose a token from each row of logits and start copying them to the host.
 
@@ -125,6 +163,7 @@ class GpuSampler:
             sampled: The same indices, int32 [num_sampled] on the device.
             batch_rows: int32 [num_seqs], each sequence's row, on the device.
             seq_lens: int32 [num_seqs], position of the token to choose.
+            masks: What some of the tokens must be among.
         """
         if not items:
             return PendingSample(
@@ -137,6 +176,8 @@ class GpuSampler:
         pending_logprobs = self._logprobs(logits, items)
         if any(item.sampling.has_penalties or item.sampling.logit_bias for item in items):
             adjust_logits(logits, sampled, batch_rows, self._table)
+        if masks is not None:
+            self._mask(logits, masks)
         token_ids = self._token_ids[: len(items)]
         sample(
             logits,
@@ -210,6 +251,15 @@ class GpuSampler:
         is_prompt = torch.zeros_like(counts)
         is_prompt[tokens[: item.num_prompt_tokens]] = PROMPT_BIT
         counts.add_(is_prompt)
+
+    def _mask(self, logits: Tensor, masks: TokenMasks) -> None:
+        num_masked = len(masks.rows)
+        rows, bits = self._mask_rows[:num_masked], self._mask_bits[:num_masked]
+        rows.copy_(self._device.upload(masks.rows, torch.int32), non_blocking=True)
+        on_host = self._device.pinned(*bits.shape, dtype=torch.int32)
+        on_host.copy_(torch.frombuffer(masks.bits, dtype=torch.int32).view(bits.shape))
+        bits.copy_(on_host, non_blocking=True)
+        mask_logits(logits, rows, bits)
 
     def _set_bias(self, row: int, logit_bias: Mapping[int, float]) -> None:
         size = len(logit_bias)

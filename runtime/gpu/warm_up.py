@@ -3,7 +3,7 @@
 from collections.abc import Iterator
 from itertools import count
 
-from runtime.engine.batch import ScheduledBatch, ScheduledSequence
+from runtime.engine.batch import ScheduledBatch, ScheduledSequence, TokenMasks
 from runtime.engine.sequence import SamplingParams, SequenceKey
 from runtime.gpu.limits import BatchLimits
 
@@ -17,6 +17,14 @@ EVERYTHING = SamplingParams(
     num_logprobs=1,
 )
 GREEDY = SamplingParams(temperature=0.0)
+
+
+class Anything:
+    """A constraint that restricts nothing."""
+
+    def accept(self, token_id: int) -> bool:
+        """Return that any other token could follow."""
+        return False
 
 
 def warm_up_batches(
@@ -34,6 +42,16 @@ def warm_up_batches(
     while size < 2 * limits.num_seqs:
         yield _batch(numbers, [1] * min(size, limits.num_seqs), block_size, GREEDY)
         size *= 2
+
+
+def warm_up_masks(batch: ScheduledBatch, vocab_size: int) -> TokenMasks | None:
+    """Return masks that allow everything, for sequences that are constrained."""
+    sampled = [item for item in batch.sequences if item.is_sampled]
+    rows = tuple(row for row, item in enumerate(sampled) if item.is_constrained)
+    if not rows:
+        return None
+    num_bytes = -(-vocab_size // 32) * 4
+    return TokenMasks(rows=rows, bits=memoryview(bytearray(b"\xff" * num_bytes * len(rows))))
 
 
 def _batch(
@@ -61,4 +79,5 @@ def _sequence(
         sampling=sampling,
         seed=0,
         num_preemptions=0,
+        constraint=Anything() if sampling is EVERYTHING else None,
     )

@@ -133,6 +133,37 @@ def adjust_logits_reference(
         chosen -= table.presence_penalties[row] * (counts > 0)
 
 
+def mask_logits(logits: Tensor, rows: Tensor, bits: Tensor) -> None:
+    """Set the logits of tokens that may not be chosen to minus infinity, in place.
+
+    Args:
+        logits: fp32 [num_sampled, vocab_size or more].
+        rows: int32 [num_masked], the rows of logits that are masked.
+        bits: int32 [num_masked, num_words], a bit per token, lowest first; tokens beyond the last
+            word stay as they are.
+    """
+    num_words = bits.shape[1]
+    block = min(MAX_BLOCK // 32, next_power_of_2(num_words))
+    _mask_kernel[(len(rows), triton.cdiv(num_words, block))](
+        logits,
+        rows,
+        bits,
+        logits.stride(0),
+        WIDTH=logits.shape[1],
+        NUM_WORDS=num_words,
+        BLOCK=block,
+    )
+
+
+def mask_logits_reference(logits: Tensor, rows: Tensor, bits: Tensor) -> None:
+    """Do what `mask_logits` does, in plain torch."""
+    lanes = torch.arange(32, dtype=torch.int32, device=bits.device)
+    may = (bits[:, :, None] >> lanes & 1).flatten(1)[:, : logits.shape[1]]
+    width = may.shape[1]
+    masked = logits[rows.long(), :width].masked_fill(may == 0, -torch.inf)
+    logits[rows.long(), :width] = masked
+
+
 def sample(
     logits: Tensor,
     sampled: Tensor,
@@ -230,6 +261,29 @@ def _penalty_kernel(
         logits -= tl.load(frequency_penalties_ptr + row) * num_outputs
         logits -= tl.where(num_outputs > 0, tl.load(presence_penalties_ptr + row), 0.0)
         tl.store(logits_ptr + tokens, logits, mask=is_token)
+
+
+@triton.jit(do_not_specialize=["logits_stride"])
+def _mask_kernel(
+    logits_ptr,
+    rows_ptr,
+    bits_ptr,
+    logits_stride,
+    WIDTH: tl.constexpr,
+    NUM_WORDS: tl.constexpr,
+    BLOCK: tl.constexpr,
+):
+    index = tl.program_id(0).to(tl.int64)
+    row = tl.load(rows_ptr + index).to(tl.int64)
+    words = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
+    # Words beyond the last one allow everything.
+    bits = tl.load(bits_ptr + index * NUM_WORDS + words, mask=words < NUM_WORDS, other=-1)
+    lanes = tl.arange(0, 32)
+    may = (bits[:, None] >> lanes[None, :]) & 1
+    tokens = words[:, None] * 32 + lanes[None, :]
+    is_forbidden = (may == 0) & (tokens < WIDTH)
+    forbidden = tl.full((BLOCK, 32), -float("inf"), tl.float32)
+    tl.store(logits_ptr + row * logits_stride + tokens, forbidden, mask=is_forbidden)
 
 
 @triton.jit

@@ -11,6 +11,7 @@ from snapshots.store import Snapshot, open_snapshot
 
 CONFIG_FILE = "config.json"
 GENERATION_CONFIG_FILE = "generation_config.json"
+TOKENIZER_FILE = "tokenizer.json"
 
 
 def read_configs(snapshot_dir: Path) -> tuple[dict[str, Any], dict[str, Any]]:
@@ -29,6 +30,18 @@ def read_configs(snapshot_dir: Path) -> tuple[dict[str, Any], dict[str, Any]]:
     except SnapshotError as error:
         raise SnapshotDamaged(str(error)) from error
     return model_config, generation_config
+
+
+def read_tokenizer(snapshot_dir: Path) -> str:
+    """Return the text of a snapshot's tokenizer.json.
+
+    Raises:
+        SnapshotDamaged: It is missing, or not what the manifest says.
+    """
+    try:
+        return read_file(open_snapshot(snapshot_dir), TOKENIZER_FILE).decode()
+    except SnapshotError as error:
+        raise SnapshotDamaged(str(error)) from error
 
 
 def end_token_ids(

@@ -12,7 +12,7 @@ from typing import Protocol
 import structlog
 
 from runtime.config import EngineConfig
-from runtime.engine.engine import EngineFigures
+from runtime.engine.figures import EngineFigures
 from runtime.engine.pooling import Pooled, PoolingRequest
 from runtime.engine.sequence import SequenceKey, SequenceRequest, StepResult
 from runtime.errors import InvalidSequence

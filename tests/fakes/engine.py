@@ -218,7 +218,7 @@ class FakeEngineFactory:
     def open_runner(self, snapshot: Path, config: EngineConfig) -> FakeRunner:
         return FakeRunner(Script(**json.loads((snapshot / "script.json").read_text())), config)
 
-    def build_engine(self, config: EngineConfig, runner: FakeRunner) -> FakeEngine:
+    def build_engine(self, snapshot: Path, config: EngineConfig, runner: FakeRunner) -> FakeEngine:
         return FakeEngine(runner)
 
 

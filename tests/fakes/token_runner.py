@@ -2,13 +2,14 @@
 
 Its KV cache holds a checksum of each token and all before it, read through the block table, as
 real keys and values depend on the whole prefix. The next token is a checksum of all of them.
-Wrong sharing, early reuse or lost recomputation change the answer.
+Wrong sharing, early reuse or lost recomputation change the answer. Where it is constrained, it is
+the next token that may be chosen.
 """
 
 import zlib
 from collections.abc import Callable, Sequence
 
-from runtime.engine.batch import SampledTokens, ScheduledBatch, ScheduledSequence
+from runtime.engine.batch import SampledTokens, ScheduledBatch, ScheduledSequence, TokenMasks
 
 
 def checksum(values: Sequence[int]) -> int:
@@ -24,6 +25,22 @@ def answer(prompt: Sequence[int], num_tokens: int, vocab_size: int) -> list[int]
             states.append(checksum([*states, token_id]))
         token_ids.append(checksum(states) % vocab_size)
     return token_ids[len(prompt) :]
+
+
+class PendingChoice:
+    """A batch whose tokens wait for their masks."""
+
+    def __init__(self, choose: Callable[[TokenMasks | None], SampledTokens]) -> None:
+        self._choose = choose
+        self._chosen: SampledTokens | None = None
+
+    def choose(self, masks: TokenMasks | None) -> None:
+        assert self._chosen is None, "chosen once"
+        self._chosen = self._choose(masks)
+
+    def wait(self) -> SampledTokens:
+        assert self._chosen is not None, "chosen before"
+        return self._chosen
 
 
 class TokenRunner:
@@ -55,18 +72,37 @@ class TokenRunner:
     def use_idle_time(self) -> bool:
         return False
 
-    def launch(self, batch: ScheduledBatch) -> SampledTokens:
+    def launch(self, batch: ScheduledBatch) -> "SampledTokens | PendingChoice":
         self.batches.append(batch)
         error = self.fail(batch)
         if error is not None:
             raise RuntimeError(error)
         token_ids = [self._run(item) for item in batch.sequences]
         sampled = [
-            token_id
+            (item, token_id)
             for item, token_id in zip(batch.sequences, token_ids, strict=True)
             if item.is_sampled
         ]
-        return SampledTokens(token_ids=sampled, faults={})
+        if batch.is_constrained:
+            return PendingChoice(lambda masks: self._choose(sampled, masks))
+        return self._choose(sampled, None)
+
+    def _choose(
+        self, sampled: list[tuple[ScheduledSequence, int]], masks: TokenMasks | None
+    ) -> SampledTokens:
+        token_ids = []
+        for row, (item, token_id) in enumerate(sampled):
+            mask = None if masks is None else masks.of(row)
+            if mask is not None:
+                bits = int.from_bytes(mask.bits, "little")
+                token_id = next(
+                    (token_id + step) % self.vocab_size
+                    for step in range(self.vocab_size)
+                    if bits >> (token_id + step) % self.vocab_size & 1
+                )
+            self._last_tokens[item.number] = token_id
+            token_ids.append(token_id)
+        return SampledTokens(token_ids=token_ids, faults={})
 
     def _run(self, item: ScheduledSequence) -> int:
         assert item.num_tokens > 0, "nothing to sample from"
@@ -77,10 +113,7 @@ class TokenRunner:
         for position, token_id in enumerate(token_ids, start=item.start):
             states.append(checksum([*states, token_id]))
             self._states[self._slot(item, position)] = states[-1]
-        token_id = checksum(states) % self.vocab_size
-        if item.is_sampled:
-            self._last_tokens[item.number] = token_id
-        return token_id
+        return checksum(states) % self.vocab_size
 
     def _slot(self, item: ScheduledSequence, position: int) -> int:
         block_id = item.block_ids[position // self._block_size]

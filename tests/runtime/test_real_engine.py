@@ -4,6 +4,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 import pytest
+from tokenizers import Tokenizer
 
 from runtime.rpc import inference_pb2 as pb
 from runtime.rpc.client import Attachment, RuntimeUnavailable
@@ -108,3 +109,26 @@ async def test_a_killed_engine_is_replaced_by_a_fork(server: Process) -> None:
     assert server.zygote() == zygote
     attachment = await server.client.attach()
     assert (await generate(attachment, PROMPT, 2).end()).num_output_tokens == 2
+
+
+async def test_grammars_are_followed_and_a_bad_one_is_refused(
+    server: Process, smollm2_snapshot_fp32: Path
+) -> None:
+    attachment = await server.client.attach()
+
+    def ask(grammar: str) -> Recorder:
+        sink = Recorder()
+        sampling = pb.SamplingParams(max_tokens=60, top_p=1.0, temperature=1.0, grammar=grammar)
+        sink.sequence_id = attachment.submit(PROMPT, sampling, sink)
+        return sink
+
+    free = generate(attachment, PROMPT, 12)
+    words = [ask('start: "Yes" | "No, never"') for _ in range(3)]
+    bad = ask("start: nowhere")
+    tokenizer = Tokenizer.from_file(str(smollm2_snapshot_fp32 / "tokenizer.json"))
+    for sink in words:
+        assert (await sink.end()).reason == pb.FINISH_REASON_STOP
+        assert tokenizer.decode(sink.tokens) in ("Yes", "No, never")
+    assert (await bad.end()).reason == pb.FINISH_REASON_REFUSED
+    assert (await free.end()).num_output_tokens == len(free.tokens)
+    await attachment.close()

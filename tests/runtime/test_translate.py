@@ -29,6 +29,10 @@ def test_every_sampling_parameter_reaches_the_engine() -> None:
         presence_penalty=-0.5,
         logit_bias={4: -100.0, 9: 2.5},
         num_logprobs=0,
+        grammar='start: "a"',
+        min_tokens=3,
+        allowed_token_ids=[5, 4],
+        bad_words=[pb.TokenIds(token_ids=[1, 2]), pb.TokenIds(token_ids=[3])],
     )
     assert {field.name for field, _ in sent.ListFields()} == set(sent.DESCRIPTOR.fields_by_name)
     assert over_the_wire(sent) == SamplingParams(
@@ -45,6 +49,10 @@ def test_every_sampling_parameter_reaches_the_engine() -> None:
         presence_penalty=-0.5,
         logit_bias={4: -100.0, 9: 2.5},
         num_logprobs=0,
+        grammar='start: "a"',
+        min_tokens=3,
+        allowed_token_ids=frozenset({4, 5}),
+        bad_words=((1, 2), (3,)),
     )
 
 

@@ -6,7 +6,7 @@ from typing import cast
 from fastapi import APIRouter, Request, Response
 
 from controller.gateway.bodies import JsonRoute
-from controller.gateway.calls import Call, GatewayDependency, collect
+from controller.gateway.calls import Call, GatewayDependency, collect, requested_grammar
 from controller.gateway.responses import ANSWER_RESPONSES
 from controller.gateway.schemas.chat import (
     AssistantMessage,
@@ -25,9 +25,10 @@ async def create_chat_completion(
     body: ChatCompletionRequest, request: Request, gateway: GatewayDependency
 ) -> Response:
     """Continue a conversation; the first call of an idle function wakes it."""
+    grammar = await requested_grammar(body)
     call = await Call.open(gateway, request, body.model)
     prompt = await call.text.encode_chat([message.variables() for message in body.messages])
-    answer = call.answer([prompt], body, default_max_tokens=None)
+    answer = call.answer([prompt], body, default_max_tokens=None, grammar=grammar)
     chat_id = f"chatcmpl-{uuid.uuid4().hex}"
     created = int(gateway.clock.now().timestamp())
     if body.stream:

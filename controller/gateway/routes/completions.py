@@ -8,7 +8,7 @@ from fastapi import APIRouter, Request, Response
 
 from controller.errors import InvalidRequest
 from controller.gateway.bodies import JsonRoute
-from controller.gateway.calls import Call, GatewayDependency, collect
+from controller.gateway.calls import Call, GatewayDependency, collect, requested_grammar
 from controller.gateway.responses import ANSWER_RESPONSES
 from controller.gateway.schemas.common import FinishReason
 from controller.gateway.schemas.completions import (
@@ -35,9 +35,10 @@ async def create_completion(
             f"prompt: has {len(body.prompt)} prompts; at most {max_prompts} are allowed in a call",
             param="prompt",
         )
+    grammar = await requested_grammar(body)
     call = await Call.open(gateway, request, body.model)
     prompts = await _token_ids(call, body.prompt)
-    answer = call.answer(prompts, body, default_max_tokens=DEFAULT_MAX_TOKENS)
+    answer = call.answer(prompts, body, default_max_tokens=DEFAULT_MAX_TOKENS, grammar=grammar)
     completion_id = f"cmpl-{uuid.uuid4().hex}"
     created = int(gateway.clock.now().timestamp())
     if body.stream:

@@ -41,7 +41,7 @@ class ApiBody(BaseModel):
 
     @classmethod
     def _is_read(cls, name: str, value: object) -> bool:
-        if name in cls.model_fields:
+        if name in cls._read_names():
             return True
         if name in cls.ignored:
             return False
@@ -54,8 +54,12 @@ class ApiBody(BaseModel):
         raise wrong_field(f"not supported yet; {hint}", field=name)
 
     @classmethod
+    def _read_names(cls) -> list[str]:
+        return [field.alias or name for name, field in cls.model_fields.items()]
+
+    @classmethod
     def _nearest(cls, name: str) -> str:
-        known = [*cls.model_fields, *cls.unsupported, *cls.ignored]
+        known = [*cls._read_names(), *cls.unsupported, *cls.ignored]
         nearest = difflib.get_close_matches(name[:64], known, n=1)
         return f"; did you mean {nearest[0]!r}?" if nearest else "; remove it"
 

@@ -5,6 +5,7 @@ from typing import Annotated, Any, ClassVar
 from pydantic import Field, field_validator, model_validator
 
 from controller.gateway.schemas.base import ApiBody, Neutral, wrong_field
+from controller.gateway.schemas.structure import ResponseFormat, StructuredOutputs
 
 MAX_STOPS = 16
 MAX_STOP_CHARS = 1024
@@ -43,8 +44,6 @@ UNSUPPORTED: dict[str, Neutral] = {
     "prompt_logprobs": (),
     "return_token_ids": (False,),
     "return_tokens_as_token_ids": (False,),
-    "response_format": ({"type": "text"},),
-    "structured_outputs": (),
     "guided_json": (),
     "guided_regex": (),
     "guided_choice": (),
@@ -113,6 +112,12 @@ class SamplingBody(ApiBody):
     ignore_eos: bool | None = Field(
         default=None, description="Generate on after the end-of-sequence token."
     )
+    response_format: ResponseFormat | None = Field(
+        default=None, description="Text by default; or JSON, valid under a schema."
+    )
+    structured_outputs: StructuredOutputs | None = Field(
+        default=None, description="What the answer must match, if `response_format` leaves it free."
+    )
     stream: bool | None = Field(default=None, description="Answer with server-sent events.")
     stream_options: StreamOptions | None = Field(
         default=None, description="Only with `stream: true`."
@@ -142,6 +147,13 @@ class SamplingBody(ApiBody):
     def _check_stream_options(self) -> "SamplingBody":
         if self.stream_options is not None and not self.stream:
             raise wrong_field("only allowed with 'stream': true", field="stream_options")
+        return self
+
+    @model_validator(mode="after")
+    def _check_structure(self) -> "SamplingBody":
+        formatted = self.response_format
+        if formatted and formatted.type != "text" and self.structured_outputs:
+            raise wrong_field("excludes a response_format", field="structured_outputs")
         return self
 
     @property

@@ -9,7 +9,9 @@ from hypothesis import strategies as st
 from numpy.typing import NDArray
 
 from runtime.cpu import sampler
+from runtime.cpu.adjustments import mask
 from runtime.cpu.sampler import SamplingRow, sample, uniform
+from runtime.engine.batch import TokenMasks
 from runtime.engine.sequence import SamplingParams
 
 NUM_DRAWS = 4000
@@ -155,3 +157,14 @@ def test_uniform_numbers_are_spread_evenly_over_positions_and_seeds() -> None:
     ):
         counts = Counter(int(number * 16) for number in numbers)
         assert sum((counts[i] - 256) ** 2 / 256 for i in range(16)) < chi_square_limit(15)
+
+
+def test_masks_leave_only_what_they_allow_and_other_rows_alone() -> None:
+    logits = torch.randn(3, 70)
+    before = logits.clone()
+    bits = bytearray(12)
+    for token_id in (0, 31, 32, 69):
+        bits[token_id // 8] |= 1 << token_id % 8
+    mask(logits, TokenMasks(rows=(1,), bits=memoryview(bits)))
+    assert logits[1].isfinite().nonzero().flatten().tolist() == [0, 31, 32, 69]
+    assert torch.equal(logits[[0, 2]], before[[0, 2]])

@@ -162,7 +162,7 @@ class FaultyRunner(TokenRunner):
     faulty_id = 2
 
     def launch(self, batch: ScheduledBatch) -> SampledTokens:
-        sampled = super().launch(batch)
+        sampled = super().launch(batch).wait()
         faults = {
             index: "not finite"
             for index, item in enumerate(batch.sequences)

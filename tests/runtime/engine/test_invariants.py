@@ -61,7 +61,7 @@ class EngineMachine(RuleBasedStateMachine):
     def start_step(self) -> None:
         batch = self.scheduler.schedule()
         if batch.sequences:
-            self.in_flight.append((batch, list(self.runner.launch(batch).token_ids)))
+            self.in_flight.append((batch, list(self.runner.launch(batch).wait().token_ids)))
 
     @precondition(lambda self: self.in_flight)
     @rule()

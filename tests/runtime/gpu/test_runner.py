@@ -223,3 +223,31 @@ def test_graphs_change_no_answer_and_nothing_is_compiled_late() -> None:
              torch.empty(1, 321, device=DEVICE))  # fmt: skip
     assert runner.num_late_compilations == 1, "the counter counts"
     assert tokens == {id: greedy_alone(model, prompt, 30) for id, prompt in prompts.items()}
+
+
+def test_constrained_sequences_overlap_with_others_and_choose_what_they_may() -> None:
+    model = tiny_llama()
+    allowed = frozenset({7, 33, 99})
+    limited = SamplingParams(
+        temperature=0.0, max_tokens=5, allowed_token_ids=allowed, bad_words=((7, 7),)
+    )
+    prompts = {id: [(7 * id + i) % 100 for i in range(4 * id)] for id in (1, 2, 3)}
+    engine = new_engine(model)
+    engine.submit(new_request(1, prompts[1], sampling=limited))
+    engine.submit(new_request(3, prompts[3], sampling=limited))
+    tokens, _ = answers(engine, {2: prompts[2]}, SamplingParams(temperature=0.0, max_tokens=5))
+    assert tokens[2] == greedy_alone(model, prompts[2], 5)
+    for id in (1, 3):
+        assert tokens[id] == _greedy_among(model, prompts[id], allowed, 5)
+
+
+def _greedy_among(
+    model: LlamaForCausalLM, prompt: Sequence[int], allowed: frozenset[int], num_tokens: int
+) -> list[int]:
+    """Choose the likeliest allowed token, but never 7 after 7 in the output."""
+    token_ids = list(prompt)
+    for index in range(num_tokens):
+        logits = reference_logits(model, token_ids)[-1]
+        is_bad = index > 0 and token_ids[-1] == 7
+        token_ids.append(max(allowed - {7 if is_bad else -1}, key=lambda token: logits[token]))
+    return token_ids[len(prompt) :]

@@ -11,6 +11,8 @@ from runtime.kernels.sampling import (
     SamplingTable,
     adjust_logits,
     adjust_logits_reference,
+    mask_logits,
+    mask_logits_reference,
     sample,
 )
 from tests.runtime.kernels.device import DEVICE
@@ -159,3 +161,38 @@ def test_only_counted_rows_count_what_was_drawn() -> None:
     draw(logits, table, row=1)
     assert table.counts[2, token] == 1
     assert table.counts.sum() == 1
+
+
+@pytest.mark.parametrize("vocab_size", [VOCAB_SIZE, 320])
+def test_masks_are_those_of_the_reference(vocab_size: int) -> None:
+    generator = torch.Generator().manual_seed(3)
+    logits = padded_logits(NUM_ROWS)
+    num_words = -(-vocab_size // 32)
+    bits = torch.randint(-(2**31), 2**31, (2, num_words), generator=generator).to(torch.int32)
+    rows = torch.tensor([3, 1], dtype=torch.int32)
+    expected = logits.clone()
+    mask_logits_reference(expected, rows, bits)
+    masked = logits.to(DEVICE)
+    mask_logits(masked, rows.to(DEVICE), bits.to(DEVICE))
+    assert torch.equal(masked.cpu(), expected)
+    is_set = np.unpackbits(bits.numpy().view(np.uint8), axis=1, bitorder="little")
+    width = min(num_words * 32, logits.shape[1])
+    for mask, row in zip(is_set, rows.tolist(), strict=True):
+        assert torch.equal(expected[row, :width].isfinite(), torch.from_numpy(mask[:width] == 1))
+    assert torch.equal(expected[[0, 2]], logits[[0, 2]])
+
+
+def test_only_tokens_of_the_mask_are_drawn() -> None:
+    logits = padded_logits(30)
+    allowed = [3, 64, 299]
+    bits = torch.zeros(30, -(-VOCAB_SIZE // 32), dtype=torch.int32)
+    for token_id in allowed:
+        bits[:, token_id // 32] |= 1 << token_id % 32
+    logits = logits.to(DEVICE)
+    mask_logits(logits, torch.arange(30, dtype=torch.int32, device=DEVICE), bits.to(DEVICE))
+    for table in (
+        new_table(),
+        new_table(temperatures=5.0),
+        new_table(temperatures=5.0, top_ks=50, top_ps=0.9, min_ps=0.001),
+    ):
+        assert set(draw(logits, table)) <= set(allowed)

@@ -1,0 +1,66 @@
+"""A batch whose launch has failed: its sequences run alone, to find the faulty ones."""
+
+from typing import Protocol
+
+import structlog
+
+from runtime.engine.batch import (
+    PendingTokens,
+    SampledTokens,
+    ScheduledBatch,
+    ScheduledSequence,
+    TokenMasks,
+)
+from runtime.engine.sequence import TokenLogprobs
+
+log = structlog.get_logger()
+
+
+class Launcher(Protocol):
+    """What can run a batch again."""
+
+    def launch(self, batch: ScheduledBatch) -> PendingTokens:
+        """Run a batch after those launched before."""
+
+
+class IsolatedBatch:
+    """Runs each sequence of a batch alone; implements `runtime.engine.batch.PendingTokens`.
+
+    Args:
+        runner: Running the same sequence again gives the same result.
+        batch: The one that failed.
+    """
+
+    def __init__(self, runner: Launcher, batch: ScheduledBatch) -> None:
+        self._runner = runner
+        self._batch = batch
+        self._result = SampledTokens(token_ids=(), faults={})
+
+    def choose(self, masks: TokenMasks | None) -> None:
+        """Run the sequences, one after the other."""
+        token_ids: list[int] = []
+        faults: dict[int, str] = {}
+        logprobs: dict[int, TokenLogprobs] = {}
+        for index, item in enumerate(self._batch.sequences):
+            mask = masks.of(len(token_ids)) if masks is not None and item.is_sampled else None
+            alone = self._run_alone(item, mask)
+            token_ids += alone.token_ids
+            if alone.faults:
+                faults[index] = alone.faults[0]
+            if alone.logprobs:
+                logprobs[index] = alone.logprobs[0]
+        self._result = SampledTokens(token_ids=token_ids, faults=faults, logprobs=logprobs)
+
+    def wait(self) -> SampledTokens:
+        """Return what they yielded."""
+        return self._result
+
+    def _run_alone(self, item: ScheduledSequence, mask: TokenMasks | None) -> SampledTokens:
+        try:
+            pending = self._runner.launch(ScheduledBatch(sequences=(item,)))
+            pending.choose(mask)
+            return pending.wait()
+        except Exception as error:  # whatever is wrong with it, the others go on
+            log.exception("sequence_raised", **item.key._asdict())
+            message = f"the engine could not run this sequence: {type(error).__name__}: {error}"
+            return SampledTokens(token_ids=(0,) * item.is_sampled, faults={0: message})
