@@ -32,11 +32,12 @@ from controller.ledger.intervals import WHOLE_PPM, Interval
 from controller.ledger.ledger import Ledger
 from controller.metrics import Metrics
 from controller.records import Records
+from controller.scaling.contention import Contention
 from controller.scaling.devices import find_devices
 from controller.scaling.journal import Journal
 from controller.scaling.last_logs import LastLogs
 from controller.scaling.node import Node
-from controller.scaling.placement import Device, DeviceKind, DevicePool
+from controller.scaling.placement import Device, DeviceKind, MemoryLedger
 from controller.scaling.plane import ControlPlane
 from controller.scaling.reaper import Reaper
 from controller.scaling.standby import StandbyPool
@@ -96,10 +97,17 @@ async def run(settings: Settings, backends: Sequence[RuntimeBackend] | None = No
         journal = Journal(records.write, on_dropped=metrics.journal_entry_dropped)
         stack.push_async_callback(journal.flush)
         epoch = unix_us(clock.now()) // 1_000_000
+        memory = MemoryLedger(devices)
         node = Node(
             clock=clock,
             connect=RuntimeClient,
-            pool=DevicePool(devices),
+            memory=memory,
+            contention=Contention(
+                memory,
+                clock,
+                min_residency_s=settings.min_residency_s,
+                turn_s=settings.device_turn_s,
+            ),
             standbys=StandbyPool(
                 size=settings.standby_replicas,
                 connect=RuntimeClient,

@@ -64,6 +64,16 @@ class Settings(BaseSettings):
         le=64,
         description="Runtimes kept without a model, imports done, for each backend in use.",
     )
+    min_residency_s: float = Field(
+        default=1.0,
+        ge=0,
+        description="Shortest stay of a ready replica before it is parked to make room for others.",
+    )
+    device_turn_s: float = Field(
+        default=30.0,
+        ge=0,
+        description="How long a busy replica may serve while another function waits for its place.",
+    )
     docker_image: str = Field(
         default="coldspark-runtime:latest", description="Image of the docker backend."
     )

@@ -59,6 +59,13 @@ class Activation:
     def __post_init__(self) -> None:
         self.began_at = self.lap_at = self.monotonic()
 
+    def waited(self, room_s: float) -> None:
+        """Count seconds that were spent, before now, on waiting for room on a device."""
+        if room_s > 0:
+            self.phases.append(PhaseTiming("room", room_s))
+            self.began_at -= room_s
+            self.started_us -= int(room_s * 1e6)
+
     def lap(self, name: str) -> None:
         """End a phase now."""
         now = self.monotonic()

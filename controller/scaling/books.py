@@ -48,12 +48,13 @@ class Books:
         price = self._function.spec.cost.gpu_hour_usd
         return self._node.gpu_hour_usd if price is None else price
 
-    def began(self, replica: Replica, tier: Tier) -> Activation:
-        """Note that bringing a replica up begins; returns the stopwatch."""
+    def began(self, replica: Replica, tier: Tier, *, room_s: float = 0.0) -> Activation:
+        """Note that bringing a replica up begins, after a wait for room; returns the stopwatch."""
         clock = self._node.clock
         activation = Activation(
             from_tier=tier, monotonic=clock.monotonic, started_us=unix_us(clock.now())
         )
+        activation.waited(room_s)
         self._activations[replica.id] = activation
         return activation
 
@@ -80,6 +81,10 @@ class Books:
         """Return the expected rest of a cold start after some seconds of waiting."""
         expected = self._cold_s.get(tier, DEFAULT_ETA_S.get(tier))
         return None if expected is None else max(expected - waited_s, 0.1)
+
+    def expected_s(self, tier: str) -> float:
+        """Return how long bringing a replica up from a tier takes, as far as it is known."""
+        return self._cold_s.get(tier, DEFAULT_ETA_S.get(tier, 0.0))
 
     def publish(self) -> None:
         """Tell everybody the moves made since the last time."""

@@ -7,7 +7,11 @@ from pathlib import Path
 
 from controller.errors import InvalidSpec
 from controller.scaling.embedding import Pooling, pooling_of
+from controller.scaling.placement import Demand, demand_of
 from functions.spec import FunctionSpec, revision
+from snapshots.errors import SnapshotError
+from snapshots.manifest import Manifest
+from snapshots.store import MANIFEST_FILE
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -22,6 +26,7 @@ class Deployment:
         runtime_hash: Hash of what a running runtime cannot change.
         max_model_len: Longest prompt plus output, in tokens.
         pooling: How it embeds; None for one that generates.
+        demand: What each replica needs of its devices.
     """
 
     spec: FunctionSpec
@@ -30,6 +35,7 @@ class Deployment:
     snapshot: str
     runtime_hash: str
     max_model_len: int
+    demand: Demand
     pooling: Pooling | None = None
 
 
@@ -57,7 +63,16 @@ def deployment_of(spec: FunctionSpec, backend: str, snapshot: Path) -> Deploymen
         runtime_hash=_runtime_hash(spec, backend, snapshot.name, pooling),
         max_model_len=max_model_len,
         pooling=pooling,
+        demand=demand_of(spec, _weights_bytes(snapshot)),
     )
+
+
+def _weights_bytes(snapshot: Path) -> int:
+    try:
+        manifest = Manifest.from_json((snapshot / MANIFEST_FILE).read_text())
+    except (OSError, SnapshotError) as error:
+        raise InvalidSpec(f"the snapshot {snapshot.name!r} is not usable: {error}") from error
+    return sum(rank.size_bytes for rank in manifest.ranks)
 
 
 def _context_length(snapshot: Path) -> int:

@@ -21,7 +21,6 @@ from controller.scaling.node import Home
 from controller.scaling.replica import Replica
 from controller.scaling.replica_log import replica_log
 from controller.scaling.standby import Standby
-from functions.spec import FunctionSpec
 from runtime.rpc import inference_pb2 as pb
 from runtime.rpc.client import RuntimeRefused, RuntimeRpcError
 
@@ -54,9 +53,10 @@ class ReplicaLost(Exception):
 
 
 def load_request(
-    spec: FunctionSpec, deployment: Deployment, replica: Replica, home: Home
+    deployment: Deployment, replica: Replica, home: Home, device_memory_bytes: int
 ) -> pb.LoadRequest:
-    """Return what a runtime is told to load, and for whom."""
+    """Return what a runtime is told to load, for whom, and how much of each GPU it may use."""
+    spec = deployment.spec
     engine, pooling = spec.engine, deployment.pooling
     usual_block_size = GPU_BLOCK_SIZE if spec.resources.gpus else CPU_BLOCK_SIZE
     return pb.LoadRequest(
@@ -77,6 +77,7 @@ def load_request(
         ),
         device_uuids=home.gpus,
         memory_limit_bytes=spec.resources.memory or 0,
+        device_memory_bytes=device_memory_bytes,
         owner=pb.Owner(replica_id=replica.id, function=spec.name, revision=replica.runtime_hash),
     )
 
@@ -89,12 +90,18 @@ class Effects:
         self._tasks: dict[str, asyncio.Task[None]] = {}
         self._watches: dict[str, asyncio.Task[None]] = {}
 
-    async def start(self, replica: Replica) -> None:
-        """Get a runtime, load the snapshot, open the stream."""
+    async def start(self, replica: Replica, room_s: float) -> None:
+        """Get a runtime, load the snapshot, open the stream.
+
+        Args:
+            replica: The one to start.
+            room_s: How long it has waited for room on its devices.
+        """
         function = self._function
-        spec, deployment = function.spec, function.deployment
-        activation = function.books.began(replica, function.homes[replica.id].tier)
-        async with self._translated(replica, limit_s=spec.timeouts.startup):
+        limit_s = function.spec.timeouts.startup
+        home = function.homes[replica.id]
+        activation = function.books.began(replica, home.tier, room_s=room_s)
+        async with self._translated(replica, limit_s=limit_s):
             link = await self._take_over(replica, activation)
             if link is None:
                 link = await self._create(replica, activation)
@@ -103,8 +110,13 @@ class Effects:
             function.set.loading(replica, now=now, reason="runtime answers")
             function.changed()
             response = await link.connection.load(
-                load_request(spec, deployment, replica, function.homes[replica.id]),
-                timeout_s=spec.timeouts.startup,
+                load_request(
+                    function.deployment,
+                    replica,
+                    function.homes[replica.id],
+                    function.memory_on_gpus(home),
+                ),
+                timeout_s=limit_s,
             )
             activation.lap_call(response.phases, rest="load_other")
             await link.attach()
@@ -159,11 +171,11 @@ class Effects:
         activation.lap("container_start")
         return link
 
-    async def wake(self, replica: Replica) -> None:
+    async def wake(self, replica: Replica, room_s: float) -> None:
         """Bring a parked runtime back; one that does not come back is replaced by a start."""
         function = self._function
         link = function.links[replica.id]
-        activation = function.books.began(replica, Tier.PARKED)
+        activation = function.books.began(replica, Tier.PARKED, room_s=room_s)
         gpus = function.homes[replica.id].gpus
         try:
             async with self._translated(replica, limit_s=function.spec.timeouts.startup):
@@ -190,7 +202,9 @@ class Effects:
         else:
             link.freed_bytes = response.freed_bytes
             function.set.parked(replica, now=function.clock.monotonic())
-            function.node.pool.release(replica.id)
+            link.kept_bytes = response.memory.kept_bytes
+            device_ids = function.homes[replica.id].device_ids
+            function.node.memory.keep(replica.id, device_ids, link.kept_bytes)
         function.changed()
 
     async def stop(self, replica: Replica) -> None:
@@ -257,7 +271,7 @@ class Effects:
         function.links.pop(replica.id, None)
         function.engines.drop(replica.id)
         del function.homes[replica.id]
-        function.node.pool.release(replica.id)
+        function.node.memory.release(replica.id)
 
     def watch(self, replica: Replica, link: RuntimeLink) -> None:
         """Follow what a runtime says about itself until it is removed."""

@@ -34,6 +34,8 @@ from controller.scaling.replica import (
     WakeReplica,
 )
 from controller.scaling.replica_set import ReplicaSet
+from controller.scaling.reuse import CallRate
+from controller.scaling.room import Tenant
 from controller.scaling.serving import FunctionGeneration, LiveRequest, Ticket
 from functions.spec import ColdPolicy, FunctionSpec
 
@@ -41,6 +43,10 @@ log = structlog.get_logger(__name__)
 
 TIMER_RESOLUTION_S = 0.001
 DEFECT_PAUSE_S = 1.0
+LIKELY_KEPT_BYTES = 1 << 30
+"""What a parked engine may still hold of a GPU, before it has said so."""
+_TIER_AFTER = {ReplicaState.READY: Tier.PARKED, ReplicaState.PARKED: Tier.STANDBY}
+"""What is left of a replica that gives way."""
 
 
 class Function:
@@ -74,6 +80,7 @@ class Function:
         self._is_shut = False
         self._known_floor: Floor | None = None
         self._drained: dict[str, asyncio.Event] = {}
+        self._calls = CallRate()
 
     @property
     def name(self) -> str:
@@ -148,7 +155,9 @@ class Function:
                 f"{self.name!r} is {self.tier} and its queue.on_cold is reject; it is being woken",
                 retry_after_s=eta,
             )
-        self.set.admit(ticket, now=self.clock.monotonic())
+        now = self.clock.monotonic()
+        self._calls.note(now)
+        self.set.admit(ticket, now=now)
         self._after_grant(ticket)
 
     def readmit(self, ticket: Ticket) -> None:
@@ -167,8 +176,10 @@ class Function:
     def release(self, replica: Replica) -> None:
         """Give a lease back."""
         self.set.release(replica, now=self.clock.monotonic())
-        if replica.in_flight == 0 and (drained := self._drained.get(replica.id)):
-            drained.set()
+        if replica.in_flight == 0:
+            if (drained := self._drained.get(replica.id)) is not None:
+                drained.set()
+            self.node.contention.look_again()
         self.books.account(replica)
         self.poke()
 
@@ -201,6 +212,57 @@ class Function:
         self.books.used(generation.record)
         self.poke()
 
+    # Other functions on the same devices: called by the contention.
+
+    def memory_on_gpus(self, home: Home) -> int:
+        """Return how much of each of its GPUs a replica was promised; 0 on the CPU."""
+        gpus = [
+            self.node.memory.devices[gpu] for gpu in home.gpus if gpu in self.node.memory.devices
+        ]
+        return min((self.deployment.demand.bytes_on(gpu) for gpu in gpus), default=0)
+
+    def tenants(self) -> dict[str, Tenant]:
+        """Return its replicas that hold device memory, by id."""
+        now = self.clock.monotonic()
+        reuse = self._calls.reuse_probability(now)
+        has_queue = self.set.num_queued > 0
+        return {
+            replica.id: Tenant(
+                replica_id=replica.id,
+                state=replica.state,
+                kept_bytes=self._kept_bytes(replica),
+                value_s=reuse * self.books.expected_s(_TIER_AFTER.get(replica.state, Tier.STOPPED)),
+                resident_s=now - replica.lifecycle.since,
+                idle_s=now - replica.idle_since,
+                is_busy=replica.in_flight > 0 or (has_queue and not replica.is_yielding),
+                is_needed=self.set.is_needed(replica),
+                is_yielding=replica.is_yielding,
+            )
+            for replica in self.set.replicas.values()
+            if replica.id in self.homes
+        }
+
+    def evict(self, replica_id: str, *, reason: str) -> None:
+        """Park an idle replica, or stop a parked one, now."""
+        replica = self.set.replicas[replica_id]
+        instruction = self.set.evict(replica, now=self.clock.monotonic(), reason=reason)
+        if instruction is not None:
+            self._execute([instruction])
+
+    def yield_place(self, replica_id: str, *, reason: str) -> None:
+        """Give a replica no more requests, and park it when it is empty."""
+        log.info("replica yields", function=self.name, replica_id=replica_id, reason=reason)
+        self.set.replicas[replica_id].is_yielding = True
+        self.poke()
+
+    def _kept_bytes(self, replica: Replica) -> int:
+        """Return what a replica holds of each device when parked, as far as that is known."""
+        link = self.links.get(replica.id)
+        known = None if link is None else link.kept_bytes
+        if known is None:
+            return LIKELY_KEPT_BYTES if self.homes[replica.id].gpus else 0
+        return known
+
     # Operations: called by the control plane.
 
     async def run(self) -> None:
@@ -217,6 +279,7 @@ class Function:
                 await self._wait_for_change()
         finally:
             self._is_shut = True
+            self.node.contention.leave(self.name)
             self._refuse_waiters()
             if self._warming is not None:
                 self._warming.cancel()
@@ -341,7 +404,10 @@ class Function:
         self.links[replica.id] = link
         self.homes[replica.id] = home
         if state is ReplicaState.READY:
-            self.node.pool.claim(replica.id, home.device_ids)
+            self.node.memory.hold(replica.id, home.device_ids, self.deployment.demand)
+        else:
+            link.kept_bytes = link.status.memory.kept_bytes
+            self.node.memory.keep(replica.id, home.device_ids, link.kept_bytes)
         self.set.adopt(replica)
         self._effects.watch(replica, link)
         self.books.publish()
@@ -411,8 +477,9 @@ class Function:
     def _turn(self) -> None:
         self.set.floor = 0 if self._is_shut else self._floor()
         self._grant()
-        if not self._is_shut or self.set.is_closing:
-            self._execute(self.set.plan(self.clock.monotonic()))
+        may_act = not self._is_shut or self.set.is_closing
+        if may_act and self._execute(self.set.plan(self.clock.monotonic())):
+            self.node.contention.leave(self.name)
         self.books.publish()
 
     async def _wait_for_change(self) -> None:
@@ -474,27 +541,36 @@ class Function:
         except ApiError as error:
             log.warning("warm-up failed", function=self.name, error=error.message)
 
-    def _execute(self, instructions: Iterable[Instruction]) -> None:
+    def _place(self, replica: Replica, device_ids: tuple[str, ...] = ()) -> tuple[str, ...] | None:
+        demand = self.deployment.demand
+        return self.node.contention.place(self, replica.id, demand, device_ids)
+
+    def _execute(self, instructions: Iterable[Instruction]) -> bool:
+        """Begin to carry instructions out; says whether every replica got its place."""
+        has_place = True
         for instruction in instructions:
             replica = instruction.replica
             if isinstance(instruction, StartReplica):
-                devices = self.node.pool.reserve(replica.id, self.spec.resources.gpus)
+                devices = self._place(replica)
                 if devices is None:
                     self.set.unplace(replica, parked=False, now=self.clock.monotonic())
+                    has_place = False
                     continue
                 self.homes[replica.id] = self._home(replica, devices)
-                effect = self._effects.start(replica)
+                effect = self._effects.start(replica, self.node.contention.leave(self.name))
             elif isinstance(instruction, WakeReplica):
-                if not self.node.pool.claim(replica.id, self.homes[replica.id].device_ids):
+                if self._place(replica, self.homes[replica.id].device_ids) is None:
                     self.set.unplace(replica, parked=True, now=self.clock.monotonic())
+                    has_place = False
                     continue
-                effect = self._effects.wake(replica)
+                effect = self._effects.wake(replica, self.node.contention.leave(self.name))
             elif isinstance(instruction, ParkReplica):
                 effect = self._effects.park(replica)
             else:
                 effect = self._effects.stop(replica)
             self._effects.run(replica, effect)
         self.books.publish()
+        return has_place
 
     def _home(self, replica: Replica, devices: tuple[str, ...]) -> Home:
         """Return a standby runtime for the replica, or one that is still to be made for it."""

@@ -70,6 +70,9 @@ class RuntimeLink:
         self.connection = connection
         self.status = pb.RuntimeStatus()
         self.freed_bytes = 0
+        self.kept_bytes: int | None = (
+            None  # of each device, when parked; None before the first time
+        )
         self._attachment: SequenceStream | None = None
 
     @property

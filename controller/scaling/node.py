@@ -8,11 +8,12 @@ from controller.backends.base import RuntimeBackend
 from controller.clock import Clock
 from controller.ledger.ledger import Ledger
 from controller.metrics import Metrics
+from controller.scaling.contention import Contention
 from controller.scaling.journal import Journal
 from controller.scaling.last_logs import LastLogs
 from controller.scaling.lifecycle import Tier
 from controller.scaling.link import Connect
-from controller.scaling.placement import CPU_DEVICE_ID, DevicePool
+from controller.scaling.placement import CPU_DEVICE_ID, MemoryLedger
 from controller.scaling.standby import Standby, StandbyPool
 
 
@@ -22,7 +23,8 @@ class Node:
 
     clock: Clock
     connect: Connect
-    pool: DevicePool
+    memory: MemoryLedger
+    contention: Contention
     standbys: StandbyPool
     ledger: Ledger
     journal: Journal

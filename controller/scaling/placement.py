@@ -1,14 +1,19 @@
-"""Which devices a replica gets.
+"""Which devices a replica gets: the node's books of device memory.
 
-A GPU serves one resident replica at a time; parked replicas hold no memory and so no GPU. A
-function that asks for no GPU shares the machine's processor.
+Every byte a replica may use is promised to it before it starts or wakes, so that no start runs out
+of memory because of another function. A parked replica is promised what it still holds.
 """
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from enum import StrEnum
+from types import MappingProxyType
+
+from functions.spec import FunctionSpec
 
 CPU_DEVICE_ID = "cpu:0"
+ENGINE_OVERHEAD_BYTES = 2 << 30
+"""Of a GPU: context, kernels, CUDA graphs and the results of a step."""
 
 
 class DeviceKind(StrEnum):
@@ -27,65 +32,154 @@ class Device:
     memory_bytes: int
 
 
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Demand:
+    """What a replica needs to be ready.
+
+    Attributes:
+        num_gpus: How many GPUs; 0 for the processor.
+        memory_bytes: Of each device; None for a share.
+        memory_share: Of each device's memory, if no size is given.
+    """
+
+    num_gpus: int
+    memory_bytes: int | None = None
+    memory_share: float = 1.0
+
+    def bytes_on(self, device: Device) -> int:
+        """Return how much of a device's memory it needs."""
+        if self.memory_bytes is not None:
+            return self.memory_bytes
+        return int(self.memory_share * device.memory_bytes)
+
+
 class Unschedulable(Exception):
-    """The machine can never hold the replica."""
+    """The machine can never hold the replica.
+
+    Args:
+        message: What it lacks and what to change.
+        param: The key of the spec to change.
+    """
+
+    def __init__(self, message: str, *, param: str) -> None:
+        super().__init__(message)
+        self.param = param
 
 
-class DevicePool:
-    """Who holds which device.
+def demand_of(spec: FunctionSpec, weights_bytes: int = 0) -> Demand:
+    """Return what each replica of a function needs.
+
+    Args:
+        spec: The function.
+        weights_bytes: Size of the snapshot's weights, over all ranks.
+    """
+    num_gpus = spec.resources.gpus
+    if num_gpus == 0:
+        return Demand(num_gpus=0, memory_bytes=spec.resources.memory or 0)
+    kv_bytes = spec.engine.kv_cache_memory_bytes
+    if kv_bytes is None:
+        return Demand(num_gpus=num_gpus, memory_share=spec.engine.gpu_memory_utilization)
+    weights_each = -(-weights_bytes // num_gpus)
+    return Demand(num_gpus=num_gpus, memory_bytes=weights_each + kv_bytes + ENGINE_OVERHEAD_BYTES)
+
+
+class MemoryLedger:
+    """Whom each device's memory is promised to.
 
     Args:
         devices: All devices of the machine.
     """
 
     def __init__(self, devices: Iterable[Device]) -> None:
-        self.devices = tuple(devices)
-        self._holders: dict[str, str] = {}
+        self.devices: Mapping[str, Device] = MappingProxyType({one.id: one for one in devices})
+        self._held: dict[str, dict[str, int]] = {device_id: {} for device_id in self.devices}
         self._on_release: Callable[[], None] = lambda: None
 
     def on_release(self, call: Callable[[], None]) -> None:
-        """Have something called after every release; somebody may be waiting for the device."""
+        """Have something called after memory was freed; somebody may be waiting for it."""
         self._on_release = call
 
-    def check(self, num_gpus: int) -> None:
-        """Check that the machine could ever place a replica.
+    def check(self, demand: Demand) -> None:
+        """Check that the machine could hold a replica if it held nothing else.
 
         Raises:
-            Unschedulable: It has too few GPUs.
+            Unschedulable: It has too few GPUs, or too little memory.
         """
-        total = len(self._gpu_ids())
-        if num_gpus > total:
+        devices = self.suitable(demand)
+        if demand.num_gpus > len(devices):
             raise Unschedulable(
-                f"resources.gpus is {num_gpus} and this machine has {total}; lower it, or set it "
-                "to 0 to run on the CPU"
+                f"resources.gpus is {demand.num_gpus} and this machine has {len(devices)}; lower "
+                "it, or set it to 0 to run on the CPU",
+                param="resources.gpus",
+            )
+        largest = max((device.memory_bytes for device in devices), default=0)
+        needed = demand.memory_bytes or 0
+        if needed > largest:
+            what = "a GPU" if demand.num_gpus else "this machine"
+            param = "engine.kv_cache_memory_bytes" if demand.num_gpus else "resources.memory"
+            raise Unschedulable(
+                f"a replica needs {needed} bytes and {what} has {largest}; lower {param}",
+                param=param,
             )
 
-    def reserve(self, replica_id: str, num_gpus: int) -> tuple[str, ...] | None:
-        """Give a replica its devices, or None while too few are free."""
-        if num_gpus == 0:
-            return (CPU_DEVICE_ID,)
-        free = [gpu for gpu in self._gpu_ids() if gpu not in self._holders]
-        if len(free) < num_gpus:
+    def suitable(self, demand: Demand) -> list[Device]:
+        """Return the devices of the kind that is needed."""
+        kind = DeviceKind.GPU if demand.num_gpus else DeviceKind.CPU
+        return [device for device in self.devices.values() if device.kind is kind]
+
+    def free_bytes(self, device_id: str) -> int:
+        """Return how much of a device is promised to nobody."""
+        return self.devices[device_id].memory_bytes - sum(self._held[device_id].values())
+
+    def held(self, device_id: str) -> Mapping[str, int]:
+        """Return what is promised to whom on a device, by replica."""
+        return MappingProxyType(self._held[device_id])
+
+    def missing_bytes(self, replica_id: str, demand: Demand, device_id: str) -> int:
+        """Return how much more a device would need to have free; 0 or less if it has enough."""
+        own = self._held[device_id].get(replica_id, 0)
+        return demand.bytes_on(self.devices[device_id]) - own - self.free_bytes(device_id)
+
+    def place(self, replica_id: str, demand: Demand) -> tuple[str, ...] | None:
+        """Promise a replica the devices with the most room, or None while too few have enough."""
+        fitting = [
+            device
+            for device in self.suitable(demand)
+            if self.missing_bytes(replica_id, demand, device.id) <= 0
+        ]
+        num_devices = max(demand.num_gpus, 1)
+        if len(fitting) < num_devices:
             return None
-        chosen = tuple(free[:num_gpus])
-        self._holders.update(dict.fromkeys(chosen, replica_id))
+        fitting.sort(key=lambda device: -self.free_bytes(device.id))
+        chosen = tuple(device.id for device in fitting[:num_devices])
+        self.hold(replica_id, chosen, demand)
         return chosen
 
-    def claim(self, replica_id: str, device_ids: Iterable[str]) -> bool:
-        """Take back the devices a parked replica used, all or none; says whether it got them."""
-        gpus = [device for device in device_ids if device != CPU_DEVICE_ID]
-        if any(self._holders.get(gpu, replica_id) != replica_id for gpu in gpus):
+    def claim(self, replica_id: str, device_ids: Iterable[str], demand: Demand) -> bool:
+        """Promise a parked replica its own devices' memory, all or none; says whether it got it."""
+        device_ids = tuple(device_ids)
+        if any(self.missing_bytes(replica_id, demand, one) > 0 for one in device_ids):
             return False
-        self._holders.update(dict.fromkeys(gpus, replica_id))
+        self.hold(replica_id, device_ids, demand)
         return True
+
+    def hold(self, replica_id: str, device_ids: Iterable[str], demand: Demand) -> None:
+        """Note that a replica has what it demands, whether there is room or not."""
+        for device_id in device_ids:
+            if device_id in self.devices:
+                self._held[device_id][replica_id] = demand.bytes_on(self.devices[device_id])
+
+    def keep(self, replica_id: str, device_ids: Iterable[str], num_bytes: int) -> None:
+        """Note that a replica is parked and holds no more than this of each of its devices."""
+        for device_id in device_ids:
+            if device_id in self.devices:
+                self._held[device_id][replica_id] = num_bytes
+        self._on_release()
 
     def release(self, replica_id: str) -> None:
         """Free whatever a replica holds; harmless when it holds nothing."""
-        held = [gpu for gpu, holder in self._holders.items() if holder == replica_id]
-        for gpu in held:
-            del self._holders[gpu]
-        if held:
+        holdings = [held for held in self._held.values() if replica_id in held]
+        for held in holdings:
+            del held[replica_id]
+        if holdings:
             self._on_release()
-
-    def _gpu_ids(self) -> list[str]:
-        return [device.id for device in self.devices if device.kind is DeviceKind.GPU]

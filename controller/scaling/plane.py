@@ -27,7 +27,7 @@ from controller.scaling.devices import used_bytes
 from controller.scaling.entry import Entry, FunctionStore, SnapshotState, StoredFunction
 from controller.scaling.function import Function
 from controller.scaling.node import Node
-from controller.scaling.placement import Unschedulable
+from controller.scaling.placement import Unschedulable, demand_of
 from controller.scaling.preparation import (
     BuildProgress,
     PreparationFailed,
@@ -85,7 +85,8 @@ class ControlPlane:
         self._unseen = list(backends.values())  # what runs there is still to be taken over
         self._background = Background()
         self._deploying = asyncio.Lock()
-        node.pool.on_release(self.poke_all)
+        node.memory.on_release(self.poke_all)
+        node.contention.among(self._all_functions)
         self._is_started = False
         self._started_at = node.clock.monotonic()
 
@@ -199,9 +200,9 @@ class ControlPlane:
             known = ", ".join(sorted(self._backends))
             raise InvalidSpec(f"unknown backend {backend!r}; known ones: {known}", param="backend")
         try:
-            self.node.pool.check(spec.resources.gpus)
+            self.node.memory.check(demand_of(spec))
         except Unschedulable as error:
-            raise InvalidSpec(str(error), param="resources.gpus") from error
+            raise InvalidSpec(str(error), param=error.param) from error
         if spec.resources.gpus > 1:
             raise InvalidSpec(
                 "a replica is not spread over several GPUs in this version; set resources.gpus to "
@@ -288,8 +289,9 @@ class ControlPlane:
                     "kind": str(device.kind),
                     "memory_bytes": device.memory_bytes,
                     "used_bytes": used_bytes(device),
+                    "promised_bytes": device.memory_bytes - self.node.memory.free_bytes(device.id),
                 }
-                for device in self.node.pool.devices
+                for device in self.node.memory.devices.values()
             ],
             "standbys": self.node.standbys.counts(),
             "functions": len(self._entries),

@@ -19,6 +19,7 @@ class Replica:
         idle_since: Monotonic second of the last byte of the last response.
         up_since: Monotonic second it first became ready; None before, and when it was adopted.
         is_cordoned: Takes no new lease and is put away once the last one is back.
+        is_yielding: The same, for the sake of another function: load does not bring it back.
     """
 
     id: str
@@ -28,6 +29,7 @@ class Replica:
     idle_since: float = 0.0
     up_since: float | None = None
     is_cordoned: bool = False
+    is_yielding: bool = False
 
     @property
     def state(self) -> ReplicaState:

@@ -233,6 +233,20 @@ class ReplicaSet:
         ]
         return [self._park(replica, now, reason) for replica in idle]
 
+    def evict(self, replica: Replica, *, now: float, reason: str) -> Instruction | None:
+        """Park an idle replica or stop a parked one; None if it is neither any more."""
+        if replica.state is ReplicaState.PARKED:
+            return self.drain(replica, now=now, reason=reason)
+        if replica.state is ReplicaState.READY and replica.in_flight == 0:
+            return self._park(replica, now, reason)
+        return None
+
+    def is_needed(self, replica: Replica) -> bool:
+        """Return whether a replica must stay ready for the sake of the floor."""
+        if replica.state is not ReplicaState.READY or replica.runtime_hash != self.runtime_hash:
+            return False
+        return sum(r.state is ReplicaState.READY for r in self._current()) <= self.floor
+
     def _current(self) -> Iterator[Replica]:
         for replica in self.replicas.values():
             if replica.runtime_hash == self.runtime_hash and not replica.is_cordoned:
@@ -243,7 +257,7 @@ class ReplicaSet:
         free = [
             replica
             for replica in self._current()
-            if replica.state in _ROUTABLE and replica.in_flight < limit
+            if replica.state in _ROUTABLE and not replica.is_yielding and replica.in_flight < limit
         ]
         if not free:
             return False
@@ -304,6 +318,7 @@ class ReplicaSet:
             for replica in self.replicas.values()
             if replica.is_cordoned
             and replica.state is ReplicaState.READY
+            and not replica.is_yielding
             and replica.runtime_hash == self.runtime_hash
         ][: max(missing, 0)]
         for replica in spare:
@@ -337,6 +352,8 @@ class ReplicaSet:
             elif replica.state is ReplicaState.PARKED:
                 if self._is_expired(replica, now):
                     instructions += self._stop(replica, now, "park timeout")
+            elif replica.is_yielding:
+                instructions.append(self._park(replica, now, "another function needs its device"))
             elif replica.is_cordoned:
                 instructions.append(self._park(replica, now, "more replicas than needed"))
             elif self._is_idle(replica, now):
@@ -382,7 +399,7 @@ class ReplicaSet:
             yield self.backoff.retry_at
 
     def _park(self, replica: Replica, now: float, reason: str) -> ParkReplica:
-        replica.is_cordoned = False
+        replica.is_cordoned = replica.is_yielding = False
         self._move(replica, ReplicaState.PARKING, now, reason)
         return ParkReplica(replica=replica)
 

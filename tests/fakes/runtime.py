@@ -31,6 +31,7 @@ class FakeRuntime:
     is_stuck: bool = False
     num_submitted: int = 0
     num_cached_tokens: int = 0
+    kept_bytes: int = 0
     heartbeat_age_s: float = 0.0
     owner: pb.Owner | None = None
     device_uuids: list[str] = field(default_factory=list)
@@ -172,7 +173,8 @@ class FakeConnection:
             raise RuntimeRefused("sequences in flight")
         await self._runtime.work("park", self._runtime.park_s)
         self._runtime.enter(pb.RUNTIME_STATE_PARKED)
-        return pb.ParkResponse(freed_bytes=WEIGHTS_BYTES)
+        memory = pb.Memory(kept_bytes=self._runtime.kept_bytes)
+        return pb.ParkResponse(freed_bytes=WEIGHTS_BYTES, memory=memory)
 
     async def wake(self, device_uuids: Sequence[str], *, timeout_s: float) -> pb.WakeResponse:
         """Become ready again."""

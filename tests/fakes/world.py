@@ -11,13 +11,14 @@ from typing import Any
 from controller.ledger.ledger import Batch, LastKnown, Ledger
 from controller.ledger.report import Figures
 from controller.metrics import Metrics
+from controller.scaling.contention import Contention
 from controller.scaling.deployment import Deployment
 from controller.scaling.function import Function
 from controller.scaling.generation import GenerationRequest
 from controller.scaling.journal import Entry, Journal
 from controller.scaling.last_logs import LastLogs
 from controller.scaling.node import Node
-from controller.scaling.placement import CPU_DEVICE_ID, Device, DeviceKind, DevicePool
+from controller.scaling.placement import CPU_DEVICE_ID, Device, DeviceKind, MemoryLedger, demand_of
 from controller.scaling.standby import StandbyPool
 from functions.spec import FunctionSpec
 from runtime.rpc import inference_pb2 as pb
@@ -93,6 +94,7 @@ def deployment(spec: FunctionSpec, runtime_hash: str = "hash") -> Deployment:
         snapshot=SNAPSHOT,
         runtime_hash=runtime_hash,
         max_model_len=128,
+        demand=demand_of(spec),
     )
 
 
@@ -117,7 +119,7 @@ class World:
         self.entries: list[Entry] = []
         self.make_runtime = make_runtime
         gpus = [
-            Device(id=f"GPU-{index}", kind=DeviceKind.GPU, memory_bytes=1 << 30)
+            Device(id=f"GPU-{index}", kind=DeviceKind.GPU, memory_bytes=100 << 30)
             for index in range(num_gpus)
         ]
         devices = [*gpus, Device(id=CPU_DEVICE_ID, kind=DeviceKind.CPU, memory_bytes=1 << 30)]
@@ -127,10 +129,14 @@ class World:
             clock=clock,
             repository=ForgetfulRepository(),
         )
+        self.functions: list[Function] = []
+        memory = MemoryLedger(devices)
+        memory.on_release(self.poke_all)
         self.node = Node(
             clock=clock,
             connect=self.connect,
-            pool=DevicePool(devices),
+            memory=memory,
+            contention=Contention(memory, clock, min_residency_s=1.0, turn_s=30.0),
             standbys=StandbyPool(
                 size=num_standbys,
                 connect=self.connect,
@@ -146,6 +152,8 @@ class World:
             epoch=1,
         )
 
+        self.node.contention.among(lambda: self.functions)
+
     def connect(self, endpoint: str) -> FakeConnection:
         """Connect to the runtime behind an endpoint."""
         return FakeConnection(self.runtimes.setdefault(endpoint, self.make_runtime()))
@@ -153,6 +161,11 @@ class World:
     async def write(self, entries: list[Entry]) -> None:
         """Keep the journal's entries."""
         self.entries += entries
+
+    def poke_all(self) -> None:
+        """Have every function look again."""
+        for function in self.functions:
+            function.poke()
 
     @property
     def runtime(self) -> FakeRuntime:
@@ -164,6 +177,7 @@ class World:
     async def function(self, spec: FunctionSpec | None = None) -> AsyncIterator[Function]:
         """Run a function, swept four times a second."""
         function = Function(deployment(spec or spec_of()), self.backend, self.node, created=0)
+        self.functions.append(function)
         owner = asyncio.create_task(function.run(), name="owner")
         sweeper = asyncio.create_task(self._sweep(function), name="sweeper")
         try:
@@ -172,6 +186,7 @@ class World:
             sweeper.cancel()
             owner.cancel()
             await asyncio.wait([owner, sweeper])
+            self.functions.remove(function)
         if not owner.cancelled():
             owner.result()
 

@@ -1,14 +1,22 @@
-"""Which devices a replica gets."""
+"""Who is promised which device's memory."""
 
 import pytest
 
 from controller.scaling.placement import (
     CPU_DEVICE_ID,
+    ENGINE_OVERHEAD_BYTES,
+    Demand,
     Device,
     DeviceKind,
-    DevicePool,
+    MemoryLedger,
     Unschedulable,
+    demand_of,
 )
+from tests.fakes.world import spec_of
+
+GIB = 1 << 30
+WHOLE = Demand(num_gpus=1, memory_share=0.9)
+HALF = Demand(num_gpus=1, memory_share=0.5)
 
 
 class Releases:
@@ -19,61 +27,113 @@ class Releases:
         self.num += 1
 
 
-def pool_of(num_gpus: int, releases: Releases | None = None) -> DevicePool:
+def ledger_of(num_gpus: int, releases: Releases | None = None) -> MemoryLedger:
     gpus = [
-        Device(id=f"GPU-{index}", kind=DeviceKind.GPU, memory_bytes=1 << 30)
+        Device(id=f"GPU-{index}", kind=DeviceKind.GPU, memory_bytes=10 * GIB)
         for index in range(num_gpus)
     ]
-    cpu = Device(id=CPU_DEVICE_ID, kind=DeviceKind.CPU, memory_bytes=1 << 30)
-    pool = DevicePool([*gpus, cpu])
+    cpu = Device(id=CPU_DEVICE_ID, kind=DeviceKind.CPU, memory_bytes=4 * GIB)
+    ledger = MemoryLedger([*gpus, cpu])
     if releases is not None:
-        pool.on_release(releases)
-    return pool
+        ledger.on_release(releases)
+    return ledger
 
 
-def test_a_gpu_serves_one_replica_until_it_is_released() -> None:
+def test_a_gpus_memory_is_promised_once() -> None:
     releases = Releases()
-    pool = pool_of(1, releases)
-    assert pool.reserve("a", 1) == ("GPU-0",)
-    assert pool.reserve("b", 1) is None
-    pool.release("a")
+    ledger = ledger_of(1, releases)
+    assert ledger.place("a", WHOLE) == ("GPU-0",)
+    assert ledger.place("b", WHOLE) is None
+    ledger.release("a")
     assert releases.num == 1
-    assert pool.reserve("b", 1) == ("GPU-0",)
+    assert ledger.place("b", WHOLE) == ("GPU-0",)
 
 
-def test_the_processor_is_shared() -> None:
-    pool = pool_of(0)
-    assert pool.reserve("a", 0) == pool.reserve("b", 0) == (CPU_DEVICE_ID,)
+def test_small_ones_share_a_gpu_as_long_as_there_is_room() -> None:
+    ledger = ledger_of(1)
+    assert ledger.place("a", HALF) == ledger.place("b", HALF) == ("GPU-0",)
+    assert ledger.free_bytes("GPU-0") == 0
+    assert ledger.place("c", Demand(num_gpus=1, memory_bytes=1)) is None
+    assert dict(ledger.held("GPU-0")) == {"a": 5 * GIB, "b": 5 * GIB}
+
+
+def test_the_gpu_with_the_most_room_is_taken() -> None:
+    ledger = ledger_of(2)
+    assert ledger.place("a", HALF) == ("GPU-0",)
+    assert ledger.place("b", HALF) == ("GPU-1",)
+
+
+def test_the_processors_memory_is_promised_too() -> None:
+    ledger = ledger_of(0)
+    most = Demand(num_gpus=0, memory_bytes=3 * GIB)
+    assert ledger.place("a", most) == (CPU_DEVICE_ID,)
+    assert ledger.place("b", most) is None
+    assert ledger.place("c", Demand(num_gpus=0, memory_bytes=0)) == (CPU_DEVICE_ID,)
 
 
 def test_several_gpus_are_given_together_or_not_at_all() -> None:
-    pool = pool_of(3)
-    assert pool.reserve("a", 2) == ("GPU-0", "GPU-1")
-    assert pool.reserve("b", 2) is None
-    assert pool.reserve("c", 1) == ("GPU-2",)
+    ledger = ledger_of(3)
+    two = Demand(num_gpus=2, memory_share=0.9)
+    assert ledger.place("a", two) == ("GPU-0", "GPU-1")
+    assert ledger.place("b", two) is None
+    assert ledger.place("c", WHOLE) == ("GPU-2",)
 
 
-def test_a_waking_replica_takes_its_own_gpus_back_only_when_they_are_free() -> None:
-    pool = pool_of(2)
-    assert pool.reserve("a", 2) is not None
-    pool.release("a")
-    assert pool.reserve("b", 1) == ("GPU-0",)
-    assert not pool.claim("a", ["GPU-0", "GPU-1"])
-    assert pool.reserve("c", 1) == ("GPU-1",), "a refused claim must hold nothing"
-    pool.release("b")
-    pool.release("c")
-    assert pool.claim("a", ["GPU-0", "GPU-1"])
-    assert pool.claim("a", ["GPU-0", "GPU-1"]), "claiming what one holds is no conflict"
+def test_a_parked_replica_holds_what_it_keeps_and_no_more() -> None:
+    ledger = ledger_of(1)
+    ledger.place("a", WHOLE)
+    ledger.keep("a", ["GPU-0"], 2 * GIB)
+    assert ledger.free_bytes("GPU-0") == 8 * GIB
+    assert ledger.place("b", WHOLE) is None, "the 9 GiB are not there"
+    assert ledger.place("b", HALF) is not None
+
+
+def test_a_waking_replica_takes_its_own_gpus_back_only_when_there_is_room() -> None:
+    ledger = ledger_of(2)
+    both = Demand(num_gpus=2, memory_share=0.9)
+    assert ledger.place("a", both) is not None
+    ledger.keep("a", ["GPU-0", "GPU-1"], GIB)
+    assert ledger.place("b", Demand(num_gpus=1, memory_share=0.2)) == ("GPU-0",)
+    assert not ledger.claim("a", ["GPU-0", "GPU-1"], both)
+    assert ledger.free_bytes("GPU-1") == 9 * GIB, "a refused claim must hold nothing more"
+    ledger.release("b")
+    assert ledger.claim("a", ["GPU-0", "GPU-1"], both), "what it kept counts as its own"
+    assert ledger.claim("a", ["GPU-0", "GPU-1"], both), "claiming what one holds is no conflict"
+    assert ledger.free_bytes("GPU-1") == GIB
 
 
 def test_releasing_nothing_tells_nobody() -> None:
     releases = Releases()
-    pool_of(1, releases).release("stranger")
+    ledger_of(1, releases).release("stranger")
     assert releases.num == 0
 
 
-def test_what_the_machine_can_never_hold_is_said_at_once() -> None:
-    pool = pool_of(1)
-    pool.check(1)
-    with pytest.raises(Unschedulable, match=r"resources.gpus is 2 and this machine has 1"):
-        pool.check(2)
+@pytest.mark.parametrize(
+    ("demand", "param", "message"),
+    [
+        (Demand(num_gpus=2), "resources.gpus", "is 2 and this machine has 1"),
+        (
+            Demand(num_gpus=1, memory_bytes=11 * GIB),
+            "engine.kv_cache_memory_bytes",
+            "a GPU has 10737418240",
+        ),
+        (Demand(num_gpus=0, memory_bytes=5 * GIB), "resources.memory", "this machine has 42949"),
+    ],
+)
+def test_what_the_machine_can_never_hold_is_said_at_once(
+    demand: Demand, param: str, message: str
+) -> None:
+    with pytest.raises(Unschedulable, match=message) as raised:
+        ledger_of(1).check(demand)
+    assert raised.value.param == param
+
+
+def test_a_functions_demand_is_its_share_or_what_its_sizes_add_up_to() -> None:
+    share = spec_of(resources={"gpus": 1}, engine={"gpu_memory_utilization": 0.4})
+    assert demand_of(share, 3 * GIB) == Demand(num_gpus=1, memory_share=0.4)
+    sized = spec_of(resources={"gpus": 1}, engine={"kv_cache_memory_bytes": "1Gi"})
+    needed = 3 * GIB + GIB + ENGINE_OVERHEAD_BYTES
+    assert demand_of(sized, 3 * GIB) == Demand(num_gpus=1, memory_bytes=needed)
+    on_cpu = spec_of(resources={"gpus": 0, "memory": "2Gi"})
+    assert demand_of(on_cpu, 3 * GIB) == Demand(num_gpus=0, memory_bytes=2 * GIB)
+    assert demand_of(spec_of(), 3 * GIB).memory_bytes == 0, "no limit, no promise"

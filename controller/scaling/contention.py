@@ -1,0 +1,190 @@
+"""The line in front of each device: functions that wait for memory, first come first served.
+
+Whoever is at the head has room made for it, by the rules of `room`. Event loop only; nothing here
+waits. A function asks again whenever something has changed.
+"""
+
+import asyncio
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass, field
+from typing import Protocol
+
+from controller.clock import Clock
+from controller.scaling.placement import Demand, MemoryLedger
+from controller.scaling.room import Room, Tenant, make_room
+
+TIMER_RESOLUTION_S = 0.001
+
+
+class Party(Protocol):
+    """A function, as those see it who want its place."""
+
+    @property
+    def name(self) -> str:
+        """The function's name."""
+
+    def tenants(self) -> Mapping[str, Tenant]:
+        """Return its replicas that hold device memory, by id."""
+
+    def evict(self, replica_id: str, *, reason: str) -> None:
+        """Park an idle replica, or stop a parked one, now."""
+
+    def yield_place(self, replica_id: str, *, reason: str) -> None:
+        """Give a replica no more requests, and park it when it is empty."""
+
+    def poke(self) -> None:
+        """Have its owner look again."""
+
+
+@dataclass(slots=True, kw_only=True)
+class _Wait:
+    since: float
+    device_ids: frozenset[str]
+    room: Room = field(default_factory=Room)
+    timer: asyncio.TimerHandle | None = None
+
+    def stop_timer(self) -> None:
+        if self.timer is not None:
+            self.timer.cancel()
+            self.timer = None
+
+
+class Contention:
+    """Who waits for which device, and who gives way.
+
+    Args:
+        memory: The node's books.
+        clock: Its clock.
+        min_residency_s: A replica is not parked for others sooner after it became ready.
+        turn_s: How long a busy replica may serve while others wait for its place.
+    """
+
+    def __init__(
+        self, memory: MemoryLedger, clock: Clock, *, min_residency_s: float, turn_s: float
+    ) -> None:
+        self._memory = memory
+        self._clock = clock
+        self._min_residency_s = min_residency_s
+        self._turn_s = turn_s
+        self._waits: dict[str, _Wait] = {}
+        self._parties: Callable[[], Iterable[Party]] = tuple
+
+    def among(self, parties: Callable[[], Iterable[Party]]) -> None:
+        """Take the functions of this node from a call."""
+        self._parties = parties
+
+    def place(
+        self, party: Party, replica_id: str, demand: Demand, device_ids: tuple[str, ...] = ()
+    ) -> tuple[str, ...] | None:
+        """Promise a replica memory, or take its function into the line and have room made.
+
+        Args:
+            party: The replica's function.
+            replica_id: Which replica.
+            demand: What it needs.
+            device_ids: The devices it is bound to; empty for any of the right kind.
+
+        Returns:
+            The devices, or None: ask again when poked.
+        """
+        wanted = device_ids or tuple(one.id for one in self._memory.suitable(demand))
+        placed = None
+        if not self._is_behind(party.name, frozenset(wanted)):
+            if not device_ids:
+                placed = self._memory.place(replica_id, demand)
+            elif self._memory.claim(replica_id, device_ids, demand):
+                placed = device_ids
+        if placed is None:
+            self._wait(party, replica_id, demand, wanted, is_bound=bool(device_ids))
+        return placed
+
+    def leave(self, name: str) -> float:
+        """Take a function out of the line; returns the seconds it was in it."""
+        wait = self._waits.pop(name, None)
+        if wait is None:
+            return 0.0
+        wait.stop_timer()
+        self.look_again()  # those behind may be at the head now
+        return self._clock.monotonic() - wait.since
+
+    def look_again(self) -> None:
+        """Have those in the line ask again: something has changed."""
+        if self._waits:
+            for party in self._parties():
+                if party.name in self._waits:
+                    party.poke()
+
+    def _is_behind(self, name: str, device_ids: frozenset[str]) -> bool:
+        """Return whether somebody who came earlier is about to get one of these devices."""
+        for other, wait in self._waits.items():
+            if other == name:
+                return False
+            if wait.device_ids & device_ids and self._holds_the_line(wait):
+                return True
+        return False
+
+    def _holds_the_line(self, wait: _Wait) -> bool:
+        """Return whether others have to let it pass; not while there is no hope for it."""
+        is_long = self._clock.monotonic() - wait.since >= self._turn_s
+        return wait.room.is_enough or (is_long and wait.room.retry_in_s is not None)
+
+    def _wait(
+        self,
+        party: Party,
+        replica_id: str,
+        demand: Demand,
+        device_ids: tuple[str, ...],
+        *,
+        is_bound: bool,
+    ) -> None:
+        now = self._clock.monotonic()
+        wait = self._waits.setdefault(
+            party.name, _Wait(since=now, device_ids=frozenset(device_ids))
+        )
+        wait.stop_timer()
+        if self._is_behind(party.name, frozenset(device_ids)):
+            return
+        owners = {
+            tenant.replica_id: (other, tenant)
+            for other in self._parties()
+            if other.name != party.name
+            for tenant in other.tenants().values()
+        }
+        rooms = [
+            make_room(
+                self._on_device(device_id, owners),
+                self._memory.missing_bytes(replica_id, demand, device_id),
+                waited_s=now - wait.since,
+                min_residency_s=self._min_residency_s,
+                turn_s=self._turn_s,
+            )
+            for device_id in device_ids
+        ]
+        chosen = sorted(rooms, key=lambda room: (not room.is_enough, room.cost_s))
+        chosen = chosen[: len(device_ids) if is_bound else max(demand.num_gpus, 1)]
+        retries = [room.retry_in_s for room in rooms if room.retry_in_s is not None]
+        wait.room = Room(
+            evict=tuple(dict.fromkeys(one for room in chosen for one in room.evict)),
+            yielding=tuple(dict.fromkeys(one for room in chosen for one in room.yielding)),
+            is_enough=all(room.is_enough for room in chosen),
+            retry_in_s=min(retries, default=None),
+        )
+        if wait.room.retry_in_s is not None:
+            delay_s = max(wait.room.retry_in_s, 0.0) + TIMER_RESOLUTION_S
+            wait.timer = asyncio.get_running_loop().call_later(delay_s, party.poke)
+        if wait.room.is_enough:
+            reason = f"{party.name} needs its device"
+            for one in wait.room.evict:
+                owners[one][0].evict(one, reason=reason)
+            for one in wait.room.yielding:
+                owners[one][0].yield_place(one, reason=reason)
+
+    def _on_device(
+        self, device_id: str, owners: Mapping[str, tuple[Party, Tenant]]
+    ) -> list[Tenant]:
+        held = self._memory.held(device_id)
+        return [
+            tenant.on_device(held_bytes=held[replica_id])
+            for replica_id, (_, tenant) in owners.items()
+            if held.get(replica_id)
+        ]

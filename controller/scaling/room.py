@@ -1,0 +1,171 @@
+"""Who gives way when a replica needs device memory that others hold. Pure.
+
+The least valuable go first: an idle replica is worth the seconds of bringing it back times the
+chance that somebody asks for it soon. One with requests in flight is never parked; once it has
+had its turn it may be told to take no more, so that it runs empty.
+"""
+
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, replace
+
+from controller.scaling.lifecycle import ReplicaState
+
+LEAVING = frozenset(
+    {
+        ReplicaState.PARKING,
+        ReplicaState.DRAINING,
+        ReplicaState.FAILED,
+        ReplicaState.STOPPED,
+    }
+)
+"""States in which a replica gives its memory back without being asked."""
+
+BETWEEN_CALLS_S = 0.1
+"""One that has been idle for less is likely between two calls of the same client."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Tenant:
+    """A replica that holds memory of a device.
+
+    Attributes:
+        replica_id: Which one.
+        state: Its lifecycle's.
+        kept_bytes: What it would still hold when parked.
+        value_s: Seconds of waiting that its removal is expected to cost.
+        resident_s: Since it became ready.
+        held_bytes: What it holds of the device in question.
+        idle_s: Since its last response.
+        is_busy: Whether requests are in flight or about to be.
+        is_needed: Whether it must stay, for a minimum of replicas.
+        is_yielding: Whether it takes no more requests already.
+    """
+
+    replica_id: str
+    state: ReplicaState
+    kept_bytes: int
+    value_s: float
+    resident_s: float
+    held_bytes: int = 0
+    idle_s: float = 0.0
+    is_busy: bool = False
+    is_needed: bool = False
+    is_yielding: bool = False
+
+    def on_device(self, *, held_bytes: int) -> "Tenant":
+        """Return it as the tenant of one device."""
+        return replace(self, held_bytes=held_bytes)
+
+    @property
+    def freed_bytes(self) -> int:
+        """What comes free when it gives way: ready ones are parked, parked ones stopped."""
+        if self.state in (ReplicaState.READY, ReplicaState.PARKING):
+            return max(self.held_bytes - self.kept_bytes, 0)
+        return self.held_bytes
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Room:
+    """How room is made.
+
+    Attributes:
+        evict: Replicas to park, or to stop if they are parked, now.
+        yielding: Busy replicas that are to take no more requests.
+        cost_s: What that is expected to cost others.
+        is_enough: Whether the room is there once all of it is done.
+        retry_in_s: When to look again if nothing else happens; None for no need.
+    """
+
+    evict: tuple[str, ...] = ()
+    yielding: tuple[str, ...] = ()
+    cost_s: float = 0.0
+    is_enough: bool = True
+    retry_in_s: float | None = None
+
+
+def make_room(
+    tenants: Iterable[Tenant],
+    missing_bytes: int,
+    *,
+    waited_s: float,
+    min_residency_s: float,
+    turn_s: float,
+) -> Room:
+    """Decide who gives way on one device.
+
+    Args:
+        tenants: Everybody on it but those who ask.
+        missing_bytes: What must come free.
+        waited_s: How long those who ask have waited.
+        min_residency_s: A replica is not parked sooner after it became ready.
+        turn_s: A busy replica may serve this long before others who wait as long get its place.
+    """
+    tenants = list(tenants)
+    missing_bytes -= sum(one.freed_bytes for one in tenants if one.state in LEAVING)
+    missing_bytes -= sum(one.freed_bytes for one in tenants if one.is_yielding)
+    if missing_bytes <= 0:
+        return Room()
+    free_to_go = [
+        one
+        for one in tenants
+        if not (one.is_needed or one.is_yielding)
+        and one.freed_bytes > 0
+        and one.state in (ReplicaState.READY, ReplicaState.PARKED)
+    ]
+    idle = [one for one in free_to_go if not one.is_busy]
+    ripe = [one for one in idle if _ripens_in_s(one, min_residency_s) <= 0]
+    evicted = cheapest(ripe, missing_bytes)
+    missing_bytes -= sum(one.freed_bytes for one in evicted)
+    if missing_bytes <= 0:
+        return _room(evicted, ())
+    waits = [_ripens_in_s(one, min_residency_s) for one in idle if one not in ripe]
+    busy = [one for one in free_to_go if one.is_busy]
+    served = [one for one in busy if waited_s >= turn_s and one.resident_s >= turn_s]
+    waits += [max(turn_s - waited_s, turn_s - one.resident_s) for one in busy if one not in served]
+    retry_in_s = min(waits, default=None)
+    young_bytes = sum(one.freed_bytes for one in idle if one not in ripe)
+    yielding = cheapest(served, missing_bytes - young_bytes)
+    gained = young_bytes + sum(one.freed_bytes for one in yielding)
+    if gained < missing_bytes:
+        # Parking some would not help whoever asks, and would cost their next callers a wake.
+        return Room(is_enough=False, retry_in_s=retry_in_s)
+    return _room(evicted, yielding, retry_in_s=retry_in_s)
+
+
+def _ripens_in_s(tenant: Tenant, min_residency_s: float) -> float:
+    """Return how much longer an idle tenant is left alone; 0 or less if it can go."""
+    if tenant.state is ReplicaState.PARKED:
+        return 0.0
+    return max(min_residency_s - tenant.resident_s, BETWEEN_CALLS_S - tenant.idle_s)
+
+
+def cheapest(tenants: Sequence[Tenant], missing_bytes: int) -> list[Tenant]:
+    """Return tenants of little value that free enough together; all of them if that is too little.
+
+    Greedy by value, then whoever turned out not to be needed is spared, the most valuable first.
+    """
+    if missing_bytes <= 0:
+        return []
+    chosen: list[Tenant] = []
+    freed = 0
+    for one in sorted(tenants, key=lambda one: (one.value_s, -one.idle_s)):
+        if freed >= missing_bytes:
+            break
+        chosen.append(one)
+        freed += one.freed_bytes
+    for one in sorted(chosen, key=lambda one: -one.value_s):
+        if freed - one.freed_bytes >= missing_bytes:
+            chosen.remove(one)
+            freed -= one.freed_bytes
+    return chosen
+
+
+def _room(
+    evicted: Sequence[Tenant], yielding: Sequence[Tenant], *, retry_in_s: float | None = None
+) -> Room:
+    return Room(
+        evict=tuple(one.replica_id for one in evicted),
+        yielding=tuple(one.replica_id for one in yielding),
+        cost_s=sum(one.value_s for one in (*evicted, *yielding)),
+        retry_in_s=retry_in_s,
+    )

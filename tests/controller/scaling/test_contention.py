@@ -1,0 +1,235 @@
+"""Several functions on one device, on loop time: whoever wants it gets it in turn."""
+
+import asyncio
+import random
+from collections.abc import AsyncIterator
+from contextlib import AsyncExitStack, asynccontextmanager
+
+import pytest
+
+from controller.errors import ActivationTimeout
+from controller.scaling.activation import ColdStart
+from controller.scaling.function import Function
+from controller.scaling.lifecycle import ReplicaState, Tier
+from tests.fakes.runtime import FakeRuntime
+from tests.fakes.world import World, collect, request, spec_of
+
+pytestmark = pytest.mark.looptime
+
+GIB = 1 << 30
+PATIENCE_S = 1000.0
+KEPT_READY = {"idle_timeout": None, "max_replicas": 1, "min_replicas": 1}
+
+
+def now() -> float:
+    return asyncio.get_running_loop().time()
+
+
+@asynccontextmanager
+async def functions(
+    world: World, *names: str, share: float = 0.9, **sections: object
+) -> AsyncIterator[list[Function]]:
+    """Run functions that each need a share of a GPU and are never parked for being idle."""
+    async with AsyncExitStack() as stack:
+        spec = spec_of(
+            resources={"gpus": 1},
+            engine={"gpu_memory_utilization": share},
+            **{"scaling": {"idle_timeout": None, "max_replicas": 1}} | sections,
+        )
+        yield [
+            await stack.enter_async_context(world.function(spec.model_copy(update={"name": name})))
+            for name in names
+        ]
+
+
+def resident(world: World) -> list[str]:
+    """Return the functions whose replicas hold a whole model on a device."""
+    return [
+        function.name
+        for function in world.functions
+        for replica in function.set.replicas.values()
+        if replica.state in (ReplicaState.LOADING, ReplicaState.READY, ReplicaState.PARKING)
+    ]
+
+
+async def test_a_waking_function_parks_the_idle_one() -> None:
+    world = World(num_gpus=1)
+    async with functions(world, "a", "b") as (a, b):
+        await collect(a)
+        await asyncio.sleep(1.0)
+        began = now()
+        await collect(b)
+        assert a.tier is Tier.PARKED
+        assert now() - began < 1.5, "a's park and b's load, nothing else"
+        (replica,) = a.set.replicas.values()
+        assert replica.lifecycle.history[-2].reason == "b needs its device"
+        assert await collect(a) == [3, 4, 5, 6]
+        assert b.tier is Tier.PARKED
+
+
+async def test_the_wait_for_room_is_a_phase_of_the_cold_start() -> None:
+    world = World(num_gpus=1)
+    async with functions(world, "a", "b") as (a, b):
+        await collect(a)
+        await asyncio.sleep(1.0)
+        await collect(b)
+        await world.node.journal.flush()
+        start = [entry for entry in world.entries if isinstance(entry, ColdStart)][-1]
+        phases = {phase.name: phase.seconds for phase in start.phases}
+        assert phases["room"] == pytest.approx(FakeRuntime().park_s, abs=0.02)
+        assert sum(phases.values()) == pytest.approx(start.total_s)
+
+
+async def test_a_function_with_requests_in_flight_is_not_parked() -> None:
+    world = World(num_gpus=1, make_runtime=lambda: FakeRuntime(step_s=1.0))
+    async with functions(world, "a", "b") as (a, b):
+        running = asyncio.create_task(collect(a, max_tokens=10))
+        await asyncio.sleep(3.0)
+        waiting = asyncio.create_task(collect(b, max_tokens=1))
+        await asyncio.sleep(5.0)
+        assert not running.done()
+        assert a.tier is Tier.READY
+        assert await running == list(range(3, 13)), "whole, although somebody waited"
+        assert await waiting == [3]
+
+
+async def test_a_function_that_is_never_empty_yields_after_its_turn() -> None:
+    world = World(num_gpus=1)
+
+    async def call_on(function: Function) -> int:
+        """Keep one request or another in flight for two minutes."""
+        num_answers = 0
+        while now() < 120.0:
+            assert await collect(function, max_tokens=100) == list(range(3, 103))
+            num_answers += 1
+        return num_answers
+
+    async with functions(world, "a", "b") as (a, b):
+        busy = [asyncio.create_task(call_on(a)) for _ in range(3)]
+        await asyncio.sleep(5.0)
+        began = now()
+        assert await collect(b, max_tokens=1) == [3]
+        assert 30.0 <= now() - began < 40.0, "its turn of 30 s, and its last answers"
+        answers = await asyncio.gather(*busy)
+        assert sum(answers) > 200, "its callers have waited, and not for long"
+
+
+async def test_a_function_that_must_be_ready_is_left_alone() -> None:
+    world = World(num_gpus=1)
+    async with (
+        functions(world, "kept", scaling=KEPT_READY) as (kept_ready,),
+        functions(world, "b", queue={"timeout": 5}) as (b,),
+    ):
+        await kept_ready.warm()
+        await asyncio.sleep(60.0)
+        with pytest.raises(ActivationTimeout):
+            await collect(b)
+        assert kept_ready.tier is Tier.READY
+
+
+async def test_one_that_cannot_be_helped_does_not_hold_up_others() -> None:
+    world = World(num_gpus=1)
+    async with (
+        functions(world, "kept", share=0.5, scaling=KEPT_READY) as (kept_ready,),
+        functions(world, "hopeless", queue={"timeout": 100}) as (hopeless,),
+        functions(world, "small", share=0.4) as (small,),
+    ):
+        await kept_ready.warm()
+        stuck = asyncio.create_task(collect(hopeless))
+        await asyncio.sleep(1.0)
+        assert await collect(small) == [3, 4, 5, 6]
+        with pytest.raises(ActivationTimeout):
+            await stuck
+
+
+async def test_small_functions_share_a_gpu() -> None:
+    world = World(num_gpus=1)
+    async with functions(world, "a", "b", share=0.45) as both:
+        for function in both:
+            await collect(function)
+        assert {function.tier for function in both} == {Tier.READY}
+
+
+async def test_the_one_that_is_called_most_stays() -> None:
+    world = World(num_gpus=1)
+    async with functions(world, "often", "seldom", "c", share=0.45) as (often, seldom, c):
+        for _ in range(10):
+            await collect(often)
+        await collect(seldom)
+        await asyncio.sleep(2.0)
+        await collect(c)
+        assert often.tier is Tier.READY
+        assert seldom.tier is Tier.PARKED
+
+
+async def test_parked_ones_whose_contexts_fill_the_gpu_are_stopped() -> None:
+    world = World(num_gpus=1, make_runtime=lambda: FakeRuntime(kept_bytes=4 * GIB))
+    async with functions(world, "a", "b", "c", "d") as several:
+        for function in several:
+            await collect(function)
+            await asyncio.sleep(1.0)
+        tiers = [function.tier for function in several]
+        assert tiers.count(Tier.PARKED) == 2, "10 of 100 GiB are left for contexts of 4"
+        assert tiers[-1] is Tier.READY
+
+
+async def test_who_came_first_is_served_first() -> None:
+    world = World(num_gpus=1, make_runtime=lambda: FakeRuntime(step_s=1.0))
+    order: list[str] = []
+
+    async def call(function: Function) -> None:
+        await collect(function, max_tokens=1)
+        order.append(function.name)
+
+    async with functions(world, "a", "b", "c", "d") as (a, *others):
+        running = asyncio.create_task(collect(a, max_tokens=10))
+        await asyncio.sleep(2.0)
+        calls = []
+        for function in (others[1], others[0], others[2]):
+            calls.append(asyncio.create_task(call(function)))
+            await asyncio.sleep(0.01)
+        await asyncio.gather(running, *calls)
+        assert order == ["c", "b", "d"]
+
+
+async def test_one_that_no_longer_wants_the_device_leaves_the_line() -> None:
+    world = World(num_gpus=1, make_runtime=lambda: FakeRuntime(step_s=1.0))
+    async with functions(world, "a", "b", "c") as (a, b, c):
+        running = asyncio.create_task(collect(a, max_tokens=10))
+        await asyncio.sleep(2.0)
+        async with b.generate(request()):
+            await asyncio.sleep(1.0)  # it waits in the line, and then its client leaves
+        waiting = asyncio.create_task(collect(c, max_tokens=1))
+        await running
+        assert await waiting == [3]
+        assert b.tier is Tier.STOPPED, "nobody asks for it any more"
+
+
+async def test_random_calls_to_ten_functions_on_one_gpu_are_all_answered() -> None:
+    world = World(num_gpus=1)
+    chance = random.Random(0)
+    names = [f"f{number}" for number in range(10)]
+    most = 0
+
+    async def watch() -> None:
+        nonlocal most
+        while True:
+            most = max(most, len(resident(world)))
+            await asyncio.sleep(0.01)
+
+    async def caller(all_of_them: list[Function]) -> None:
+        for _ in range(40):
+            function = chance.choice(all_of_them)
+            num_prompt = 1 + names.index(function.name)
+            assert await collect(function, num_prompt=num_prompt, max_tokens=2) == [
+                num_prompt,
+                num_prompt + 1,
+            ]
+            await asyncio.sleep(chance.expovariate(1.0))
+
+    async with functions(world, *names) as all_of_them:
+        watching = asyncio.create_task(watch())
+        async with asyncio.timeout(PATIENCE_S):
+            await asyncio.gather(*(caller(all_of_them) for _ in range(3)))
+        watching.cancel()
+    assert most == 1, "two models were on one GPU"

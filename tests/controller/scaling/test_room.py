@@ -1,0 +1,149 @@
+"""Who gives way to whom."""
+
+from dataclasses import replace
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from controller.scaling.lifecycle import ReplicaState
+from controller.scaling.room import BETWEEN_CALLS_S, LEAVING, Room, Tenant, cheapest, make_room
+
+S = ReplicaState
+
+
+def tenant(name: str, **fields: object) -> Tenant:
+    known = {
+        "state": S.READY,
+        "held_bytes": 10,
+        "kept_bytes": 1,
+        "value_s": 1.0,
+        "resident_s": 100.0,
+        "idle_s": 10.0,
+    }
+    return Tenant(replica_id=name, **(known | fields))  # type: ignore[arg-type]  # its fields
+
+
+def room(*tenants: Tenant, missing: int = 9, waited_s: float = 0.0) -> Room:
+    return make_room(tenants, missing, waited_s=waited_s, min_residency_s=1.0, turn_s=30.0)
+
+
+def test_an_idle_replica_is_parked_for_others() -> None:
+    assert room(tenant("a")) == Room(evict=("a",), cost_s=1.0)
+
+
+def test_the_least_valuable_goes() -> None:
+    assert room(tenant("a", value_s=2.0), tenant("b", value_s=0.5)).evict == ("b",)
+
+
+def test_among_equals_the_longest_idle_goes() -> None:
+    assert room(tenant("a", idle_s=5.0), tenant("b", idle_s=50.0)).evict == ("b",)
+
+
+def test_as_many_go_as_are_needed_and_no_more() -> None:
+    small = tenant("small", held_bytes=3, value_s=0.1)
+    assert room(small, tenant("large"), missing=9).evict == ("large",), "the small one is no help"
+    assert set(room(small, tenant("large"), missing=10).evict) == {"small", "large"}
+
+
+def test_what_is_being_given_back_is_waited_for() -> None:
+    for state in LEAVING:
+        assert room(tenant("a", state=state), tenant("b")) == Room()
+
+
+def test_one_that_yields_is_waited_for() -> None:
+    assert room(tenant("a", is_yielding=True, is_busy=True), tenant("b")) == Room()
+
+
+@pytest.mark.parametrize(
+    "obstacle",
+    [
+        {"is_needed": True},
+        {"state": S.LOADING},
+        {"state": S.STARTING},
+        {"held_bytes": 5},
+    ],
+)
+def test_who_must_stay_stays(obstacle: dict[str, object]) -> None:
+    decided = room(tenant("a", **obstacle))
+    assert (decided.evict, decided.yielding, decided.is_enough) == ((), (), False)
+
+
+def test_nobody_goes_when_it_would_not_be_enough() -> None:
+    assert room(tenant("a"), tenant("b", is_needed=True), missing=12).evict == ()
+
+
+def test_one_that_has_just_come_stays_for_a_while() -> None:
+    decided = room(tenant("a", resident_s=0.25))
+    assert decided == Room(evict=(), is_enough=True, retry_in_s=0.75)
+
+
+def test_one_between_two_calls_is_not_taken_for_idle() -> None:
+    assert room(tenant("a", idle_s=0.0)) == Room(retry_in_s=BETWEEN_CALLS_S)
+
+
+def test_a_parked_one_that_still_holds_memory_is_stopped() -> None:
+    parked = tenant("a", state=S.PARKED, held_bytes=9, resident_s=0.0)
+    assert room(parked).evict == ("a",)
+
+
+def test_a_busy_one_serves_its_turn_and_then_takes_no_more() -> None:
+    busy = tenant("a", is_busy=True, resident_s=100.0)
+    assert room(busy, waited_s=10.0) == Room(is_enough=False, retry_in_s=20.0)
+    assert room(busy, waited_s=30.0).yielding == ("a",)
+    fresh = replace(busy, resident_s=12.0)
+    assert room(fresh, waited_s=40.0) == Room(is_enough=False, retry_in_s=18.0)
+
+
+def test_idle_ones_go_before_busy_ones() -> None:
+    decided = room(tenant("busy", is_busy=True, value_s=0.0), tenant("idle"), waited_s=99.0)
+    assert (decided.evict, decided.yielding) == (("idle",), ())
+
+
+TENANTS = st.lists(
+    st.builds(
+        Tenant,
+        replica_id=st.uuids().map(str),
+        state=st.sampled_from(S),
+        held_bytes=st.integers(0, 20),
+        kept_bytes=st.integers(0, 3),
+        value_s=st.floats(0, 10),
+        resident_s=st.floats(0, 100),
+        idle_s=st.floats(0, 100),
+        is_busy=st.booleans(),
+        is_needed=st.booleans(),
+        is_yielding=st.booleans(),
+    ),
+    max_size=8,
+)
+
+
+@given(TENANTS, st.integers(0, 60), st.floats(0, 100))
+def test_nobody_is_disturbed_who_must_not_be(
+    tenants: list[Tenant], missing: int, waited_s: float
+) -> None:
+    decided = room(*tenants, missing=missing, waited_s=waited_s)
+    by_id = {one.replica_id: one for one in tenants}
+    for one in map(by_id.__getitem__, decided.evict):
+        assert not one.is_busy
+        assert not one.is_needed
+        assert one.state is S.PARKED or (one.state is S.READY and one.resident_s >= 1.0)
+    for one in map(by_id.__getitem__, decided.yielding):
+        assert one.is_busy
+        assert not one.is_needed
+        assert min(one.resident_s, waited_s) >= 30.0
+    if not decided.is_enough:
+        assert not decided.evict
+        assert not decided.yielding
+
+
+@given(TENANTS, st.integers(1, 60))
+def test_without_anyone_of_the_chosen_it_would_be_too_little(
+    tenants: list[Tenant], missing: int
+) -> None:
+    chosen = cheapest(tenants, missing)
+    freed = sum(one.freed_bytes for one in chosen)
+    if freed >= missing:
+        assert all(freed - one.freed_bytes < missing for one in chosen)
+    else:
+        assert sum(one.freed_bytes for one in tenants) < missing
