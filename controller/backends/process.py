@@ -8,9 +8,10 @@ import contextlib
 import os
 import signal
 import sys
-from collections.abc import AsyncIterator, Mapping, Sequence
+from collections.abc import AsyncIterator, Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Any
 
 import structlog
 
@@ -133,12 +134,12 @@ class ProcessBackend:
         reader = LogReader(self._directories.path(runtime_id) / LOG_NAME)
         try:
             is_over = await self._has_settled(runtime, 0.0) or not follow
-            for line in await asyncio.to_thread(reader.tail, tail, is_over=is_over):
+            for line in await _in_thread(reader.tail, tail, is_over=is_over):
                 yield line
             while not is_over:
                 is_over = await self._has_settled(runtime, FOLLOW_PERIOD_S)
                 read = reader.rest if is_over else reader.new_lines
-                for line in await asyncio.to_thread(read):
+                for line in await _in_thread(read):
                     yield line
         finally:
             reader.close()
@@ -296,3 +297,13 @@ async def _ended(watch: ExitWatch | None, timeout_s: float) -> bool:
             return await watch.exited.wait()
     except TimeoutError:
         return False
+
+
+async def _in_thread(read: Callable[..., list[str]], *args: Any, **options: Any) -> list[str]:
+    """Return what a thread reads; cancelled, wait for its end, for it may yet open the file."""
+    reading = asyncio.ensure_future(asyncio.to_thread(read, *args, **options))
+    try:
+        return await asyncio.shield(reading)
+    except asyncio.CancelledError:
+        await asyncio.wait([reading])
+        raise

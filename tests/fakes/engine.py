@@ -1,7 +1,7 @@
 """An engine that only pretends: it follows a script and needs no torch.
 
 A snapshot of it is a directory with a `script.json`; see `Script`. Sequence i of a prompt [p, …]
-gets the tokens p + 1, p + 2, … — unless p is one of the tokens that make something go wrong.
+gets the tokens p + 1, p + 2, … more than the script's offset — unless p is one of the tokens that make something go wrong.
 """
 
 import json
@@ -43,6 +43,7 @@ class Script:
     kv_cache_bytes: int = 1 << 20
     step_s: float = 0.001
     max_model_len: int = 1 << 22
+    offset: int = 0
 
     def write(self, snapshot: Path) -> None:
         """Make a directory look like a snapshot."""
@@ -194,7 +195,8 @@ class FakeEngine:
                 case first:
                     sequence.num_output_tokens += 1
                     self._num_output_tokens += 1
-                    tokens.append((key, first + sequence.num_output_tokens))
+                    offset = first + self._runner.script.offset
+                    tokens.append((key, offset + sequence.num_output_tokens))
                     if sequence.num_output_tokens == sequence.request.sampling.max_tokens:
                         finished.append(_finished(sequence, FinishReason.LENGTH))
                         del self._sequences[key]

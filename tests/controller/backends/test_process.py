@@ -5,6 +5,8 @@ import json
 import signal
 import subprocess
 import sys
+import threading
+import time
 from collections.abc import AsyncIterator, Iterator
 from dataclasses import replace
 from pathlib import Path
@@ -14,6 +16,7 @@ import pytest
 import uvloop
 
 from controller.backends.base import BackendError, RuntimeInfo, RuntimePhase
+from controller.backends.log_reader import LogReader
 from controller.backends.process import ProcessBackend
 from tests.contracts.harnesses import ProcessHarness, lines_of, names_in, spec, tell
 
@@ -230,6 +233,36 @@ async def test_a_flood_of_output_stays_within_bounds(
     kept = sum(path.stat().st_size for path in (runtimes_dir / "r-1").glob("log*"))
     assert (4 << 20) < kept <= (16 << 20) + (2 << 16)
     assert len(await lines_of(harness.backend.logs("r-1", tail=10_000))) > 4096
+
+
+async def test_a_log_that_is_given_up_is_closed_after_its_last_read(
+    harness: ProcessHarness, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    info = await harness.backend.create(spec())
+    await harness.incarnation(info)
+    is_reading = threading.Event()
+    events: list[str] = []
+    tail, close = LogReader.tail, LogReader.close
+
+    def slow_tail(reader: LogReader, num_lines: int, *, is_over: bool) -> list[str]:
+        is_reading.set()
+        time.sleep(0.2)
+        lines = tail(reader, num_lines, is_over=is_over)
+        events.append("read")
+        return lines
+
+    def noted_close(reader: LogReader) -> None:
+        close(reader)
+        events.append("closed")
+
+    monkeypatch.setattr(LogReader, "tail", slow_tail)
+    monkeypatch.setattr(LogReader, "close", noted_close)
+    reading = asyncio.create_task(lines_of(harness.backend.logs(info.runtime_id)))
+    await asyncio.to_thread(is_reading.wait)
+    reading.cancel()
+    with pytest.raises(asyncio.CancelledError):
+        await reading
+    assert events == ["read", "closed"]
 
 
 async def test_no_process_or_file_is_left(harness: ProcessHarness) -> None:
