@@ -254,7 +254,10 @@ class ResourceSpec(_Section):
     cpu: Number | None = Field(
         default=None, gt=0, le=4096, description="CPU cores; null for no limit."
     )
-    memory: Size | None = Field(default=None, description="Host memory; null for no limit.")
+    memory: Size | None = Field(
+        default=None,
+        description="Host memory; null for no limit. On the CPU it is promised to one replica alone.",
+    )
 
 
 class ScalingSpec(_Section):

@@ -42,11 +42,12 @@ def status(context: typer.Context, output: OutputOption = OutputFormat.TABLE) ->
                 device["id"],
                 device["kind"],
                 human_bytes(device["used_bytes"]),
+                human_bytes(device["promised_bytes"]),
                 human_bytes(device["memory_bytes"]),
             )
             for device in view["devices"]
         ]
-        print_table(("ID", "KIND", ">USED", ">MEMORY"), rows)
+        print_table(("ID", "KIND", ">USED", ">PROMISED", ">MEMORY"), rows)
 
 
 def version(output: OutputOption = OutputFormat.TABLE) -> None:

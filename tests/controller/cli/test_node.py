@@ -22,7 +22,10 @@ ROW = {
 
 
 def test_status_shows_version_and_devices(cli: Cli, controller: ScriptedServer) -> None:
-    device = {"id": "cpu:0", "kind": "cpu", "memory_bytes": 8 << 30, "used_bytes": None}
+    device = {
+        "id": "cpu:0", "kind": "cpu", "memory_bytes": 8 << 30, "used_bytes": None,
+        "promised_bytes": 3 << 30,
+    }  # fmt: skip
     answer = {
         "version": "0.1.0", "uptime_s": 61.0, "devices": [device], "functions": 2, "replicas": 1,
         "standbys": {"process": {"ready": 1, "starting": 2}},
@@ -31,6 +34,7 @@ def test_status_shows_version_and_devices(cli: Cli, controller: ScriptedServer) 
     text = cli("status").stdout
     assert "up for     1m 01s" in text
     assert "8.0 GiB" in text
+    assert "3.0 GiB" in text
     assert "process: 1 ready, 2 starting" in text
     assert cli("status", "-o", "json").json == answer
 
