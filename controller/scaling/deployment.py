@@ -63,7 +63,7 @@ def deployment_of(spec: FunctionSpec, backend: str, snapshot: Path) -> Deploymen
         runtime_hash=_runtime_hash(spec, backend, snapshot.name, pooling),
         max_model_len=max_model_len,
         pooling=pooling,
-        demand=demand_of(spec, _weights_bytes(snapshot)),
+        demand=demand_of(spec, lambda: _weights_bytes(snapshot)),
     )
 
 

@@ -66,12 +66,12 @@ class Unschedulable(Exception):
         self.param = param
 
 
-def demand_of(spec: FunctionSpec, weights_bytes: int = 0) -> Demand:
+def demand_of(spec: FunctionSpec, weights_bytes: Callable[[], int] = lambda: 0) -> Demand:
     """Return what each replica of a function needs.
 
     Args:
         spec: The function.
-        weights_bytes: Size of the snapshot's weights, over all ranks.
+        weights_bytes: Returns the size of the snapshot's weights, over all ranks, if it matters.
     """
     num_gpus = spec.resources.gpus
     if num_gpus == 0:
@@ -79,7 +79,7 @@ def demand_of(spec: FunctionSpec, weights_bytes: int = 0) -> Demand:
     kv_bytes = spec.engine.kv_cache_memory_bytes
     if kv_bytes is None:
         return Demand(num_gpus=num_gpus, memory_share=spec.engine.gpu_memory_utilization)
-    weights_each = -(-weights_bytes // num_gpus)
+    weights_each = -(-weights_bytes() // num_gpus)
     return Demand(num_gpus=num_gpus, memory_bytes=weights_each + kv_bytes + ENGINE_OVERHEAD_BYTES)
 
 

@@ -129,11 +129,14 @@ def test_what_the_machine_can_never_hold_is_said_at_once(
 
 
 def test_a_functions_demand_is_its_share_or_what_its_sizes_add_up_to() -> None:
+    def weights() -> int:
+        return 3 * GIB
+
     share = spec_of(resources={"gpus": 1}, engine={"gpu_memory_utilization": 0.4})
-    assert demand_of(share, 3 * GIB) == Demand(num_gpus=1, memory_share=0.4)
+    assert demand_of(share, weights) == Demand(num_gpus=1, memory_share=0.4)
     sized = spec_of(resources={"gpus": 1}, engine={"kv_cache_memory_bytes": "1Gi"})
     needed = 3 * GIB + GIB + ENGINE_OVERHEAD_BYTES
-    assert demand_of(sized, 3 * GIB) == Demand(num_gpus=1, memory_bytes=needed)
+    assert demand_of(sized, weights) == Demand(num_gpus=1, memory_bytes=needed)
     on_cpu = spec_of(resources={"gpus": 0, "memory": "2Gi"})
-    assert demand_of(on_cpu, 3 * GIB) == Demand(num_gpus=0, memory_bytes=2 * GIB)
-    assert demand_of(spec_of(), 3 * GIB).memory_bytes == 0, "no limit, no promise"
+    assert demand_of(on_cpu, weights) == Demand(num_gpus=0, memory_bytes=2 * GIB)
+    assert demand_of(spec_of(), weights).memory_bytes == 0, "no limit, no promise"
