@@ -159,6 +159,11 @@ class ModelSpec(_Section):
         description="`generate` text, or `embed` it; auto embeds with encoders and with models "
         "whose author says how to pool.",
     )
+    generation_config: Literal["auto", "none"] = Field(
+        default="auto",
+        description="Whether sampling fields that a request leaves out take the values of the "
+        "model's generation_config.json, or OpenAI's defaults.",
+    )
     quantization: None = Field(
         default=None,
         description="Only null in this version: weights are served in `dtype`.",

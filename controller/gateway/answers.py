@@ -12,13 +12,14 @@ from typing import Self
 
 from controller.clock import Clock
 from controller.errors import InternalError
-from controller.gateway.detokenizer import Detokenizer, StopFilter
+from controller.gateway.pieces import Piece
+from controller.gateway.reader import AnswerReader
 from controller.gateway.schemas.common import PromptTokensDetails, Usage
 from controller.metrics import Metrics
-from controller.scaling.generation import Generation, TokenChunk
+from controller.scaling.generation import Generation
 
-Emit = Callable[[int, str, str | None], Awaitable[None]]
-"""Takes a choice's index, new text (empty only at the end) and at the end the finish reason."""
+Emit = Callable[[int, Piece], Awaitable[None]]
+"""Takes a choice's index and what is new of it."""
 
 
 class Choice:
@@ -26,17 +27,17 @@ class Choice:
 
     Args:
         generation: Not entered yet.
-        detokenizer: Fresh, of the generation's model.
-        stop_filter: Fresh, with the call's stop strings.
+        reader: Fresh, of the generation's model.
+        prompt_token_ids: What the generation goes on from.
     """
 
     def __init__(
-        self, generation: Generation, detokenizer: Detokenizer, stop_filter: StopFilter
+        self, generation: Generation, reader: AnswerReader, prompt_token_ids: Sequence[int]
     ) -> None:
         self.generation = generation
+        self.prompt_token_ids = prompt_token_ids
         self.num_output_tokens = 0
-        self._detokenizer = detokenizer
-        self._stop_filter = stop_filter
+        self._reader = reader
         self._admission = AsyncExitStack()
 
     async def admit(self) -> AsyncExitStack:
@@ -55,30 +56,15 @@ class Choice:
                 if last_at is not None:
                     gaps.observe((now - last_at) / len(chunk.token_ids))
                 last_at = now
-            text = self._text_of(chunk)
-            reason = chunk.finish_reason
-            if self._stop_filter.is_hit:
-                self.generation.record.outcome = reason = "stop"
-            if reason is not None:
+            piece = self._reader.read(chunk)
+            if piece.finish_reason is not None:
+                self.generation.record.outcome = piece.finish_reason
                 await self._admission.aclose()
-                await emit(index, text, reason)
+                await emit(index, piece)
                 return
-            if text:
-                await emit(index, text, None)
+            if piece.text:
+                await emit(index, piece)
         raise InternalError("the generation ended without a finish reason")
-
-    def _text_of(self, chunk: TokenChunk) -> str:
-        stop_filter, detokenizer = self._stop_filter, self._detokenizer
-        parts = []
-        for token_id in chunk.token_ids:
-            parts.append(stop_filter.feed(detokenizer.feed(token_id)))
-            if stop_filter.is_hit:
-                return "".join(parts)
-        if chunk.finish_reason is not None:
-            parts.append(stop_filter.feed(detokenizer.finish()))
-            if not stop_filter.is_hit:
-                parts.append(stop_filter.finish())
-        return "".join(parts)
 
 
 class Answer:
@@ -121,6 +107,10 @@ class Answer:
                     )
         except ExceptionGroup as failures:
             raise failures.exceptions[0] from None
+
+    def prompt_of(self, index: int) -> list[int]:
+        """Return the prompt of a choice."""
+        return list(self._choices[index].prompt_token_ids)
 
     @property
     def size(self) -> int:

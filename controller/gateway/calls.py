@@ -1,7 +1,7 @@
 """From a validated body to generations: function, prompts, token budget, sampling parameters."""
 
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass, field
 from typing import Annotated
 
 from fastapi import Depends, Request
@@ -11,14 +11,15 @@ from controller.errors import ContextLengthExceeded, InvalidRequest
 from controller.gateway.answers import Answer, Choice
 from controller.gateway.detokenizer import StopFilter
 from controller.gateway.grammars import check_grammar
+from controller.gateway.logprobs import LogprobWriter
+from controller.gateway.pieces import Piece, TokenReport
+from controller.gateway.reader import AnswerReader
+from controller.gateway.sampling import sampling_params, seeded
 from controller.gateway.schemas.sampling import SamplingBody
 from controller.gateway.text import ModelText, ModelTexts
 from controller.metrics import Metrics
 from controller.scaling.generation import FunctionRegistry, GenerationRequest, ServedFunction
 from controller.settings import Settings
-from runtime.rpc import inference_pb2 as pb
-
-UINT64_MASK = (1 << 64) - 1
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -73,7 +74,7 @@ class Call:
             num_bytes=len(await request.body()),
         )
 
-    def answer(
+    async def answer(
         self,
         prompts: Sequence[Sequence[int]],
         body: SamplingBody,
@@ -81,43 +82,49 @@ class Call:
         default_max_tokens: int | None,
         grammar: str = "",
     ) -> Answer:
-        """Prepare one generation per prompt; nothing is admitted yet.
+        """Prepare the generations of every prompt; nothing is admitted yet.
 
         Args:
-            prompts: Token ids, not empty and inside the vocabulary.
+            prompts: Token ids, not empty and inside the vocabulary; each has `num_choices` answers,
+                in a row.
             body: The request.
             default_max_tokens: Limit when the client names none; None is what the context leaves.
             grammar: What the answer must match, checked; empty for anything.
 
         Raises:
-            InvalidRequest: A prompt or a limit does not fit the model, or it only embeds.
+            InvalidRequest: A prompt, a token or a limit does not fit the model, or it only embeds.
         """
-        if self.function.pooling is not None:
-            raise InvalidRequest(
-                f"model: {self.function.name!r} embeds and generates no text; use /v1/embeddings",
-                param="model",
+        num_choices = len(prompts) * body.num_choices
+        self._check_can_generate(num_choices)
+        self._check_tokens(body)
+        bad_words = await self.text.encode_words(body.bad_words or ())
+        choices: list[Choice] = []
+        for prompt in (self._truncated(prompt, body) for prompt in prompts):
+            sampling = sampling_params(
+                body,
+                self.text.defaults_of(self.function.spec),
+                max_tokens=self._budget(len(prompt), body, default_max_tokens),
+                bad_words=bad_words,
+                grammar=grammar,
             )
-        self._check_stop_tokens(body.stop_token_ids or [])
-        budgets = [self._budget(len(prompt), body, default_max_tokens) for prompt in prompts]
-        choices = [
-            Choice(
-                self.function.generate(
-                    GenerationRequest(
-                        request_id=self._sequence_name(index, len(prompts)),
-                        prompt_token_ids=prompt,
-                        sampling=self._sampling(body, max_tokens, grammar),
-                        num_bytes=self.num_bytes // len(prompts),
-                        key_id=self.key_id,
-                    )
-                ),
-                self.text.detokenizer(body.stop_token_ids or ()),
-                StopFilter(body.stop),
-            )
-            for index, (prompt, max_tokens) in enumerate(zip(prompts, budgets, strict=True))
-        ]
+            for number in range(body.num_choices):
+                request = GenerationRequest(
+                    request_id=self.request_id
+                    if num_choices == 1
+                    else f"{self.request_id}-{len(choices)}",
+                    prompt_token_ids=prompt,
+                    sampling=seeded(sampling, body.seed, number),
+                    num_bytes=self.num_bytes // num_choices,
+                    key_id=self.key_id,
+                )
+                choices.append(Choice(self.function.generate(request), self._reader(body), prompt))
         return Answer(choices, metrics=self.gateway.metrics, clock=self.gateway.clock)
 
-    def check_token_ids(self, token_ids: Sequence[int], *, param: str) -> None:
+    def logprob_writer(self, body: SamplingBody) -> LogprobWriter:
+        """Return what writes log-probabilities as the request wants them."""
+        return LogprobWriter(self.text.token_bytes, as_ids=bool(body.return_tokens_as_token_ids))
+
+    def check_token_ids(self, token_ids: Iterable[int], *, param: str) -> None:
         """Refuse ids the model does not have.
 
         Raises:
@@ -133,8 +140,44 @@ class Call:
                 param=param,
             )
 
-    def _check_stop_tokens(self, token_ids: Sequence[int]) -> None:
-        self.check_token_ids(token_ids, param="stop_token_ids")
+    def _check_can_generate(self, num_choices: int) -> None:
+        if self.function.pooling is not None:
+            raise InvalidRequest(
+                f"model: {self.function.name!r} embeds and generates no text; use /v1/embeddings",
+                param="model",
+            )
+        most = self.gateway.settings.max_prompts
+        if num_choices > most:
+            raise InvalidRequest(
+                f"n: the call asks for {num_choices} answers; at most {most} are allowed", param="n"
+            )
+
+    def _check_tokens(self, body: SamplingBody) -> None:
+        self.check_token_ids(body.stop_token_ids or (), param="stop_token_ids")
+        self.check_token_ids(body.allowed_token_ids or (), param="allowed_token_ids")
+        self.check_token_ids([int(key) for key in body.logit_bias or ()], param="logit_bias")
+
+    def _reader(self, body: SamplingBody) -> AnswerReader:
+        return AnswerReader(
+            self.text.detokenizer(
+                body.stop_token_ids or (),
+                skip_special_tokens=body.skip_special_tokens is not False,
+            ),
+            StopFilter(body.stop, is_kept=bool(body.include_stop_str_in_output)),
+            stop_token_ids=frozenset(body.stop_token_ids or ()),
+            min_tokens=body.min_tokens or 0,
+            reports_tokens=body.num_logprobs is not None or bool(body.return_token_ids),
+        )
+
+    def _truncated(self, prompt: Sequence[int], body: SamplingBody) -> Sequence[int]:
+        """Return the part of a prompt that the request wants to keep."""
+        size = body.truncate_prompt_tokens
+        if size is None:
+            return prompt
+        if size == -1:
+            size = self.function.max_model_len - (body.max_new_tokens or 1)
+        size = max(size, 1)
+        return prompt[:size] if body.truncation_side == "right" else prompt[-size:]
 
     def _budget(self, num_prompt: int, body: SamplingBody, default: int | None) -> int:
         """Return the most tokens to generate after a prompt."""
@@ -147,7 +190,7 @@ class Call:
                 param="messages" if "messages" in type(body).model_fields else "prompt",
             )
         if wanted is None:
-            return room if default is None else min(room, default)
+            wanted = room if default is None else min(room, default)
         if wanted > room:
             raise ContextLengthExceeded(
                 f"the prompt has {num_prompt} tokens, so the context of {self.function.name!r}, "
@@ -155,25 +198,12 @@ class Call:
                 "shorten the prompt or lower the limit",
                 param=body.limit_field,
             )
+        if (body.min_tokens or 0) > wanted:
+            raise InvalidRequest(
+                f"min_tokens: is {body.min_tokens} and the answer has at most {wanted} tokens",
+                param="min_tokens",
+            )
         return wanted
-
-    def _sampling(self, body: SamplingBody, max_tokens: int, grammar: str) -> pb.SamplingParams:
-        defaults = self.text.defaults
-        top_k = defaults.top_k if body.top_k is None else body.top_k
-        return pb.SamplingParams(
-            temperature=defaults.temperature if body.temperature is None else body.temperature,
-            top_p=defaults.top_p if body.top_p is None else body.top_p,
-            top_k=max(top_k, 0),
-            min_p=defaults.min_p if body.min_p is None else body.min_p,
-            seed=None if body.seed is None else body.seed & UINT64_MASK,
-            max_tokens=max_tokens,
-            stop_token_ids=body.stop_token_ids or [],
-            ignore_eos=bool(body.ignore_eos),
-            grammar=grammar,
-        )
-
-    def _sequence_name(self, index: int, num_prompts: int) -> str:
-        return self.request_id if num_prompts == 1 else f"{self.request_id}-{index}"
 
 
 async def requested_grammar(body: SamplingBody) -> str:
@@ -195,15 +225,46 @@ async def requested_grammar(body: SamplingBody) -> str:
     return grammar
 
 
-async def collect(answer: Answer) -> list[tuple[str, str]]:
-    """Run an answer to its end; return text and finish reason of each choice."""
-    pieces: list[list[str]] = [[] for _ in range(answer.size)]
-    reasons = [""] * answer.size
+@dataclass(slots=True, kw_only=True)
+class Whole:
+    """A choice from beginning to end."""
 
-    async def take(index: int, text: str, finish_reason: str | None) -> None:
-        pieces[index].append(text)
-        reasons[index] = finish_reason or ""
+    parts: list[str] = field(default_factory=list)
+    tokens: list[TokenReport] = field(default_factory=list)
+    finish_reason: str = ""
+    stop_reason: str | int | None = None
+
+    @property
+    def text(self) -> str:
+        """All of its text."""
+        return "".join(self.parts)
+
+    @property
+    def token_ids(self) -> list[int]:
+        """All of its tokens."""
+        return [token.token_id for token in self.tokens]
+
+    @property
+    def mean_logprob(self) -> float:
+        """How likely it is for its length; its tokens tell theirs."""
+        found = [token.logprobs.logprob for token in self.tokens if token.logprobs is not None]
+        return sum(found) / max(1, len(found))
+
+    def add(self, piece: Piece) -> None:
+        """Take what is new of it."""
+        self.parts.append(piece.text)
+        self.tokens += piece.tokens
+        self.finish_reason = piece.finish_reason or ""
+        self.stop_reason = piece.stop_reason
+
+
+async def collect(answer: Answer) -> list[Whole]:
+    """Run an answer to its end; return its choices."""
+    choices = [Whole() for _ in range(answer.size)]
+
+    async def take(index: int, piece: Piece) -> None:
+        choices[index].add(piece)
 
     async with answer:
         await answer.run(take)
-    return [("".join(texts), reason) for texts, reason in zip(pieces, reasons, strict=True)]
+    return choices

@@ -6,6 +6,7 @@ expect of Hugging Face's renderer, and whatever they raise is an answer to the c
 
 import json
 from collections.abc import Callable, Mapping, Sequence
+from types import MappingProxyType
 from typing import Any, NoReturn
 
 from jinja2 import TemplateError, nodes
@@ -44,26 +45,32 @@ class ChatTemplate:
         self._special_tokens = dict(special_tokens)
 
     def render(
-        self, messages: Sequence[Mapping[str, str]], *, add_generation_prompt: bool = True
+        self,
+        messages: Sequence[Mapping[str, Any]],
+        *,
+        add_generation_prompt: bool = True,
+        variables: Mapping[str, Any] = MappingProxyType({}),
     ) -> str:
         """Return the prompt that asks for the assistant's next message.
 
         Args:
             messages: The conversation.
             add_generation_prompt: Whether it ends with what opens that message.
+            variables: What else the template may read, e.g. `tools`.
 
         Raises:
             InvalidRequest: The template refuses these messages, with its own words.
         """
-        variables: dict[str, Any] = {
+        context: dict[str, Any] = {
             **self._special_tokens,
-            "messages": messages,
             "tools": None,
             "documents": None,
+            **variables,
+            "messages": messages,
             "add_generation_prompt": add_generation_prompt,
         }
         try:
-            return self._template.render(variables)
+            return self._template.render(context)
         except Exception as error:  # a template can raise anything at all
             reason = str(error) or type(error).__name__
             raise InvalidRequest(

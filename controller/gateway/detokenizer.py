@@ -88,14 +88,20 @@ class StopFilter:
 
     Args:
         stops: Non-empty strings.
+        is_kept: Whether the stop string stays in the text.
+
+    Attributes:
+        hit: The stop string that was completed, if one was.
     """
 
-    __slots__ = ("_held", "_stops", "is_hit")
+    __slots__ = ("_held", "_is_kept", "_stops", "hit", "is_hit")
 
-    def __init__(self, stops: Sequence[str]) -> None:
+    def __init__(self, stops: Sequence[str], *, is_kept: bool = False) -> None:
         self._stops = stops
+        self._is_kept = is_kept
         self._held = ""
         self.is_hit = False
+        self.hit: str | None = None
 
     def feed(self, text: str) -> str:
         """Take more text; return what can be sent. After a hit there is nothing more to send."""
@@ -103,11 +109,12 @@ class StopFilter:
             return text
         held = self._held + text
         # The stop that ends first wins, else the cut would depend on how the text arrives.
-        hits = ((at + len(stop), at) for stop in self._stops if (at := held.find(stop)) >= 0)
+        hits = ((at + len(stop), at, stop) for stop in self._stops if (at := held.find(stop)) >= 0)
         first = min(hits, default=None)
         if first is not None:
+            end, start, self.hit = first
             self.is_hit, self._held = True, ""
-            return held[: first[1]]
+            return held[: end if self._is_kept else start]
         cut = min(_beginning_of(stop, held) for stop in self._stops)
         self._held = held[cut:]
         return held[:cut]

@@ -5,9 +5,10 @@ A token's event is a concatenation of strings prepared once per call and the esc
 
 import asyncio
 import json
-from collections.abc import AsyncIterator, Mapping
+from collections.abc import AsyncIterator, Callable, Mapping, Sequence
 from contextlib import asynccontextmanager
 from dataclasses import dataclass
+from typing import Any
 
 import structlog
 from starlette.responses import Response
@@ -15,6 +16,7 @@ from starlette.types import Receive, Scope, Send
 
 from controller.errors import ApiError, InternalError
 from controller.gateway.answers import Answer
+from controller.gateway.pieces import Piece, TokenReport
 from controller.gateway.schemas.common import Usage
 from controller.gateway.stalls import ClientStalled, StallWatch
 
@@ -51,6 +53,9 @@ TEXT_CHUNK = ChunkShape(
 )
 
 
+Logprobs = Callable[[Sequence[TokenReport]], dict[str, Any]]
+
+
 class ChunkWriter:
     """Events of one streamed answer.
 
@@ -58,13 +63,27 @@ class ChunkWriter:
         shape: The endpoint's.
         identity: The fields every chunk repeats: id, created and model.
         includes_usage: Whether the stream ends with a usage chunk; then the others say null.
+        usage_so_far: Returns the usage to put into every chunk, if it is to be there.
+        logprobs: Writes a piece's log-probabilities, if they are asked for.
+        returns_token_ids: Whether chunks name their tokens.
     """
 
     def __init__(
-        self, shape: ChunkShape, identity: Mapping[str, object], *, includes_usage: bool
+        self,
+        shape: ChunkShape,
+        identity: Mapping[str, object],
+        *,
+        includes_usage: bool,
+        usage_so_far: Callable[[], Usage] | None = None,
+        logprobs: Logprobs | None = None,
+        returns_token_ids: bool = False,
     ) -> None:
         self.includes_usage = includes_usage
         self._shape = shape
+        self._usage_so_far = usage_so_far
+        self._logprobs = logprobs
+        self._returns_token_ids = returns_token_ids
+        self._is_plain = not (usage_so_far or logprobs or returns_token_ids)
         head = _escape({**identity, "object": shape.object})
         self._head = f"data: {head[:-1]},"
         self._choice_head = f'{self._head}"choices":[{{"index":'
@@ -75,18 +94,17 @@ class ChunkWriter:
         """Return what comes before a choice's first text; may be nothing."""
         if self._shape.opening is None:
             return b""
-        return self._event(index, self._shape.opening, "null")
+        return self._event(index, self._shape.opening, Piece(""))
 
-    def text(self, index: int, text: str) -> bytes:
-        """Return a chunk of text that is not the last."""
-        body = f"{self._choice_head}{index},{self._shape.before_text}{_escape(text)}"
-        return f"{body}{self._unfinished}".encode()
-
-    def last(self, index: int, text: str, finish_reason: str) -> bytes:
-        """Return a choice's last chunk."""
+    def piece(self, index: int, piece: Piece) -> bytes:
+        """Return the chunk of what is new of a choice."""
         shape = self._shape
+        if piece.finish_reason is None and self._is_plain:
+            body = f"{self._choice_head}{index},{shape.before_text}{_escape(piece.text)}"
+            return f"{body}{self._unfinished}".encode()
+        text = piece.text
         body = f"{shape.before_text}{_escape(text)}{shape.after_text}" if text else shape.no_text
-        return self._event(index, body, f'"{finish_reason}"')
+        return self._event(index, body, piece)
 
     def usage(self, usage: Usage) -> bytes:
         """Return the chunk that carries the usage."""
@@ -96,9 +114,18 @@ class ChunkWriter:
         """Return the event that ends a stream that failed."""
         return f"data: {_escape(error.envelope())}\n\n".encode()
 
-    def _event(self, index: int, body: str, reason: str) -> bytes:
-        end = f'"logprobs":null,"finish_reason":{reason}}}]{self._tail}'
-        return f"{self._choice_head}{index},{body},{end}".encode()
+    def _event(self, index: int, body: str, piece: Piece) -> bytes:
+        fields: dict[str, object] = {"logprobs": None, "finish_reason": piece.finish_reason}
+        if self._logprobs is not None and piece.tokens:
+            fields["logprobs"] = self._logprobs(piece.tokens)
+        if piece.finish_reason is not None:
+            fields["stop_reason"] = piece.stop_reason
+        if self._returns_token_ids:
+            fields["token_ids"] = [token.token_id for token in piece.tokens]
+        tail = self._tail
+        if self._usage_so_far is not None:
+            tail = f',"usage":{self._usage_so_far().model_dump_json()}}}\n\n'
+        return f"{self._choice_head}{index},{body},{_escape(fields)[1:]}]{tail}".encode()
 
 
 class EventStream(Response):
@@ -153,15 +180,11 @@ class EventStream(Response):
             failure = InternalError("the controller failed while it streamed this answer")
             await self._fail(failure, scope)
 
-    async def _emit(self, index: int, text: str, finish_reason: str | None) -> None:
-        writer = self._writer
-        if finish_reason is None:
-            event = writer.text(index, text)
-        else:
-            event = writer.last(index, text, finish_reason)
+    async def _emit(self, index: int, piece: Piece) -> None:
+        event = self._writer.piece(index, piece)
         if index not in self._opened:
             self._opened.add(index)
-            event = writer.opening(index) + event
+            event = self._writer.opening(index) + event
         await self._write(event)
 
     async def _fail(self, error: ApiError, scope: Scope) -> None:

@@ -7,8 +7,9 @@ import asyncio
 import json
 from collections import OrderedDict
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any, Self
 
 from tokenizers import Encoding, Tokenizer
@@ -17,33 +18,13 @@ from controller.clock import Clock
 from controller.errors import InternalError, InvalidRequest
 from controller.gateway.chat_template import ChatTemplate
 from controller.gateway.detokenizer import Detokenizer, TokenTexts
+from controller.gateway.sampling import SamplingDefaults
+from controller.gateway.token_bytes import TokenBytes
+from functions.spec import FunctionSpec
 
 LONG_TEXT_CHARS = 8192  # more is encoded in a thread: about 5 ms
 MESSAGE_CHARS = 64  # what a message costs besides its content
 MAX_OPEN_TEXTS = 32
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class SamplingDefaults:
-    """What the model's author recommends for fields a request leaves out."""
-
-    temperature: float = 1.0
-    top_p: float = 1.0
-    top_k: int = 0
-    min_p: float = 0.0
-
-    @classmethod
-    def from_generation_config(cls, config: Mapping[str, Any]) -> Self:
-        """Take the usable values of a generation_config.json; a greedy one recommends none."""
-        if config.get("do_sample") is False:
-            return cls()
-        limits = {"temperature": (0, 2), "top_p": (1e-6, 1), "top_k": (0, 2**31 - 1)}
-        usable = {
-            name: config[name]
-            for name, (low, high) in {**limits, "min_p": (0, 1)}.items()
-            if _is_number(config.get(name)) and low <= config[name] <= high
-        }
-        return cls(**{**usable, "top_k": int(usable.get("top_k", 0))})
 
 
 class ModelText:
@@ -55,15 +36,18 @@ class ModelText:
         *,
         chat_template: ChatTemplate | None,
         vocab_size: int,
-        hidden_token_ids: frozenset[int],
+        special_token_ids: frozenset[int],
+        end_token_ids: frozenset[int],
         defaults: SamplingDefaults,
     ) -> None:
         self.vocab_size = vocab_size
         self.defaults = defaults
         self._tokenizer = tokenizer
         self._token_texts = TokenTexts(tokenizer)
+        self.token_bytes = TokenBytes(tokenizer)
         self._chat_template = chat_template
-        self._hidden_token_ids = hidden_token_ids
+        self._end_token_ids = end_token_ids
+        self._hidden_token_ids = special_token_ids | end_token_ids
 
     @classmethod
     def open(cls, snapshot_path: Path, clock: Clock) -> Self:
@@ -101,11 +85,14 @@ class ModelText:
             tokenizer,
             chat_template=template or None,
             vocab_size=text_config.get("vocab_size") or tokenizer.get_vocab_size(),
-            hidden_token_ids=frozenset(
-                special_ids | _ids(text_config, "eos") | _ids(generation_config, "eos")
-            ),
+            special_token_ids=frozenset(special_ids),
+            end_token_ids=frozenset(_ids(text_config, "eos") | _ids(generation_config, "eos")),
             defaults=SamplingDefaults.from_generation_config(generation_config),
         )
+
+    def defaults_of(self, spec: FunctionSpec) -> SamplingDefaults:
+        """Return what sampling fields a request to a function leaves out are set to."""
+        return SamplingDefaults() if spec.model.generation_config == "none" else self.defaults
 
     async def encode(
         self,
@@ -135,12 +122,21 @@ class ModelText:
 
     async def encode_chat(
         self,
-        messages: Sequence[Mapping[str, str]],
+        messages: Sequence[Mapping[str, Any]],
         *,
         add_generation_prompt: bool = True,
+        continue_final_message: bool = False,
         add_special_tokens: bool = False,
+        variables: Mapping[str, Any] = MappingProxyType({}),
     ) -> list[int]:
         """Return the token ids of a conversation; the template writes the special tokens.
+
+        Args:
+            messages: As the template reads them.
+            add_generation_prompt: Whether to end with what opens the next answer.
+            continue_final_message: Whether to end within the last message, after its text.
+            add_special_tokens: Whether the tokenizer adds its own special tokens.
+            variables: What else the template may read.
 
         Raises:
             InvalidRequest: The template refuses the messages, or the model has none.
@@ -150,15 +146,24 @@ class ModelText:
             raise InvalidRequest(
                 "this model has no chat template; use /v1/completions", param="messages"
             )
+        render = partial(
+            template.render,
+            messages,
+            add_generation_prompt=add_generation_prompt,
+            variables=variables,
+        )
         size = sum(len(message["content"]) + MESSAGE_CHARS for message in messages)
-        if size > LONG_TEXT_CHARS:
-            text = await asyncio.to_thread(
-                template.render, messages, add_generation_prompt=add_generation_prompt
-            )
-        else:
-            text = template.render(messages, add_generation_prompt=add_generation_prompt)
+        text = await asyncio.to_thread(render) if size > LONG_TEXT_CHARS else render()
+        if continue_final_message:
+            text = _cut_after(text, messages[-1]["content"])
         (token_ids,) = await self._encode([text], add_special_tokens=add_special_tokens)
         return token_ids
+
+    async def encode_words(self, words: Sequence[str]) -> list[list[int]]:
+        """Return the tokens of words, as they begin a text and as they follow a space."""
+        texts = [prefix + word.lstrip() for word in words for prefix in ("", " ")]
+        encoded = await self._encode(texts, add_special_tokens=False)
+        return [list(ids) for ids in dict.fromkeys(map(tuple, encoded)) if ids]
 
     async def decode(self, token_ids: Sequence[int]) -> str:
         """Return the text of tokens, special ones included; ids are inside the vocabulary."""
@@ -174,13 +179,17 @@ class ModelText:
         """Return tokens as the tokenizer spells them; padding of the vocabulary is empty."""
         return [self._tokenizer.id_to_token(token_id) or "" for token_id in token_ids]
 
-    def detokenizer(self, stop_token_ids: Iterable[int] = ()) -> Detokenizer:
+    def detokenizer(
+        self, stop_token_ids: Iterable[int] = (), *, skip_special_tokens: bool = True
+    ) -> Detokenizer:
         """Return a fresh incremental detokenizer for one sequence.
 
         Args:
             stop_token_ids: What ends the sequence beside the model's own; it has no text either.
+            skip_special_tokens: Whether special tokens have none; ends of sequence never have.
         """
-        return Detokenizer(self._token_texts, self._hidden_token_ids.union(stop_token_ids))
+        hidden = self._hidden_token_ids if skip_special_tokens else self._end_token_ids
+        return Detokenizer(self._token_texts, hidden.union(stop_token_ids))
 
     async def _encode(self, texts: Sequence[str], *, add_special_tokens: bool) -> list[list[int]]:
         encodings = await self._encodings(texts, add_special_tokens=add_special_tokens)
@@ -229,6 +238,25 @@ class ModelTexts:
             self._opening.pop(snapshot_path, None)
 
 
+def _cut_after(prompt: str, content: str) -> str:
+    """Return a prompt up to the end of its last message's text.
+
+    Raises:
+        InvalidRequest: The template has changed the text, or there is none.
+    """
+    text = content.strip()
+    at = prompt.rfind(text)
+    if not text or at < 0:
+        raise InvalidRequest(
+            "continue_final_message: the last message's text is empty, or the model's chat "
+            "template does not write it as it is",
+            param="continue_final_message",
+        )
+    end = at + len(text)
+    trailing = content[len(content.rstrip()) :]
+    return prompt[: end + len(trailing)] if prompt.startswith(trailing, end) else prompt[:end]
+
+
 def _read_json(path: Path) -> dict[str, Any]:
     if not path.exists():
         return {}
@@ -270,7 +298,3 @@ def _ids(config: Mapping[str, Any], kind: str) -> set[int]:
     value = config.get(f"{kind}_token_id")
     ids = value if isinstance(value, list) else [value]
     return {token_id for token_id in ids if isinstance(token_id, int)}
-
-
-def _is_number(value: object) -> bool:
-    return isinstance(value, int | float) and not isinstance(value, bool)

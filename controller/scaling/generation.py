@@ -57,9 +57,14 @@ class GenerationRecord:
 
 @dataclass(frozen=True, slots=True)
 class TokenChunk:
-    """New tokens of a sequence; the last chunk carries the finish reason and may be empty."""
+    """New tokens of a sequence; the last chunk carries the finish reason and may be empty.
+
+    Attributes:
+        logprobs: One for each token, if the request asked for them.
+    """
 
     token_ids: Sequence[int]
+    logprobs: Sequence[pb.TokenLogprobs] = field(default=(), kw_only=True)
     finish_reason: str | None = field(default=None, kw_only=True)  # "stop" | "length"
 
 

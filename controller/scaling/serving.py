@@ -109,12 +109,20 @@ class TokenBuffer:
     """
 
     __slots__ = (
-        "_loop", "_on_end", "_wakeup", "error", "finished", "num_cached_tokens", "num_tokens",
+        "_loop",
+        "_on_end",
+        "_wakeup",
+        "error",
+        "finished",
+        "logprobs",
+        "num_cached_tokens",
+        "num_tokens",
         "tokens",
     )  # fmt: skip
 
     def __init__(self, on_end: Callable[[], None]) -> None:
         self.tokens: list[int] = []
+        self.logprobs: list[pb.TokenLogprobs] = []
         self.num_tokens = 0
         self.num_cached_tokens = 0
         self.finished: pb.Finished | None = None
@@ -126,6 +134,10 @@ class TokenBuffer:
     def on_started(self, started: pb.Started) -> None:
         """Take what is known with the first token."""
         self.num_cached_tokens = started.num_cached_tokens
+
+    def on_logprobs(self, logprobs: pb.TokenLogprobs) -> None:
+        """Take how likely the next token is."""
+        self.logprobs.append(logprobs)
 
     def on_token(self, token_id: int) -> None:
         """Take one token."""
@@ -153,10 +165,11 @@ class TokenBuffer:
             self.error = error
         self._wake()
 
-    def take(self) -> list[int]:
-        """Return the tokens that have arrived and forget them."""
+    def take(self) -> tuple[list[int], list[pb.TokenLogprobs]]:
+        """Return the tokens that have arrived, with their log-probabilities, and forget them."""
         tokens, self.tokens = self.tokens, []
-        return tokens
+        logprobs, self.logprobs = self.logprobs, []
+        return tokens, logprobs
 
     async def wait(self) -> None:
         """Return once there is something to read."""
@@ -289,7 +302,7 @@ class FunctionGeneration:
         return buffer
 
     def _chunk(self, buffer: TokenBuffer) -> TokenChunk:
-        tokens = buffer.take()
+        tokens, logprobs = buffer.take()
         if tokens and self.record.first_token_s is None:
             self.record.first_token_s = self._elapsed_s()
             assert self._ticket.replica is not None
@@ -298,13 +311,13 @@ class FunctionGeneration:
         self.record.num_cached_tokens = buffer.num_cached_tokens
         finished = buffer.finished
         if finished is None:
-            return TokenChunk(tokens)
+            return TokenChunk(tokens, logprobs=logprobs)
         self._is_done = True
         reason = FINISH_REASONS.get(finished.reason)
         if reason is None:
             raise self._abnormal_end(finished)
         self.record.outcome = reason
-        return TokenChunk(tokens, finish_reason=reason)
+        return TokenChunk(tokens, logprobs=logprobs, finish_reason=reason)
 
     def _abnormal_end(self, finished: pb.Finished) -> ApiError:
         if finished.reason == pb.FINISH_REASON_REFUSED:

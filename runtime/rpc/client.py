@@ -7,7 +7,7 @@ RuntimeRpcError
 """
 
 import asyncio
-from collections.abc import AsyncGenerator, AsyncIterator, Iterator, Sequence
+from collections.abc import AsyncGenerator, AsyncIterator, Callable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Protocol
 
@@ -76,6 +76,9 @@ class SequenceSink(Protocol):
 
     def on_token(self, token_id: int) -> None:
         """Take the next token."""
+
+    def on_logprobs(self, logprobs: pb.TokenLogprobs) -> None:
+        """Take how likely the next token is, just before it, if that was asked for."""
 
     def on_started(self, started: pb.Started) -> None:
         """Take what is known with the first token, just before that."""
@@ -177,12 +180,9 @@ class Attachment:
         """Hand out one step. The hot path: one look-up and one call per token."""
         sinks = self._sinks
         for started in output.started:
-            if (sink := sinks.get(started.sequence_id)) is not None:
-                try:
-                    sink.on_started(started)
-                except Exception:
-                    log.exception("sink_failed", sequence_id=started.sequence_id)
-                    self._drop(started.sequence_id)
+            self._tell(started.sequence_id, lambda sink, started=started: sink.on_started(started))  # type: ignore[misc]  # its default is its type
+        for found in output.logprobs:
+            self._tell(found.sequence_id, lambda sink, found=found: sink.on_logprobs(found))  # type: ignore[misc]  # its default is its type
         for sequence_id, token_id in zip(output.sequence_ids, output.token_ids, strict=True):
             if (sink := sinks.get(sequence_id)) is not None:
                 try:
@@ -196,6 +196,15 @@ class Attachment:
                     sink.on_finished(finished)
                 except Exception:
                     log.exception("sink_failed", sequence_id=finished.sequence_id)
+
+    def _tell(self, sequence_id: int, tell: Callable[[SequenceSink], None]) -> None:
+        """Call a sink; one that raises loses its sequence."""
+        if (sink := self._sinks.get(sequence_id)) is not None:
+            try:
+                tell(sink)
+            except Exception:
+                log.exception("sink_failed", sequence_id=sequence_id)
+                self._drop(sequence_id)
 
     def _drop(self, sequence_id: int) -> None:
         """Give up a sequence whose sink raised; the others go on."""

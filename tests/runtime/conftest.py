@@ -94,6 +94,9 @@ class Recorder:
         assert self.started is None
         self.started = started
 
+    def on_logprobs(self, logprobs: pb.TokenLogprobs) -> None:
+        raise AssertionError("nobody has asked for them")
+
     def on_token(self, token_id: int) -> None:
         self.tokens.append(token_id)
         self._changed.set()

@@ -14,7 +14,7 @@ from controller.gateway.schemas.chat import (
     ChatCompletion,
     ChatCompletionRequest,
 )
-from controller.gateway.schemas.common import FinishReason
+from controller.gateway.schemas.common import ChatLogprobs, FinishReason
 from controller.gateway.streaming import CHAT_CHUNK, ChunkWriter, EventStream, answer_headers
 
 router = APIRouter(route_class=JsonRoute, tags=["openai"])
@@ -27,27 +27,55 @@ async def create_chat_completion(
     """Continue a conversation; the first call of an idle function wakes it."""
     grammar = await requested_grammar(body)
     call = await Call.open(gateway, request, body.model)
-    prompt = await call.text.encode_chat([message.variables() for message in body.messages])
-    answer = call.answer([prompt], body, default_max_tokens=None, grammar=grammar)
-    chat_id = f"chatcmpl-{uuid.uuid4().hex}"
+    answer = await call.answer(
+        [await _prompt(call, body)], body, default_max_tokens=None, grammar=grammar
+    )
+    chat_id = f"chatcmpl-{body.request_id or uuid.uuid4().hex}"
     created = int(gateway.clock.now().timestamp())
+    logprobs = call.logprob_writer(body).chat if body.logprobs else None
     if body.stream:
-        identity = {"id": chat_id, "created": created, "model": body.model}
-        writer = ChunkWriter(CHAT_CHUNK, identity, includes_usage=body.includes_usage)
+        writer = ChunkWriter(
+            CHAT_CHUNK,
+            {"id": chat_id, "created": created, "model": body.model},
+            includes_usage=body.includes_usage,
+            usage_so_far=(lambda: answer.usage) if body.continues_usage else None,
+            logprobs=logprobs,
+            returns_token_ids=bool(body.return_token_ids),
+        )
         return EventStream(answer, writer, heartbeat_s=gateway.settings.heartbeat_s)
     choices = [
         ChatChoice(
             index=index,
-            message=AssistantMessage(content=text),
-            finish_reason=cast("FinishReason", reason),
+            message=AssistantMessage(content=whole.text),
+            logprobs=ChatLogprobs(**logprobs(whole.tokens)) if logprobs else None,
+            finish_reason=cast("FinishReason", whole.finish_reason),
+            stop_reason=whole.stop_reason,
+            token_ids=whole.token_ids if body.return_token_ids else None,
         )
-        for index, (text, reason) in enumerate(await collect(answer))
+        for index, whole in enumerate(await collect(answer))
     ]
     completion = ChatCompletion(
-        id=chat_id, created=created, model=body.model, choices=choices, usage=answer.usage
+        id=chat_id,
+        created=created,
+        model=body.model,
+        choices=choices,
+        usage=answer.usage,
+        prompt_token_ids=answer.prompt_of(0) if body.return_token_ids else None,
     )
     return Response(
         completion.model_dump_json(),
         media_type="application/json",
         headers=answer_headers(answer),
+    )
+
+
+async def _prompt(call: Call, body: ChatCompletionRequest) -> list[int]:
+    is_continued = bool(body.continue_final_message)
+    documents = {} if body.documents is None else {"documents": body.documents}
+    return await call.text.encode_chat(
+        [message.variables() for message in body.messages],
+        add_generation_prompt=body.add_generation_prompt is not False and not is_continued,
+        continue_final_message=is_continued,
+        add_special_tokens=bool(body.add_special_tokens),
+        variables={**documents, **(body.chat_template_kwargs or {})},
     )

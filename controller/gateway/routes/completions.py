@@ -8,14 +8,19 @@ from fastapi import APIRouter, Request, Response
 
 from controller.errors import InvalidRequest
 from controller.gateway.bodies import JsonRoute
-from controller.gateway.calls import Call, GatewayDependency, collect, requested_grammar
+from controller.gateway.calls import (
+    Call,
+    GatewayDependency,
+    Whole,
+    collect,
+    requested_grammar,
+)
 from controller.gateway.responses import ANSWER_RESPONSES
-from controller.gateway.schemas.common import FinishReason
+from controller.gateway.schemas.common import CompletionLogprobs, FinishReason
 from controller.gateway.schemas.completions import (
     Completion,
     CompletionChoice,
     CompletionRequest,
-    Prompt,
 )
 from controller.gateway.streaming import TEXT_CHUNK, ChunkWriter, EventStream, answer_headers
 
@@ -37,17 +42,34 @@ async def create_completion(
         )
     grammar = await requested_grammar(body)
     call = await Call.open(gateway, request, body.model)
-    prompts = await _token_ids(call, body.prompt)
-    answer = call.answer(prompts, body, default_max_tokens=DEFAULT_MAX_TOKENS, grammar=grammar)
-    completion_id = f"cmpl-{uuid.uuid4().hex}"
+    prompts = await _token_ids(call, body)
+    answer = await call.answer(
+        prompts, body, default_max_tokens=DEFAULT_MAX_TOKENS, grammar=grammar
+    )
+    completion_id = f"cmpl-{body.request_id or uuid.uuid4().hex}"
     created = int(gateway.clock.now().timestamp())
+    logprobs = call.logprob_writer(body).completion if body.logprobs is not None else None
     if body.stream:
-        identity = {"id": completion_id, "created": created, "model": body.model}
-        writer = ChunkWriter(TEXT_CHUNK, identity, includes_usage=body.includes_usage)
+        writer = ChunkWriter(
+            TEXT_CHUNK,
+            {"id": completion_id, "created": created, "model": body.model},
+            includes_usage=body.includes_usage,
+            usage_so_far=(lambda: answer.usage) if body.continues_usage else None,
+            logprobs=logprobs,
+            returns_token_ids=bool(body.return_token_ids),
+        )
         return EventStream(answer, writer, heartbeat_s=gateway.settings.heartbeat_s)
     choices = [
-        CompletionChoice(index=index, text=text, finish_reason=cast("FinishReason", reason))
-        for index, (text, reason) in enumerate(await collect(answer))
+        CompletionChoice(
+            index=index,
+            text=whole.text,
+            logprobs=CompletionLogprobs(**logprobs(whole.tokens)) if logprobs else None,
+            finish_reason=cast("FinishReason", whole.finish_reason),
+            stop_reason=whole.stop_reason,
+            token_ids=whole.token_ids if body.return_token_ids else None,
+            prompt_token_ids=answer.prompt_of(at) if body.return_token_ids else None,
+        )
+        for index, (at, whole) in enumerate(_best(await collect(answer), body))
     ]
     completion = Completion(
         id=completion_id, created=created, model=body.model, choices=choices, usage=answer.usage
@@ -59,9 +81,24 @@ async def create_completion(
     )
 
 
-async def _token_ids(call: Call, prompts: Sequence[Prompt]) -> list[list[int]]:
+def _best(wholes: Sequence[Whole], body: CompletionRequest) -> list[tuple[int, Whole]]:
+    """Return the answers to give, those of one prompt in a row, with their places in the call."""
+    best: list[tuple[int, Whole]] = []
+    places = range(len(wholes))
+    for first in places[:: body.num_choices]:
+        group = list(places[first : first + body.num_choices])
+        if body.picks_best:
+            group.sort(key=lambda at: wholes[at].mean_logprob, reverse=True)
+            del group[body.n or 1 :]
+        best += [(at, wholes[at]) for at in group]
+    return best
+
+
+async def _token_ids(call: Call, body: CompletionRequest) -> list[list[int]]:
+    prompts = body.prompt
     texts = [prompt for prompt in prompts if isinstance(prompt, str)]
-    encoded = iter(await call.text.encode(texts))
+    add_special_tokens = body.add_special_tokens is not False
+    encoded = iter(await call.text.encode(texts, add_special_tokens=add_special_tokens))
     token_ids = [next(encoded) if isinstance(prompt, str) else prompt for prompt in prompts]
     for prompt in token_ids:
         if not prompt:

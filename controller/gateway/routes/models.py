@@ -1,12 +1,13 @@
 """GET /v1/models and /v1/models/{id}."""
 
+from dataclasses import asdict
 from pathlib import Path
 
 from fastapi import APIRouter
 
 from controller.gateway.calls import GatewayDependency
 from controller.gateway.responses import ERROR_RESPONSES
-from controller.gateway.schemas.models import Model, ModelLimits, ModelList
+from controller.gateway.schemas.models import Model, ModelLimits, ModelList, SamplingFigures
 from controller.scaling.generation import ServedFunction
 from functions.spec import FunctionSpec, SourceKind
 
@@ -25,7 +26,13 @@ async def list_models(gateway: GatewayDependency) -> ModelList:
 @router.get("/v1/models/{name:path}")
 async def get_model(name: str, gateway: GatewayDependency) -> Model:
     """Describe one served name."""
-    return _model(gateway.registry.resolve(name), name)
+    function = gateway.registry.resolve(name)
+    model = _model(function, name)
+    if function.pooling is None:
+        text = await gateway.texts.get(function.snapshot_path)
+        defaults = text.defaults_of(function.spec)
+        model.sampling_defaults = SamplingFigures(**asdict(defaults))
+    return model
 
 
 def _model(function: ServedFunction, name: str) -> Model:

@@ -5,8 +5,13 @@ from typing import Annotated, Any, ClassVar, Literal
 from pydantic import BaseModel, FailFast, Field, field_validator, model_validator
 
 from controller.gateway.schemas.base import ApiBody, Neutral, wrong_field
-from controller.gateway.schemas.common import FinishReason, Usage
-from controller.gateway.schemas.sampling import INT64_MAX, UNSUPPORTED, SamplingBody
+from controller.gateway.schemas.common import ChatLogprobs, FinishReason, Usage
+from controller.gateway.schemas.sampling import (
+    INT64_MAX,
+    MAX_LOGPROBS,
+    UNSUPPORTED,
+    SamplingBody,
+)
 
 MAX_MESSAGES = 10_000  # validated on the event loop, so a body of nothing else must stay cheap
 
@@ -67,8 +72,6 @@ class ChatCompletionRequest(SamplingBody):
 
     unsupported: ClassVar[dict[str, Neutral]] = {
         **UNSUPPORTED,
-        "logprobs": (False,),
-        "top_logprobs": (0,),
         "tools": ([],),
         "tool_choice": ("none", "auto"),
         "functions": ([],),
@@ -78,18 +81,52 @@ class ChatCompletionRequest(SamplingBody):
         "reasoning_effort": ("none",),
         "verbosity": ("medium",),
         "web_search_options": (),
-        "add_generation_prompt": (True,),
-        "continue_final_message": (False,),
-        "add_special_tokens": (False,),
         "chat_template": (),
-        "chat_template_kwargs": ({},),
-        "documents": ([],),
     }
 
     messages: Annotated[list[ChatMessage], Field(min_length=1, max_length=MAX_MESSAGES), FailFast()]
     max_completion_tokens: int | None = Field(
         default=None, ge=1, le=INT64_MAX, description="Goes before `max_tokens`, its older name."
     )
+    logprobs: bool | None = Field(default=None, description="Tell how likely each token was.")
+    top_logprobs: int | None = Field(
+        default=None,
+        ge=0,
+        le=MAX_LOGPROBS,
+        description="Likeliest tokens to tell beside each; needs `logprobs`.",
+    )
+    add_generation_prompt: bool | None = Field(
+        default=None, description="End the prompt with what opens an answer; true by default."
+    )
+    continue_final_message: bool | None = Field(
+        default=None, description="Leave the last message open: the answer goes on with it."
+    )
+    add_special_tokens: bool | None = Field(
+        default=None,
+        description="Whether the tokenizer adds special tokens; false by default, since templates "
+        "write them themselves.",
+    )
+    chat_template_kwargs: dict[str, Any] | None = Field(
+        default=None, description="Variables for the model's chat template."
+    )
+    documents: list[dict[str, Any]] | None = Field(
+        default=None, description="The chat template's `documents`."
+    )
+
+    @model_validator(mode="after")
+    def _check_together(self) -> "ChatCompletionRequest":
+        if self.top_logprobs is not None and not self.logprobs:
+            raise wrong_field("only allowed with 'logprobs': true", field="top_logprobs")
+        if self.continue_final_message and self.add_generation_prompt:
+            raise wrong_field(
+                "excludes 'add_generation_prompt': true", field="continue_final_message"
+            )
+        return self
+
+    @property
+    def num_logprobs(self) -> int | None:
+        """How many of the likeliest tokens to tell beside each token; None tells nothing."""
+        return (self.top_logprobs or 0) if self.logprobs else None
 
     @property
     def max_new_tokens(self) -> int | None:
@@ -115,8 +152,10 @@ class ChatChoice(BaseModel):
 
     index: int
     message: AssistantMessage
-    logprobs: None = None
+    logprobs: ChatLogprobs | None = None
     finish_reason: FinishReason
+    stop_reason: str | int | None = None
+    token_ids: list[int] | None = None
 
 
 class ChatCompletion(BaseModel):
@@ -128,6 +167,7 @@ class ChatCompletion(BaseModel):
     model: str
     choices: list[ChatChoice]
     usage: Usage
+    prompt_token_ids: list[int] | None = None
 
 
 def _text_of(part: object) -> str:

@@ -22,6 +22,36 @@ class Usage(BaseModel):
     prompt_tokens_details: PromptTokensDetails
 
 
+class TokenLogprob(BaseModel):
+    """One token, how likely it was, and its bytes: its text may be part of a character."""
+
+    token: str
+    logprob: float
+    bytes: list[int]
+
+
+class ChosenLogprob(TokenLogprob):
+    """A token of the answer beside the likeliest ones in its place."""
+
+    top_logprobs: list[TokenLogprob]
+
+
+class ChatLogprobs(BaseModel):
+    """How likely the tokens of a message were: natural logarithms, by the model alone."""
+
+    content: list[ChosenLogprob]
+    refusal: None = None
+
+
+class CompletionLogprobs(BaseModel):
+    """How likely the tokens of a text were; the lists go together."""
+
+    text_offset: list[int]
+    token_logprobs: list[float | None]
+    tokens: list[str]
+    top_logprobs: list[dict[str, float] | None]
+
+
 class ErrorDetails(BaseModel):
     """OpenAI's error fields."""
 

@@ -2,11 +2,16 @@
 
 from typing import Any, ClassVar, Literal
 
-from pydantic import BaseModel, Field, field_validator
+from pydantic import BaseModel, Field, field_validator, model_validator
 
 from controller.gateway.schemas.base import Neutral, wrong_field
-from controller.gateway.schemas.common import FinishReason, Usage
-from controller.gateway.schemas.sampling import UNSUPPORTED, SamplingBody
+from controller.gateway.schemas.common import CompletionLogprobs, FinishReason, Usage
+from controller.gateway.schemas.sampling import (
+    MAX_CHOICES,
+    MAX_LOGPROBS,
+    UNSUPPORTED,
+    SamplingBody,
+)
 
 Prompt = str | list[int]
 
@@ -16,16 +21,53 @@ class CompletionRequest(SamplingBody):
 
     unsupported: ClassVar[dict[str, Neutral]] = {
         **UNSUPPORTED,
-        "best_of": (1,),
-        "logprobs": (),
         "suffix": ("",),
         "prompt_embeds": (),
-        "add_special_tokens": (True,),
     }
 
     prompt: list[Prompt] = Field(
         description="One prompt or a list of them; each is answered by the choice of its index."
     )
+
+    best_of: int | None = Field(
+        default=None,
+        ge=1,
+        le=MAX_CHOICES,
+        description="Generate so many answers to each prompt and return the `n` likeliest.",
+    )
+    logprobs: int | None = Field(
+        default=None,
+        ge=0,
+        le=MAX_LOGPROBS,
+        description="Tell how likely each token was, beside so many of the likeliest.",
+    )
+    add_special_tokens: bool | None = Field(
+        default=None,
+        description="Whether the tokenizer adds special tokens to text prompts; true by default.",
+    )
+
+    @model_validator(mode="after")
+    def _check_best_of(self) -> "CompletionRequest":
+        if self.best_of is not None and self.best_of < (self.n or 1):
+            raise wrong_field(f"must be at least n, which is {self.n or 1}", field="best_of")
+        if self.picks_best and self.stream:
+            raise wrong_field("cannot be streamed: the best is known at the end", field="best_of")
+        return self
+
+    @property
+    def picks_best(self) -> bool:
+        """Whether more answers are generated than returned."""
+        return self.best_of is not None and self.best_of > (self.n or 1)
+
+    @property
+    def num_choices(self) -> int:
+        """How many answers are generated to each prompt."""
+        return self.best_of or self.n or 1
+
+    @property
+    def num_logprobs(self) -> int | None:
+        """How many of the likeliest tokens to know beside each token; None tells nothing."""
+        return 0 if self.logprobs is None and self.picks_best else self.logprobs
 
     @field_validator(
         "prompt", mode="plain", json_schema_input_type=str | list[str] | list[int] | list[list[int]]
@@ -40,8 +82,11 @@ class CompletionChoice(BaseModel):
 
     index: int
     text: str
-    logprobs: None = None
+    logprobs: CompletionLogprobs | None = None
     finish_reason: FinishReason
+    stop_reason: str | int | None = None
+    token_ids: list[int] | None = None
+    prompt_token_ids: list[int] | None = None
 
 
 class Completion(BaseModel):

@@ -13,10 +13,21 @@ class ModelLimits(BaseModel):
     max_queued_requests: int
 
 
+class SamplingFigures(BaseModel):
+    """What sampling fields that a request leaves out are set to."""
+
+    temperature: float
+    top_p: float
+    top_k: int
+    min_p: float
+    repetition_penalty: float
+
+
 class Model(BaseModel):
     """A name that can be asked for.
 
-    `root` is the hub id, or the last part of the path, that the model comes from.
+    `root` is the hub id, or the last part of the path, that the model comes from;
+    `sampling_defaults` is told of a single model that generates.
     """
 
     id: str
@@ -32,6 +43,7 @@ class Model(BaseModel):
     task: Literal["generate", "embed"]
     embedding_size: int | None = None
     limits: ModelLimits
+    sampling_defaults: SamplingFigures | None = None
 
 
 class ModelList(BaseModel):

@@ -1,15 +1,20 @@
 """Fields that steer generation, common to chat and text completions."""
 
-from typing import Annotated, Any, ClassVar
+from typing import Annotated, Any, ClassVar, Literal
 
-from pydantic import Field, field_validator, model_validator
+from pydantic import Field, ValidationInfo, field_validator, model_validator
 
 from controller.gateway.schemas.base import ApiBody, Neutral, wrong_field
 from controller.gateway.schemas.structure import ResponseFormat, StructuredOutputs
 
+MAX_CHOICES = 128  # of one prompt
+MAX_LOGPROBS = 20
+MAX_BIASES = 1024
+MAX_BAD_WORDS = 256
 MAX_STOPS = 16
 MAX_STOP_CHARS = 1024
 MAX_STOP_TOKEN_IDS = 1024
+MAX_ALLOWED_TOKEN_IDS = 1 << 18
 INT64_MAX = (1 << 63) - 1
 
 IGNORED = frozenset(
@@ -26,39 +31,31 @@ IGNORED = frozenset(
     }
 )
 UNSUPPORTED: dict[str, Neutral] = {
-    "n": (1,),
-    "presence_penalty": (0,),
-    "frequency_penalty": (0,),
-    "repetition_penalty": (1,),
     "length_penalty": (1,),
-    "logit_bias": ({},),
-    "echo": (False,),
     "use_beam_search": (False,),
-    "min_tokens": (0,),
-    "bad_words": ([],),
-    "allowed_token_ids": (),
-    "include_stop_str_in_output": (False,),
-    "skip_special_tokens": (True,),
     "spaces_between_special_tokens": (True,),
-    "truncate_prompt_tokens": (),
+    "logits_processors": ([],),
+    "echo": (False,),
     "prompt_logprobs": (),
-    "return_token_ids": (False,),
-    "return_tokens_as_token_ids": (False,),
+    "priority": (0,),
+    "cache_salt": (),
     "guided_json": (),
     "guided_regex": (),
     "guided_choice": (),
     "guided_grammar": (),
-    "priority": (0,),
-    "cache_salt": (),
 }
+Penalty = Annotated[float, Field(ge=-2, le=2, allow_inf_nan=False)]
+TokenId = Annotated[int, Field(ge=0, le=(1 << 32) - 1)]
 
 
 class StreamOptions(ApiBody):
     """What a stream carries besides text."""
 
     ignored: ClassVar[frozenset[str]] = frozenset({"include_obfuscation"})
-    unsupported: ClassVar[dict[str, Neutral]] = {"continuous_usage_stats": (False,)}
 
+    continuous_usage_stats: bool | None = Field(
+        default=None, description="Send the usage so far with every chunk."
+    )
     include_usage: bool | None = Field(
         default=None, description="Send one more chunk at the end, with the usage and no choices."
     )
@@ -101,13 +98,80 @@ class SamplingBody(ApiBody):
         allow_inf_nan=False,
         description="Drop tokens less probable than this share of the most probable one.",
     )
-    seed: int | None = Field(default=None, ge=-INT64_MAX - 1, le=INT64_MAX)
+    n: int | None = Field(
+        default=None, ge=1, le=MAX_CHOICES, description="Answers to each prompt; 1 by default."
+    )
+    seed: int | None = Field(
+        default=None,
+        ge=-INT64_MAX - 1,
+        le=INT64_MAX,
+        description="Makes sampling repeatable; of several answers, each gets its own.",
+    )
+    presence_penalty: Penalty | None = Field(
+        default=None, description="Taken from the logits of tokens that are in the answer."
+    )
+    frequency_penalty: Penalty | None = Field(
+        default=None, description="The same, for every time they are."
+    )
+    repetition_penalty: float | None = Field(
+        default=None,
+        gt=0,
+        le=100,
+        allow_inf_nan=False,
+        description="Makes tokens of prompt and answer less likely above 1, more below.",
+    )
+    logit_bias: dict[str, float] | None = Field(
+        default=None,
+        max_length=MAX_BIASES,
+        description="Added to the logits of these token ids; between -100 and 100.",
+    )
+    allowed_token_ids: list[TokenId] | None = Field(
+        default=None, min_length=1, description="The only tokens to choose from."
+    )
+    bad_words: list[str] | None = Field(
+        default=None, max_length=MAX_BAD_WORDS, description="Never in the answer."
+    )
+    min_tokens: int | None = Field(
+        default=None,
+        ge=0,
+        le=INT64_MAX,
+        description="Tokens before the model's own end, stop tokens and stop strings count.",
+    )
     stop: tuple[str, ...] = Field(
         default=(),
         description=f"Up to {MAX_STOPS} strings that end the answer; they are not part of it.",
     )
     stop_token_ids: Annotated[list[int], Field(max_length=MAX_STOP_TOKEN_IDS)] | None = Field(
         default=None, description="Tokens that end the answer."
+    )
+    include_stop_str_in_output: bool | None = Field(
+        default=None, description="Keep the stop string that ended the answer."
+    )
+    skip_special_tokens: bool | None = Field(
+        default=None, description="Leave special tokens out of the text; true by default."
+    )
+    truncate_prompt_tokens: int | None = Field(
+        default=None,
+        ge=-1,
+        le=INT64_MAX,
+        description="Keep at most so many tokens of the prompt; -1 keeps what leaves room for the "
+        "answer.",
+    )
+    truncation_side: Literal["left", "right"] | None = Field(
+        default=None, description="Where a prompt is cut; `left`, its beginning, by default."
+    )
+    return_token_ids: bool | None = Field(
+        default=None, description="Return the ids of prompt and answer too."
+    )
+    return_tokens_as_token_ids: bool | None = Field(
+        default=None, description="Write tokens as `token_id:42` in log-probabilities."
+    )
+    request_id: str | None = Field(
+        default=None,
+        min_length=1,
+        max_length=128,
+        pattern=r"^[A-Za-z0-9._:-]+$",
+        description="Becomes the end of the answer's id.",
     )
     ignore_eos: bool | None = Field(
         default=None, description="Generate on after the end-of-sequence token."
@@ -136,11 +200,12 @@ class SamplingBody(ApiBody):
                 raise wrong_field(f"must contain strings of 1 to {MAX_STOP_CHARS} characters only")
         return tuple(stops)
 
-    @field_validator("stop_token_ids", mode="before")
+    @field_validator("stop_token_ids", "allowed_token_ids", mode="before")
     @classmethod
-    def _check_num_stop_token_ids(cls, value: Any) -> Any:
-        if isinstance(value, list) and len(value) > MAX_STOP_TOKEN_IDS:  # before it is walked
-            raise wrong_field(f"has {len(value)} ids; at most {MAX_STOP_TOKEN_IDS} are allowed")
+    def _check_num_token_ids(cls, value: Any, info: ValidationInfo) -> Any:
+        most = MAX_STOP_TOKEN_IDS if info.field_name == "stop_token_ids" else MAX_ALLOWED_TOKEN_IDS
+        if isinstance(value, list) and len(value) > most:  # before it is walked
+            raise wrong_field(f"has {len(value)} ids; at most {most} are allowed")
         return value
 
     @model_validator(mode="after")
@@ -148,6 +213,23 @@ class SamplingBody(ApiBody):
         if self.stream_options is not None and not self.stream:
             raise wrong_field("only allowed with 'stream': true", field="stream_options")
         return self
+
+    @field_validator("logit_bias")
+    @classmethod
+    def _check_logit_bias(cls, value: dict[str, float] | None) -> dict[str, float] | None:
+        for token_id, bias in (value or {}).items():
+            if not (token_id.isascii() and token_id.isdecimal() and len(token_id) <= 10):
+                raise wrong_field(f"has {token_id[:32]!r}, which is no token id")
+            if not -100 <= bias <= 100:
+                raise wrong_field(f"has {bias!r} for {token_id}; between -100 and 100 is allowed")
+        return value
+
+    @field_validator("bad_words")
+    @classmethod
+    def _check_bad_words(cls, value: list[str] | None) -> list[str] | None:
+        if not all(1 <= len(word) <= MAX_STOP_CHARS for word in value or ()):
+            raise wrong_field(f"must contain strings of 1 to {MAX_STOP_CHARS} characters only")
+        return value
 
     @model_validator(mode="after")
     def _check_structure(self) -> "SamplingBody":
@@ -167,6 +249,21 @@ class SamplingBody(ApiBody):
         return "max_tokens"
 
     @property
+    def num_choices(self) -> int:
+        """How many answers are generated to each prompt."""
+        return self.n or 1
+
+    @property
+    def num_logprobs(self) -> int | None:
+        """How many of the likeliest tokens to tell beside each token; None tells nothing."""
+        return None
+
+    @property
     def includes_usage(self) -> bool:
         """Whether a stream ends with a usage chunk."""
         return self.stream_options is not None and bool(self.stream_options.include_usage)
+
+    @property
+    def continues_usage(self) -> bool:
+        """Whether every chunk of a stream carries the usage so far."""
+        return self.stream_options is not None and bool(self.stream_options.continuous_usage_stats)

@@ -83,6 +83,9 @@ class Collected:
     def on_started(self, started: pb.Started) -> None:
         assert not self._tokens
 
+    def on_logprobs(self, logprobs: pb.TokenLogprobs) -> None:
+        raise AssertionError("nobody has asked for them")
+
     def on_token(self, token_id: int) -> None:
         self._tokens.append(token_id)
 

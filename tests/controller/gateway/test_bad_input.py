@@ -107,11 +107,29 @@ async def test_surrogate_pairs_and_any_unicode_are_fine(
         ({"stream": "yes"}, "stream", "boolean"),
         ({"stream_options": {"include_usage": True}}, "stream_options", "'stream': true"),
         ({"stream": True, "stream_options": {"include_use": 1}}, None, "did you mean"),
-        ({"n": 2}, "n", "not supported yet"),
-        ({"n": True}, "n", "not supported yet"),
-        ({"presence_penalty": 0.5}, "presence_penalty", "not supported yet"),
-        ({"logit_bias": {"99999999999": 1e9}}, "logit_bias", "not supported yet"),
-        ({"logit_bias": [1, 2]}, "logit_bias", "not supported yet"),
+        ({"use_beam_search": True}, "use_beam_search", "not supported yet"),
+        ({"n": 0}, "n", "greater than or equal to 1"),
+        ({"n": 129}, "n", "less than or equal to 128"),
+        ({"n": True}, "n", "integer"),
+        ({"presence_penalty": 2.5}, "presence_penalty", "less than or equal to 2"),
+        ({"frequency_penalty": -2.5}, "frequency_penalty", "greater than or equal to -2"),
+        ({"repetition_penalty": 0}, "repetition_penalty", "greater than 0"),
+        ({"logit_bias": {"99999999999": 1}}, "logit_bias", "no token id"),
+        ({"logit_bias": {"\u0664": 1}}, "logit_bias", "no token id"),
+        ({"logit_bias": {"405": 1}}, "logit_bias", "ids go from 0 to"),
+        ({"logit_bias": {"4": 101}}, "logit_bias", "between -100 and 100"),
+        ({"logit_bias": {str(i): 1 for i in range(1025)}}, "logit_bias", "at most 1024"),
+        ({"logit_bias": [1, 2]}, "logit_bias", "dictionary"),
+        ({"allowed_token_ids": []}, "allowed_token_ids", "at least 1"),
+        ({"allowed_token_ids": [405]}, "allowed_token_ids", "ids go from 0 to"),
+        ({"allowed_token_ids": [0] * 300_000}, "allowed_token_ids", "at most 262144"),
+        ({"bad_words": [""]}, "bad_words", "1 to 1024"),
+        ({"bad_words": ["a"] * 257}, "bad_words", "at most 256"),
+        ({"min_tokens": -1}, "min_tokens", "greater than or equal to 0"),
+        ({"min_tokens": 9, "max_tokens": 8}, "min_tokens", "at most 8 tokens"),
+        ({"truncate_prompt_tokens": -2}, "truncate_prompt_tokens", "greater than or equal to -1"),
+        ({"truncation_side": "middle"}, "truncation_side", "'left' or 'right'"),
+        ({"request_id": "a b"}, "request_id", "pattern"),
         ({"temprature": 1}, "temprature", "did you mean 'temperature'?"),
         ({"x" * 1000: 1}, "x" * 64, "unknown field"),
     ],
@@ -147,8 +165,14 @@ async def test_wrong_field_is_named_with_what_to_change(
             "messages[0].tool_calls",
         ),
         ({"tools": [{"type": "function"}]}, "tools"),
-        ({"logprobs": True}, "logprobs"),
-        ({"top_logprobs": 21}, "top_logprobs"),
+        ({"logprobs": 1}, "logprobs"),
+        ({"logprobs": True, "top_logprobs": 21}, "top_logprobs"),
+        ({"top_logprobs": 1}, "top_logprobs"),
+        ({"chat_template": "{{ x }}"}, "chat_template"),
+        (
+            {"continue_final_message": True, "add_generation_prompt": True},
+            "continue_final_message",
+        ),
         ({"max_completion_tokens": -5}, "max_completion_tokens"),
         ({"prompt": "x"}, "prompt"),
     ],
@@ -174,12 +198,24 @@ async def test_token_outside_the_vocabulary_is_refused(
     assert "ids go from 0 to" in error["message"]
 
 
-@pytest.mark.parametrize("field", ["echo", "best_of", "suffix", "logprobs"])
-async def test_unsupported_completion_field_is_named(client: httpx.AsyncClient, field: str) -> None:
-    value = {"echo": True, "best_of": 2, "suffix": "x", "logprobs": 0}[field]
-    error = await refused(client, TEXT, {**PROMPT, field: value})
-    assert error["param"] == field
-    assert "not supported" in error["message"]
+@pytest.mark.parametrize(
+    ("change", "param", "hint"),
+    [
+        ({"echo": True}, "echo", "not supported"),
+        ({"suffix": "x"}, "suffix", "not supported"),
+        ({"logprobs": 21}, "logprobs", "less than or equal to 20"),
+        ({"logprobs": True}, "logprobs", "integer"),
+        ({"best_of": 2, "n": 3}, "best_of", "at least n"),
+        ({"best_of": 2, "stream": True}, "best_of", "cannot be streamed"),
+        ({"n": 128, "prompt": ["a", "b", "c"]}, "n", "at most 256"),
+    ],
+)
+async def test_wrong_completion_field_is_named(
+    client: httpx.AsyncClient, change: dict[str, Any], param: str, hint: str
+) -> None:
+    error = await refused(client, TEXT, {**PROMPT, **change})
+    assert error["param"] == param
+    assert hint in error["message"]
 
 
 async def test_neutral_and_harmless_fields_are_accepted(client: httpx.AsyncClient) -> None:

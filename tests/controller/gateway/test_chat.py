@@ -34,8 +34,11 @@ async def test_whole_answer_has_text_finish_reason_and_usage(
                 "message": {"role": "assistant", "content": ANSWER, "refusal": None},
                 "logprobs": None,
                 "finish_reason": "stop",
+                "stop_reason": None,
+                "token_ids": None,
             }
         ],
+        "prompt_token_ids": None,
         "usage": {
             "prompt_tokens": num_prompt,
             "completion_tokens": num_output,

@@ -34,7 +34,15 @@ async def test_text_prompt_is_continued(client: httpx.AsyncClient, echo: FakeFun
     body = (await client.post(PATH, json={"model": "tiny", "prompt": "wake up"})).json()
     assert body["object"] == "text_completion"
     assert body["choices"] == [
-        {"index": 0, "text": "wake up", "logprobs": None, "finish_reason": "stop"}
+        {
+            "index": 0,
+            "text": "wake up",
+            "logprobs": None,
+            "finish_reason": "stop",
+            "stop_reason": None,
+            "token_ids": None,
+            "prompt_token_ids": None,
+        }
     ]
 
 

@@ -17,6 +17,8 @@ async def test_every_served_name_is_listed_with_its_function(
         one = (await client.get("/v1/models/Org/Tiny-1B")).json()
     assert listed["object"] == "list"
     assert [model["id"] for model in listed["data"]] == ["tiny", "Org/Tiny-1B"]
+    assert one.pop("sampling_defaults")["temperature"] == 1.0
+    assert listed["data"][1].pop("sampling_defaults") is None
     assert one == listed["data"][1]
     assert one == {
         "id": "Org/Tiny-1B",
@@ -53,7 +55,7 @@ async def test_figures_count_calls_and_times(
     client: httpx.AsyncClient, answer_tokens: list[int]
 ) -> None:
     await client.post("/v1/chat/completions", json=HELLO)
-    await client.post("/v1/chat/completions", json={**HELLO, "n": 7})
+    await client.post("/v1/chat/completions", json={**HELLO, "n": 0})
     response = await client.get("/metrics")
     assert response.headers["content-type"].startswith("text/plain")
     found = {
@@ -92,6 +94,6 @@ async def test_document_describes_bodies_answers_and_errors(client: httpx.AsyncC
             assert schema == {"$ref": "#/components/schemas/ErrorBody"}
         fields = schemas[body]
         assert fields["additionalProperties"] is False
-        assert fields["properties"]["n"]["enum"] == [None, 1]
+        assert fields["properties"]["use_beam_search"]["enum"] == [None, False]
         assert fields["properties"]["user"] == {"description": "Accepted and ignored."}
         assert "HTTPValidationError" not in schemas

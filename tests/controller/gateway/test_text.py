@@ -9,7 +9,8 @@ from tokenizers import Tokenizer
 from controller.clock import SystemClock
 from controller.errors import InternalError
 from controller.gateway import text as text_module
-from controller.gateway.text import ModelText, ModelTexts, SamplingDefaults
+from controller.gateway.sampling import SamplingDefaults
+from controller.gateway.text import ModelText, ModelTexts
 from tests.fakes.tokenizers import write_snapshot
 
 CLOCK = SystemClock()
