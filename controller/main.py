@@ -27,7 +27,10 @@ from controller.backends.process import ProcessBackend
 from controller.clock import SystemClock, unix_us
 from controller.dashboard.views import dashboard_router
 from controller.gateway.app import create_app
+from controller.gateway.calls import Gateway
 from controller.gateway.routes.admin import admin_router
+from controller.gateway.text import ModelTexts
+from controller.jobs import Jobs
 from controller.ledger.intervals import WHOLE_PPM, Interval
 from controller.ledger.ledger import Ledger
 from controller.metrics import Metrics
@@ -134,6 +137,17 @@ async def run(settings: Settings, backends: Sequence[RuntimeBackend] | None = No
         if settings.require_api_keys and await records.bootstrap_key(first_key):
             log.warning("API keys are required and there were none", first_key_in=str(first_key))
         await plane.start()
+        gateway = Gateway(
+            registry=plane,
+            settings=settings,
+            clock=clock,
+            metrics=metrics,
+            texts=ModelTexts(clock),
+            is_ready=lambda: True,
+        )
+        jobs = Jobs(settings, database, clock, gateway)
+        stack.push_async_callback(jobs.stop)
+        await jobs.start(reaper)
         reaper.every(settings.tick_s, "sweep", plane.sweep)
         reaper.every(settings.reconcile_s, "reconcile", plane.reconcile)
         reaper.every(FLUSH_S, "flush ledger", ledger.flush)
@@ -142,7 +156,8 @@ async def run(settings: Settings, backends: Sequence[RuntimeBackend] | None = No
         reaper.every(COMPACT_S, "prune history", partial(records.prune, settings.history_days))
         reaper.start()
         spare_the_collector()
-        await GatewayServer(settings, plane, records, node, listener).serve_until_signal()
+        server = GatewayServer(settings, plane, records, node, listener, gateway.texts, jobs)
+        await server.serve_until_signal()
 
 
 def listen(host: str, port: int) -> socket.socket:
@@ -171,8 +186,11 @@ class GatewayServer:
         records: Records,
         node: Node,
         listener: socket.socket,
+        texts: ModelTexts,
+        jobs: Jobs,
     ) -> None:
         self._settings = settings
+        self._jobs = jobs
         self._plane = plane
         self._listener = listener
         self._stopping = asyncio.Event()
@@ -183,7 +201,9 @@ class GatewayServer:
             node.clock,
             metrics=node.metrics,
             is_ready=lambda: not self._stopping.is_set(),
+            texts=texts,
             extra_routers=[
+                *jobs.routers(),
                 admin_router(plane, records, records, node.clock),
                 dashboard_router(plane, records, node.clock),
             ],
@@ -216,6 +236,7 @@ class GatewayServer:
         try:
             await asyncio.wait([serving, stopping], return_when=asyncio.FIRST_COMPLETED)
             log.info("stopping")
+            await self._jobs.stop()
             await self._plane.finish_requests(self._settings.shutdown_timeout_s)
             self._server.should_exit = True
             await serving

@@ -40,6 +40,12 @@ class Settings(BaseSettings):
         description="Bytes of all request bodies that are still being received, together.",
     )
     body_timeout_s: float = Field(default=30.0, gt=0, description="Longest wait for a whole body.")
+    max_file_bytes: int = Field(
+        default=512 << 20, ge=1024, description="Largest file that can be uploaded."
+    )
+    max_files_bytes: int = Field(
+        default=10 << 30, ge=1024, description="Bytes of all files together, outputs included."
+    )
     max_prompts: int = Field(default=256, ge=1, description="Most prompts in one completion call.")
     heartbeat_s: float = Field(
         default=2.0, gt=0, description="Silence before a waiting stream gets an SSE comment."
@@ -87,6 +93,11 @@ class Settings(BaseSettings):
     def runtimes_dir(self) -> Path:
         """One directory a runtime: socket, log, record."""
         return self.home / "runtimes"
+
+    @property
+    def files_dir(self) -> Path:
+        """Uploaded files and the outputs of batches."""
+        return self.home / "files"
 
     @property
     def last_logs_dir(self) -> Path:

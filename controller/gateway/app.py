@@ -27,6 +27,7 @@ def create_app(
     *,
     metrics: Metrics,
     is_ready: Callable[[], bool] = lambda: True,
+    texts: ModelTexts | None = None,
     extra_routers: Iterable[APIRouter] = (),
     lifespan: Callable[[FastAPI], Any] | None = None,
 ) -> FastAPI:
@@ -39,6 +40,7 @@ def create_app(
         clock: For durations and dates.
         metrics: Filled here and by whoever scales the functions.
         is_ready: Answers /readyz.
+        texts: Tokenizers in use; None for the application's own.
         extra_routers: More endpoints, behind the same keys and limits.
         lifespan: As FastAPI takes it.
     """
@@ -67,7 +69,7 @@ def create_app(
         settings=settings,
         clock=clock,
         metrics=metrics,
-        texts=ModelTexts(clock),
+        texts=texts or ModelTexts(clock),
         is_ready=is_ready,
     )
     add_error_handlers(app)

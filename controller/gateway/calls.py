@@ -53,6 +53,7 @@ class Call:
     request_id: str
     key_id: str | None
     num_bytes: int
+    may_wake: bool
 
     @classmethod
     async def open(cls, gateway: Gateway, request: Request, model: str) -> "Call":
@@ -72,6 +73,7 @@ class Call:
             request_id=state["request_id"],
             key_id=state["key_id"],
             num_bytes=len(await request.body()),
+            may_wake=state.get("may_wake", True),
         )
 
     async def answer(
@@ -116,6 +118,7 @@ class Call:
                     sampling=seeded(sampling, body.seed, number),
                     num_bytes=self.num_bytes // num_choices,
                     key_id=self.key_id,
+                    may_wake=self.may_wake,
                 )
                 choices.append(Choice(self.function.generate(request), self._reader(body), prompt))
         return Answer(choices, metrics=self.gateway.metrics, clock=self.gateway.clock)

@@ -28,6 +28,7 @@ from controller.gateway.responses import error_response
 from controller.metrics import Metrics
 
 OPENAI_PREFIX = "/v1/"
+UPLOAD_PATHS = frozenset({"/v1/files"})
 CLIENT_CLOSED_REQUEST = 499
 _SANE_REQUEST_ID = re.compile(r"[A-Za-z0-9._:-]{1,128}")
 
@@ -89,7 +90,8 @@ class RequestContext:
 class BodyGate:
     """Reads bodies within their bounds, then cancels the call when the client leaves.
 
-    Only calls of the OpenAI API end with their client; the others run to their end.
+    Only calls of the OpenAI API end with their client; the others run to their end. Uploads are
+    passed on unread: their route takes them piece by piece, within limits of its own.
 
     Args:
         app: The rest of the application.
@@ -115,7 +117,8 @@ class BodyGate:
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """Answer 400, 408, 413 or 503, or pass the call on with its body at hand."""
-        if scope["type"] != "http" or scope["method"] not in ("POST", "PUT", "PATCH"):
+        is_body = scope["type"] == "http" and scope["method"] in ("POST", "PUT", "PATCH")
+        if not is_body or scope["path"] in UPLOAD_PATHS:
             await self._app(scope, receive, send)
             return
         try:

@@ -52,6 +52,7 @@ class EmbeddingRequest:
         dimensions: Numbers to keep of each vector; None keeps all.
         num_bytes: The request body's, counted against the queue's byte bound.
         key_id: The API key that pays, if keys are in use.
+        may_wake: Whether a replica is brought up for it; else it is refused unless one has room.
     """
 
     request_id: str
@@ -59,6 +60,7 @@ class EmbeddingRequest:
     dimensions: int | None
     num_bytes: int
     key_id: str | None = None
+    may_wake: bool = True
 
 
 class Embedding(Protocol):

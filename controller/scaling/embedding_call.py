@@ -35,7 +35,7 @@ class FunctionEmbedding:
         self.admitted_at = 0.0
         self._host = host
         self._request = request
-        self._ticket = Ticket(num_bytes=request.num_bytes)
+        self._ticket = Ticket(num_bytes=request.num_bytes, may_wake=request.may_wake)
 
     async def __aenter__(self) -> Self:
         self.admitted_at = self._host.clock.monotonic()

@@ -20,7 +20,7 @@ from controller.scaling.effects import Effects
 from controller.scaling.embedding import EmbeddingRequest, Pooling
 from controller.scaling.embedding_call import FunctionEmbedding
 from controller.scaling.engine_figures import EngineFigures
-from controller.scaling.generation import GenerationRequest
+from controller.scaling.generation import FunctionLoad, GenerationRequest
 from controller.scaling.lifecycle import COMING, ENDING, Lifecycle, ReplicaState, Tier
 from controller.scaling.link import RuntimeConnection, RuntimeLink, SequenceStream
 from controller.scaling.node import Home, Node
@@ -108,6 +108,17 @@ class Function:
         return self.deployment.max_model_len
 
     @property
+    def load(self) -> FunctionLoad:
+        """What it has to do now."""
+        tier = self.tier
+        return FunctionLoad(
+            num_ready=self.set.num_ready,
+            in_flight=self.set.in_flight,
+            num_queued=self.set.num_queued,
+            wake_s=0.0 if tier is Tier.READY else self.eta_s(tier, 0.0) or 0.0,
+        )
+
+    @property
     def pooling(self) -> Pooling | None:
         """How it embeds; None for one that generates."""
         return self.deployment.pooling
@@ -148,6 +159,11 @@ class Function:
         """
         if self._is_shut:
             raise self._refusal()
+        if not ticket.may_wake and not self.set.has_place:
+            raise ActivationFailed(
+                f"no replica of {self.name!r} has room now and this request may wake none",
+                retry_after_s=1.0,
+            )
         if self.tier is not Tier.READY and self.spec.queue.on_cold is ColdPolicy.REJECT:
             self._wake_without_waiting()
             eta = self.eta_s(self.tier, 0.0)

@@ -24,6 +24,7 @@ class GenerationRequest:
         sampling: Complete sampling parameters, max_tokens included.
         num_bytes: Share of the request body, counted against the queue's byte bound.
         key_id: The API key that pays, if keys are in use.
+        may_wake: Whether a replica is brought up for it; else it is refused unless one has room.
     """
 
     request_id: str
@@ -31,6 +32,24 @@ class GenerationRequest:
     sampling: pb.SamplingParams
     num_bytes: int
     key_id: str | None = None
+    may_wake: bool = True
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class FunctionLoad:
+    """What a function has to do now.
+
+    Attributes:
+        num_ready: Replicas that can serve.
+        in_flight: Requests on replicas.
+        num_queued: Requests that wait for one.
+        wake_s: What it is expected to take to bring one up; 0 while one is ready.
+    """
+
+    num_ready: int
+    in_flight: int
+    num_queued: int
+    wake_s: float
 
 
 @dataclass(slots=True, kw_only=True)
@@ -124,6 +143,10 @@ class ServedFunction(Protocol):
     @property
     def tier(self) -> str:
         """The warmest tier any replica is in: ready, parked, standby or stopped."""
+
+    @property
+    def load(self) -> FunctionLoad:
+        """What it has to do now."""
 
     @property
     def pooling(self) -> Pooling | None:

@@ -76,6 +76,19 @@ class ReplicaSet:
         return len(self._queue.waiters)
 
     @property
+    def num_ready(self) -> int:
+        """Replicas that take new requests."""
+        return sum(replica.state in _ROUTABLE for replica in self._current())
+
+    @property
+    def has_place(self) -> bool:
+        """Whether a request would get a lease at once."""
+        limit = self.spec.scaling.max_concurrency
+        return self.num_queued == 0 and any(
+            replica.state in _ROUTABLE and replica.in_flight < limit for replica in self._current()
+        )
+
+    @property
     def tier(self) -> Tier:
         """The warmest tier a new request would find."""
         states = {replica.state for replica in self._current()}

@@ -29,8 +29,13 @@ MAX_ATTEMPTS = 2
 
 @dataclass(slots=True, eq=False, kw_only=True)
 class Ticket(Waiter):
-    """A waiter that can be awaited; `decided` is set with the lease or the failure."""
+    """A waiter that can be awaited; `decided` is set with the lease or the failure.
 
+    Attributes:
+        may_wake: Whether it may wait for a replica; else it wants one that has room now.
+    """
+
+    may_wake: bool = True
     decided: asyncio.Event = field(default_factory=asyncio.Event)
 
 
@@ -197,7 +202,7 @@ class FunctionGeneration:
         self.admitted_at = 0.0
         self._host = host
         self._request = request
-        self._ticket = Ticket(num_bytes=request.num_bytes)
+        self._ticket = Ticket(num_bytes=request.num_bytes, may_wake=request.may_wake)
         self._buffer: TokenBuffer | None = None
         self._sequence: tuple[SequenceStream, int] | None = None
         self._num_attempts = 0

@@ -148,6 +148,42 @@ api_keys = Table(
     Column("revoked_us", BigInteger),
 )
 
+files = Table(
+    "files",
+    metadata,
+    Column("id", String(64), primary_key=True),
+    Column("key_id", String(64)),
+    Column("filename", Text, nullable=False),
+    Column("purpose", String(32), nullable=False),
+    Column("num_bytes", BigInteger, nullable=False),
+    Column("created_us", BigInteger, nullable=False),
+    Column("expires_us", BigInteger, index=True),
+    Index(None, "key_id", "created_us"),
+)
+
+batches = Table(
+    "batches",
+    metadata,
+    Column("id", String(64), primary_key=True),
+    Column("key_id", String(64)),
+    Column("endpoint", String(64), nullable=False),
+    Column("input_file_id", String(64), nullable=False),
+    Column("completion_window", String(32), nullable=False),
+    Column("metadata_", JSON),
+    Column("status", String(16), nullable=False, index=True),
+    Column("model", Text),  # known once the input has been read
+    Column("errors", JSON, nullable=False),  # why the input was refused
+    Column("num_total", Integer, nullable=False),
+    Column("num_completed", Integer, nullable=False),
+    Column("num_failed", Integer, nullable=False),
+    Column("output_file_id", String(64)),
+    Column("error_file_id", String(64)),
+    Column("created_us", BigInteger, nullable=False),
+    Column("expires_us", BigInteger, nullable=False),
+    Column("moments", JSON, nullable=False),  # when each later status began, by its name
+    Index(None, "key_id", "created_us"),
+)
+
 intervals = Table(
     "intervals",
     metadata,

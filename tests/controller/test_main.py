@@ -25,6 +25,16 @@ class Plane:
         await self.may_finish.wait()
 
 
+class NoJobs:
+    """No work that nobody waits for."""
+
+    def routers(self) -> tuple[()]:
+        return ()
+
+    async def stop(self) -> None:
+        pass
+
+
 @pytest.fixture(autouse=True)
 def same_signals() -> Iterator[None]:
     before = {name: signal.getsignal(name) for name in (signal.SIGINT, signal.SIGTERM)}
@@ -36,7 +46,9 @@ def same_signals() -> Iterator[None]:
 async def serve(plane: Plane) -> None:
     with listen("127.0.0.1", 0) as listener:
         nothing, node = cast("Any", None), World().node
-        server = GatewayServer(Settings(), cast("Any", plane), nothing, node, listener)
+        server = GatewayServer(
+            Settings(), cast("Any", plane), nothing, node, listener, nothing, cast("Any", NoJobs())
+        )
         await server.serve_until_signal()
 
 

@@ -13,9 +13,11 @@ from controller.cli.app import app
 from controller.clock import SystemClock
 from controller.gateway.routes import (
     admin,
+    batches,
     chat,
     completions,
     embeddings,
+    files,
     health,
     models,
     tokens,
@@ -55,6 +57,7 @@ def routes() -> list[APIRoute]:
     nothing = cast("Any", None)
     routers: list[APIRouter] = [chat.router, completions.router, models.router, health.router]
     routers += [tokens.router, embeddings.router]
+    routers += [files.files_router(*[nothing] * 4), batches.batches_router(nothing)]
     routers.append(admin.admin_router(nothing, nothing, nothing, SystemClock()))
     return [route for router in routers for route in router.routes if isinstance(route, APIRoute)]
 

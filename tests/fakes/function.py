@@ -10,6 +10,7 @@ from typing import Self
 from controller.errors import ApiError, ModelNotFound
 from controller.scaling.embedding import EmbeddingRequest, Pooling
 from controller.scaling.generation import (
+    FunctionLoad,
     GenerationRecord,
     GenerationRequest,
     ServedFunction,
@@ -64,6 +65,17 @@ class FakeFunction:
         embedding = FakeEmbedding(self, request)
         self.embeddings.append(embedding)
         return embedding
+
+    @property
+    def load(self) -> FunctionLoad:
+        """What it has to do now."""
+        is_ready = self.tier == "ready"
+        return FunctionLoad(
+            num_ready=int(is_ready),
+            in_flight=self.num_running,
+            num_queued=0,
+            wake_s=0.0 if is_ready else 1.0,
+        )
 
     @property
     def num_running(self) -> int:

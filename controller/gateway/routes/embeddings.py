@@ -39,6 +39,7 @@ async def create_embeddings(
             dimensions=body.dimensions,
             num_bytes=call.num_bytes,
             key_id=call.key_id,
+            may_wake=call.may_wake,
         )
     )
     async with embedding:
