@@ -1,7 +1,9 @@
-"""Work that nobody's connection waits for: files, batches, and what they are made of."""
+"""Work that nobody's connection waits for: files, batches, asynchronous requests."""
 
+import secrets
 from collections.abc import Sequence
 from functools import partial
+from pathlib import Path
 
 from fastapi import APIRouter
 
@@ -13,6 +15,8 @@ from controller.gateway.calls import Gateway
 from controller.gateway.inner import InnerCalls
 from controller.gateway.routes.batches import batches_router
 from controller.gateway.routes.files import files_router
+from controller.gateway.routes.requests import requests_router
+from controller.requests.service import RequestNode, RequestService
 from controller.scaling.reaper import Reaper
 from controller.settings import Settings
 from controller.store.database import Database
@@ -43,13 +47,23 @@ class Jobs:
             max_file_bytes=settings.max_file_bytes,
             max_total_bytes=settings.max_files_bytes,
         )
+        call = InnerCalls(gateway)
+        self._requests = RequestService(
+            RequestNode(
+                database=database,
+                registry=gateway.registry,
+                clock=clock,
+                call=call,
+                secret=private_secret(settings.webhook_secret_path),
+            )
+        )
         self._batches = BatchService(
             BatchNode(
                 database=database,
                 files=self._files,
                 registry=gateway.registry,
                 clock=clock,
-                call=InnerCalls(gateway),
+                call=call,
                 max_line_bytes=settings.max_body_bytes,
             )
         )
@@ -57,17 +71,33 @@ class Jobs:
     def routers(self) -> Sequence[APIRouter]:
         """Return the endpoints."""
         files = files_router(self._files, self._batches, self._settings, self._clock)
-        return (files, batches_router(self._batches))
+        return (files, batches_router(self._batches), requests_router(self._requests))
 
     async def start(self, reaper: Reaper) -> None:
         """Take up what an earlier controller has left, and register what is done on a tick."""
         await self._files.clear_up()
         await self._batches.start()
+        await self._requests.start()
         history_days = self._settings.history_days
         reaper.every(self._settings.tick_s, "look at batches", self._batches.look)
+        reaper.every(self._settings.tick_s, "look at webhooks", self._requests.look)
         reaper.every(SWEEP_S, "sweep files", self._files.sweep)
+        retention_s = self._settings.async_retention_s
+        reaper.every(SWEEP_S, "prune requests", partial(self._requests.prune, retention_s))
         reaper.every(PRUNE_S, "prune batches", partial(self._batches.prune, history_days))
 
     async def stop(self) -> None:
         """Stop all work; the next start goes on with it."""
         await self._batches.stop()
+        await self._requests.stop()
+
+
+def private_secret(path: Path) -> bytes:
+    """Return a secret of this node, made once and readable by its user alone."""
+    if not path.exists():
+        path.parent.mkdir(parents=True, exist_ok=True, mode=0o700)
+        made = path.with_suffix(".part")
+        made.touch(mode=0o600)
+        made.write_text(secrets.token_hex(32))
+        made.rename(path)
+    return bytes.fromhex(path.read_text())

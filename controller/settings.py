@@ -46,6 +46,11 @@ class Settings(BaseSettings):
     max_files_bytes: int = Field(
         default=10 << 30, ge=1024, description="Bytes of all files together, outputs included."
     )
+    async_retention_s: float = Field(
+        default=86_400.0,
+        gt=0,
+        description="Seconds that answers to asynchronous requests are kept for their callers.",
+    )
     max_prompts: int = Field(default=256, ge=1, description="Most prompts in one completion call.")
     heartbeat_s: float = Field(
         default=2.0, gt=0, description="Silence before a waiting stream gets an SSE comment."
@@ -98,6 +103,11 @@ class Settings(BaseSettings):
     def files_dir(self) -> Path:
         """Uploaded files and the outputs of batches."""
         return self.home / "files"
+
+    @property
+    def webhook_secret_path(self) -> Path:
+        """What the secrets of webhooks are derived from; made at the first start."""
+        return self.home / "webhook.secret"
 
     @property
     def last_logs_dir(self) -> Path:

@@ -34,6 +34,10 @@ SERVED_NAME_PATTERN = r"^[A-Za-z0-9][A-Za-z0-9._:/-]{0,127}$"
 MINUTE, HOUR = 60.0, 3_600.0
 MIB, GIB = 1 << 20, 1 << 30
 
+_WEBHOOK_PREFIX = re.compile(
+    r"https?://([A-Za-z0-9.-]+|\[[0-9A-Fa-f:.]+\])(:[1-9][0-9]{0,4})?(/[\w.~!$&'()*+,;=:%-]*)*",
+    re.ASCII,
+)
 _HUB_PART = r"[A-Za-z0-9][A-Za-z0-9._-]{0,95}"
 _HUB_ID = re.compile(rf"{_HUB_PART}/{_HUB_PART}(@[A-Za-z0-9][A-Za-z0-9._/-]{{0,127}})?", re.ASCII)
 
@@ -376,6 +380,32 @@ class TimeoutSpec(_Section):
         return _positive(duration)
 
 
+class WebhookSpec(_Section):
+    """Who may be told of answers to asynchronous requests."""
+
+    allow: tuple[Annotated[str, Field(max_length=2048)], ...] = Field(
+        default=(),
+        max_length=64,
+        description="URLs that webhooks may go to, each with all that is below it, such as "
+        "`https://hooks.example.com/answers/`; empty for none.",
+    )
+    allow_private_addresses: Switch = Field(
+        default=False,
+        description="Also send to hosts with addresses that are not public, such as this machine.",
+    )
+
+    @field_validator("allow")
+    @classmethod
+    def _check_allow(cls, allow: tuple[str, ...]) -> tuple[str, ...]:
+        for url in allow:
+            if not _WEBHOOK_PREFIX.fullmatch(url):
+                raise ValueError(
+                    "must be URLs such as https://hooks.example.com/answers/, without user, query "
+                    f"or fragment, got {url!r}"
+                )
+        return allow
+
+
 class CostSpec(_Section):
     """What a device costs."""
 
@@ -401,6 +431,7 @@ class FunctionSpec(_Section):
     )
     queue: QueueSpec = Field(default_factory=QueueSpec)
     timeouts: TimeoutSpec = Field(default_factory=TimeoutSpec)
+    webhooks: WebhookSpec = Field(default_factory=WebhookSpec)
     cost: CostSpec = Field(default_factory=CostSpec)
 
     @model_validator(mode="after")

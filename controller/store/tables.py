@@ -18,6 +18,7 @@ from sqlalchemy import (
     Index,
     Integer,
     Label,
+    LargeBinary,
     MetaData,
     String,
     Table,
@@ -181,6 +182,29 @@ batches = Table(
     Column("created_us", BigInteger, nullable=False),
     Column("expires_us", BigInteger, nullable=False),
     Column("moments", JSON, nullable=False),  # when each later status began, by its name
+    Index(None, "key_id", "created_us"),
+)
+
+async_requests = Table(
+    "async_requests",
+    metadata,
+    Column("id", String(64), primary_key=True),
+    Column("key_id", String(64)),
+    Column("endpoint", String(64), nullable=False),
+    Column("model", Text, nullable=False),
+    Column("body", LargeBinary, nullable=False),
+    Column("metadata_", JSON),
+    Column("status", String(16), nullable=False, index=True),
+    Column("created_us", BigInteger, nullable=False),
+    Column("expires_us", BigInteger, nullable=False),
+    Column("ended_us", BigInteger, index=True),
+    Column("answer_status", Integer),
+    Column("answer", LargeBinary),
+    Column("webhook_url", Text),
+    Column("webhook_status", String(16), index=True),
+    Column("webhook_attempts", Integer, nullable=False),
+    Column("webhook_next_us", BigInteger),
+    Column("webhook_error", Text),
     Index(None, "key_id", "created_us"),
 )
 

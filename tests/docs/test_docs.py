@@ -20,6 +20,7 @@ from controller.gateway.routes import (
     files,
     health,
     models,
+    requests,
     tokens,
 )
 from functions.loader import load_object
@@ -58,6 +59,7 @@ def routes() -> list[APIRoute]:
     routers: list[APIRouter] = [chat.router, completions.router, models.router, health.router]
     routers += [tokens.router, embeddings.router]
     routers += [files.files_router(*[nothing] * 4), batches.batches_router(nothing)]
+    routers.append(requests.requests_router(nothing))
     routers.append(admin.admin_router(nothing, nothing, nothing, SystemClock()))
     return [route for router in routers for route in router.routes if isinstance(route, APIRoute)]
 

@@ -51,19 +51,24 @@ class BatchRequest(ApiBody):
     @field_validator("metadata")
     @classmethod
     def _check_metadata(cls, metadata: dict[str, str] | None) -> dict[str, str] | None:
-        pairs = (metadata or {}).items()
-        if len(pairs) > MAX_METADATA:
-            raise wrong_field(f"has {len(pairs)} pairs; at most {MAX_METADATA} are allowed")
-        if any(len(key) > MAX_KEY_CHARS or len(value) > MAX_VALUE_CHARS for key, value in pairs):
-            raise wrong_field(
-                f"keys have up to {MAX_KEY_CHARS} characters and values up to {MAX_VALUE_CHARS}"
-            )
-        return metadata
+        return checked_metadata(metadata)
 
     @property
     def window_s(self) -> float:
         """The window in seconds."""
         return parse_duration(self.completion_window)
+
+
+def checked_metadata(metadata: dict[str, str] | None) -> dict[str, str] | None:
+    """Return metadata within OpenAI's limits."""
+    pairs = (metadata or {}).items()
+    if len(pairs) > MAX_METADATA:
+        raise wrong_field(f"has {len(pairs)} pairs; at most {MAX_METADATA} are allowed")
+    if any(len(key) > MAX_KEY_CHARS or len(value) > MAX_VALUE_CHARS for key, value in pairs):
+        raise wrong_field(
+            f"keys have up to {MAX_KEY_CHARS} characters and values up to {MAX_VALUE_CHARS}"
+        )
+    return metadata
 
 
 class BatchErrors(BaseModel):
