@@ -3,6 +3,7 @@
 import statistics
 import time
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
 
 import openai
 from rich.console import Console
@@ -10,12 +11,26 @@ from rich.table import Table
 
 from benchmarks.local import Controller
 
-Waits = dict[str, list[float]]
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Wait:
+    """One wait for a first token.
+
+    Attributes:
+        seconds: By the client's clock.
+        explained: Share of it that the answer's Server-Timing header adds up to; None without one.
+    """
+
+    seconds: float
+    explained: float | None
+
+
+Waits = dict[str, list[Wait]]
 Goals = Mapping[str, float | None]
 
 
 def measure_tiers(controller: Controller, name: str, num_runs: int, tiers: Sequence[str]) -> Waits:
-    """Return the client's waits in seconds, `num_runs` from each tier.
+    """Return the client's waits, `num_runs` from each tier.
 
     From "stopped" means that nothing runs: the controller must keep no standby then.
     """
@@ -26,18 +41,18 @@ def measure_tiers(controller: Controller, name: str, num_runs: int, tiers: Seque
         "ready": lambda: None,
     }
     client = controller.client()
-    waits: dict[str, list[float]] = {tier: [] for tier in tiers}
+    waits: Waits = {tier: [] for tier in tiers}
     for tier in tiers:
         for _ in range(num_runs):
             prepare[tier]()
-            waits[tier].append(first_token_s(client, name))
+            waits[tier].append(first_token(client, name))
     return waits
 
 
-def first_token_s(client: openai.OpenAI, model: str) -> float:
-    """Return the seconds from a request to the first streamed text."""
+def first_token(client: openai.OpenAI, model: str) -> Wait:
+    """Return the wait from a request to the first streamed text."""
     started_at = time.perf_counter()
-    stream = client.chat.completions.create(
+    response = client.chat.completions.with_raw_response.create(
         model=model,
         messages=[{"role": "user", "content": "What is the capital of France?"}],
         max_tokens=4,
@@ -45,25 +60,34 @@ def first_token_s(client: openai.OpenAI, model: str) -> float:
         stream=True,
     )
     first_at = None
-    for chunk in stream:
+    for chunk in response.parse():
         if chunk.choices and chunk.choices[0].delta.content:
             first_at = first_at or time.perf_counter()
     if first_at is None:
         raise RuntimeError("the stream ended without a token")
-    return first_at - started_at
+    seconds = first_at - started_at
+    phases = response.headers.get("server-timing", "")
+    told_s = sum(float(phase.rpartition("=")[2]) / 1000 for phase in phases.split(",") if phase)
+    return Wait(seconds=seconds, explained=told_s / seconds if phases else None)
 
 
 def missed(waits: Waits, goals: Goals) -> list[str]:
     """Return the tiers whose median is over their goal."""
-    medians = {tier: statistics.median(seconds) for tier, seconds in waits.items()}
+    medians = {
+        tier: statistics.median(wait.seconds for wait in found) for tier, found in waits.items()
+    }
     return [tier for tier, goal_s in goals.items() if goal_s is not None and medians[tier] > goal_s]
 
 
 def print_waits(waits: Waits, goals: Goals) -> None:
-    """Print median, 95th percentile and worst of each tier beside its goal."""
-    table = Table("from", "runs", "p50 s", "p95 s", "worst s", "goal s")
-    for tier, seconds in waits.items():
-        ranked = sorted(seconds)
+    """Print median, 95th percentile and worst of each tier beside its goal.
+
+    The last column is the least share of a wait that its timeline explains.
+    """
+    table = Table("from", "runs", "p50 s", "p95 s", "worst s", "goal s", "explained")
+    for tier, found in waits.items():
+        ranked = sorted(wait.seconds for wait in found)
+        shares = [wait.explained for wait in found if wait.explained is not None]
         p95 = ranked[min(round(0.95 * len(ranked)), len(ranked) - 1)]
         goal = goals[tier]
         figures = (statistics.median(ranked), p95, ranked[-1])
@@ -72,6 +96,7 @@ def print_waits(waits: Waits, goals: Goals) -> None:
             str(len(ranked)),
             *(f"{s:.3f}" for s in figures),
             "" if goal is None else f"{goal:g}",
+            f"{100 * min(shares):.1f} %" if shares else "",
         )
     Console().print(table)
 

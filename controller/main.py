@@ -130,7 +130,8 @@ async def run(settings: Settings, backends: Sequence[RuntimeBackend] | None = No
         for backend in backends:
             stack.push_async_callback(backend.close)
         by_name = {backend.name: backend for backend in backends}
-        plane = ControlPlane(node, by_name, records, reaper)
+        texts = ModelTexts(clock)
+        plane = ControlPlane(node, by_name, records, reaper, on_servable=texts.warm)
         stack.callback(reaper.stop)
         stack.push_async_callback(plane.stop, stop_runtimes=settings.stop_runtimes_on_exit)
         first_key = settings.home / "bootstrap.key"
@@ -142,7 +143,7 @@ async def run(settings: Settings, backends: Sequence[RuntimeBackend] | None = No
             settings=settings,
             clock=clock,
             metrics=metrics,
-            texts=ModelTexts(clock),
+            texts=texts,
             is_ready=lambda: True,
         )
         jobs = Jobs(settings, database, clock, gateway)
@@ -156,7 +157,7 @@ async def run(settings: Settings, backends: Sequence[RuntimeBackend] | None = No
         reaper.every(COMPACT_S, "prune history", partial(records.prune, settings.history_days))
         reaper.start()
         spare_the_collector()
-        server = GatewayServer(settings, plane, records, node, listener, gateway.texts, jobs)
+        server = GatewayServer(settings, plane, records, node, listener, texts, jobs)
         await server.serve_until_signal()
 
 
@@ -200,8 +201,8 @@ class GatewayServer:
             settings,
             node.clock,
             metrics=node.metrics,
-            is_ready=lambda: not self._stopping.is_set(),
             texts=texts,
+            is_ready=lambda: not self._stopping.is_set(),
             extra_routers=[
                 *jobs.routers(),
                 admin_router(plane, records, records, node.clock),

@@ -16,6 +16,7 @@ from controller.gateway.pieces import Piece
 from controller.gateway.reader import AnswerReader
 from controller.gateway.schemas.common import PromptTokensDetails, Usage
 from controller.metrics import Metrics
+from controller.scaling.activation import PhaseTiming
 from controller.scaling.generation import Generation
 
 Emit = Callable[[int, Piece], Awaitable[None]]
@@ -128,6 +129,11 @@ class Answer:
         waits = [choice.generation.record.queue_s for choice in self._choices]
         known = [wait for wait in waits if wait is not None]
         return max(known) if len(known) == len(waits) else None
+
+    @property
+    def timeline(self) -> Sequence[PhaseTiming]:
+        """The phases of the cold start that the call waited for; none before the first token."""
+        return next(filter(None, (one.generation.record.timeline for one in self._choices)), ())
 
     def eta_s(self) -> float | None:
         """Return the expected seconds to the first token, if that is known."""

@@ -52,6 +52,7 @@ class Call:
     text: ModelText
     request_id: str
     key_id: str | None
+    received_at: float
     num_bytes: int
     may_wake: bool
 
@@ -72,6 +73,7 @@ class Call:
             text=await gateway.texts.get(function.snapshot_path),
             request_id=state["request_id"],
             key_id=state["key_id"],
+            received_at=state["received_at"],
             num_bytes=len(await request.body()),
             may_wake=state.get("may_wake", True),
         )
@@ -118,6 +120,7 @@ class Call:
                     sampling=seeded(sampling, body.seed, number),
                     num_bytes=self.num_bytes // num_choices,
                     key_id=self.key_id,
+                    received_at=self.received_at,
                     may_wake=self.may_wake,
                 )
                 choices.append(Choice(self.function.generate(request), self._reader(body), prompt))

@@ -52,7 +52,7 @@ class RequestContext:
         request_id = given if _SANE_REQUEST_ID.fullmatch(given) else uuid.uuid4().hex
         state = scope.setdefault("state", {})
         state.update(request_id=request_id, key_id=None, function="", tier="ready", code=None)
-        started_at = self._clock.monotonic()
+        started_at = state["received_at"] = self._clock.monotonic()
         is_complete = False
         has_started = False
 

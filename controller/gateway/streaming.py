@@ -5,7 +5,7 @@ A token's event is a concatenation of strings prepared once per call and the esc
 
 import asyncio
 import json
-from collections.abc import AsyncIterator, Callable, Mapping, Sequence
+from collections.abc import AsyncIterator, Callable, Iterable, Mapping, Sequence
 from contextlib import asynccontextmanager
 from dataclasses import dataclass
 from typing import Any
@@ -19,6 +19,7 @@ from controller.gateway.answers import Answer
 from controller.gateway.pieces import Piece, TokenReport
 from controller.gateway.schemas.common import Usage
 from controller.gateway.stalls import ClientStalled, StallWatch
+from controller.scaling.activation import PhaseTiming
 
 DONE = b"data: [DONE]\n\n"
 
@@ -183,6 +184,9 @@ class EventStream(Response):
     async def _emit(self, index: int, piece: Piece) -> None:
         event = self._writer.piece(index, piece)
         if index not in self._opened:
+            if not self._opened and self._is_started and self._answer.timeline:
+                # The headers went out with a heartbeat, before there was anything to tell.
+                await self._write(f": timing {server_timing(self._answer.timeline)}\n\n".encode())
             self._opened.add(index)
             event = self._writer.opening(index) + event
         await self._write(event)
@@ -236,12 +240,21 @@ class EventStream(Response):
 
 def answer_headers(answer: Answer) -> dict[str, str]:
     """Return how cold the call was and, as soon as that is over, how long it queued."""
-    return headers_of(answer.tier, answer.queue_s)
+    return headers_of(answer.tier, answer.queue_s, answer.timeline)
 
 
-def headers_of(tier: str, queue_s: float | None) -> dict[str, str]:
-    """Return the headers that tell how cold a call was and how long it queued, if it is known."""
+def headers_of(
+    tier: str, queue_s: float | None, timeline: Sequence[PhaseTiming] = ()
+) -> dict[str, str]:
+    """Return the headers that tell how cold a call was and where its wait went, as far as known."""
     headers = {"x-coldspark-tier": tier}
     if queue_s is not None:
         headers["x-coldspark-queue-ms"] = str(round(queue_s * 1000))
+    if timeline:
+        headers["server-timing"] = server_timing(timeline)
     return headers
+
+
+def server_timing(timeline: Iterable[PhaseTiming]) -> str:
+    """Return phases as a Server-Timing header has them, in milliseconds (W3C Server Timing)."""
+    return ", ".join(f"{phase.name};dur={1000 * phase.seconds:.1f}" for phase in timeline)

@@ -214,12 +214,19 @@ class ModelTexts:
         self._clock = clock
         self._opening: OrderedDict[Path, asyncio.Task[ModelText]] = OrderedDict()
 
+    def warm(self, snapshot_path: Path) -> None:
+        """Begin to open a snapshot's text, so that its first call need not wait for that."""
+        _ = self._opened(snapshot_path)
+
     async def get(self, snapshot_path: Path) -> ModelText:
         """Return a snapshot's text, from memory if it was used lately.
 
         Raises:
             InternalError: The snapshot's text files cannot be used.
         """
+        return await asyncio.shield(self._opened(snapshot_path))
+
+    def _opened(self, snapshot_path: Path) -> "asyncio.Task[ModelText]":
         task = self._opening.get(snapshot_path)
         if task is None:
             task = asyncio.create_task(
@@ -231,7 +238,7 @@ class ModelTexts:
             if len(self._opening) > MAX_OPEN_TEXTS:
                 self._opening.popitem(last=False)
         self._opening.move_to_end(snapshot_path)
-        return await asyncio.shield(task)
+        return task
 
     def _forget_failure(self, snapshot_path: Path, task: asyncio.Task[ModelText]) -> None:
         if task.cancelled() or task.exception() is not None:

@@ -80,6 +80,24 @@ class Activation:
         self.phases += [*measured, PhaseTiming(rest, max(remainder, 0.0))]
         self.lap_at = now
 
+    def seen(self, since: float, until: float) -> list[PhaseTiming]:
+        """Return the phases as somebody saw them who waited for a first token.
+
+        Args:
+            since: Monotonic second of the admission; what was over by then is left out.
+            until: Monotonic second of the first token.
+        """
+        at = self.began_at
+        spans = [("queue", since, at)]
+        for phase in self.phases:
+            spans.append((phase.name, at, at := at + phase.seconds))
+        spans.append(("first_token", at, until))
+        seen: dict[str, float] = {}
+        for name, start, end in spans:
+            if (seconds := min(end, until) - max(start, since)) > 0:
+                seen[name] = seen.get(name, 0.0) + seconds
+        return [PhaseTiming(name, seconds) for name, seconds in seen.items()]
+
     def finish(
         self, *, function: str, replica_id: str, outcome: str, waiting_since: float | None
     ) -> ColdStart:

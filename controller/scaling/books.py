@@ -8,7 +8,7 @@ import structlog
 
 from controller.clock import unix_us
 from controller.ledger.intervals import LedgerState
-from controller.scaling.activation import Activation
+from controller.scaling.activation import Activation, PhaseTiming
 from controller.scaling.generation import GenerationRecord
 from controller.scaling.journal import TransitionEntry, UsageEntry
 from controller.scaling.lifecycle import ReplicaState, Tier, Transition
@@ -40,6 +40,7 @@ class Books:
         self._function = function
         self._node = function.node
         self._activations: dict[str, Activation] = {}
+        self._last: dict[str, Activation] = {}
         self._cold_s: dict[str, float] = {}
 
     @property
@@ -61,6 +62,18 @@ class Books:
     def served(self, replica: Replica, *, waiting_since: float) -> None:
         """Note a first token since the monotonic second its request was admitted."""
         self._finish(replica, lap="first_token", outcome="ready", waiting_since=waiting_since)
+
+    def timeline(
+        self, replica: Replica, *, received_at: float | None, admitted_at: float
+    ) -> list[PhaseTiming]:
+        """Return the phases of a replica's last cold start that a request saw of it until now."""
+        activation = self._last.get(replica.id)
+        if activation is None:
+            return []
+        seen = activation.seen(admitted_at, self._node.clock.monotonic())
+        if received_at is None:
+            return seen
+        return [PhaseTiming("gateway", admitted_at - received_at), *seen]
 
     def ready(self, replica: Replica) -> None:
         """Note that a replica came up and nobody waits for its first token."""
@@ -103,6 +116,7 @@ class Books:
         """Tell the ledger what a replica's devices are doing now."""
         if replica.state is ReplicaState.STOPPED:
             self._node.ledger.drop_claim(replica.id)
+            self._last.pop(replica.id, None)
         if replica.id not in self._function.set.replicas:
             return
         state = LEDGER_STATES.get(
@@ -145,6 +159,7 @@ class Books:
         activation = self._activations.pop(replica.id, None)
         if activation is None:
             return
+        self._last[replica.id] = activation
         if lap:
             activation.lap(lap)
         cold_start = activation.finish(

@@ -52,6 +52,7 @@ class EmbeddingRequest:
         dimensions: Numbers to keep of each vector; None keeps all.
         num_bytes: The request body's, counted against the queue's byte bound.
         key_id: The API key that pays, if keys are in use.
+        received_at: Monotonic second the call arrived; None if nobody knows.
         may_wake: Whether a replica is brought up for it; else it is refused unless one has room.
     """
 
@@ -60,6 +61,7 @@ class EmbeddingRequest:
     dimensions: int | None
     num_bytes: int
     key_id: str | None = None
+    received_at: float | None = None
     may_wake: bool = True
 
 

@@ -32,6 +32,7 @@ class FunctionEmbedding:
             key_id=request.key_id,
             num_prompt_tokens=sum(map(len, request.texts)),
         )
+        self.received_at = request.received_at
         self.admitted_at = 0.0
         self._host = host
         self._request = request

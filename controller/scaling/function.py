@@ -218,6 +218,10 @@ class Function:
     def first_token(self, generation: LiveRequest, replica: Replica) -> None:
         """Note a request's first token; the first after a cold start closes its books."""
         self.books.served(replica, waiting_since=generation.admitted_at)
+        if generation.record.tier != Tier.READY:
+            generation.record.timeline = self.books.timeline(
+                replica, received_at=generation.received_at, admitted_at=generation.admitted_at
+            )
 
     def left(self, generation: LiveRequest) -> None:
         """Note that a request is over; its record is complete."""

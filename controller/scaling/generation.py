@@ -9,6 +9,7 @@ from pathlib import Path
 from types import TracebackType
 from typing import Protocol, Self
 
+from controller.scaling.activation import PhaseTiming
 from controller.scaling.embedding import Embedding, EmbeddingRequest, Pooling
 from functions.spec import FunctionSpec
 from runtime.rpc import inference_pb2 as pb
@@ -24,6 +25,7 @@ class GenerationRequest:
         sampling: Complete sampling parameters, max_tokens included.
         num_bytes: Share of the request body, counted against the queue's byte bound.
         key_id: The API key that pays, if keys are in use.
+        received_at: Monotonic second the call arrived; None if nobody knows.
         may_wake: Whether a replica is brought up for it; else it is refused unless one has room.
     """
 
@@ -32,6 +34,7 @@ class GenerationRequest:
     sampling: pb.SamplingParams
     num_bytes: int
     key_id: str | None = None
+    received_at: float | None = None
     may_wake: bool = True
 
 
@@ -57,7 +60,8 @@ class GenerationRecord:
     """What became of one request; filled in as it happens.
 
     Durations are seconds since admission except `queue_s`, which ends with the lease. `outcome`
-    is a finish reason, an error code, or "disconnected".
+    is a finish reason, an error code, or "disconnected". `timeline` has the phases of a cold start
+    that the request waited for, from the call's arrival to the first token.
     """
 
     request_id: str
@@ -72,6 +76,7 @@ class GenerationRecord:
     num_cached_tokens: int = 0
     num_output_tokens: int = 0
     outcome: str = "disconnected"
+    timeline: Sequence[PhaseTiming] = ()
 
 
 @dataclass(frozen=True, slots=True)

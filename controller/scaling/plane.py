@@ -7,6 +7,7 @@ import asyncio
 import difflib
 from collections.abc import AsyncIterator, Callable, Iterable, Mapping, Sequence
 from importlib.metadata import version
+from pathlib import Path
 from typing import Any
 
 import structlog
@@ -64,6 +65,7 @@ class ControlPlane:
         store: The desired state.
         reaper: Runs the schedules; started and stopped by the caller.
         build: Builds a spec's snapshot and returns its directory name.
+        on_servable: Called with the directory of each snapshot that a function begins to serve.
     """
 
     def __init__(
@@ -73,12 +75,14 @@ class ControlPlane:
         store: FunctionStore,
         reaper: Reaper,
         build: SnapshotBuilder = build_snapshot,
+        on_servable: Callable[[Path], None] = lambda _: None,
     ) -> None:
         self.node = node
         self._backends = backends
         self._store = store
         self._reaper = reaper
         self._build = build
+        self._on_servable = on_servable
         self._snapshots = SnapshotStore(node.snapshot_store)
         self._entries: dict[str, Entry] = {}
         self._closing: set[Function] = set()  # deleted, and some request still runs
@@ -445,6 +449,7 @@ class ControlPlane:
             entry.function = Function(deployment, backend, self.node, created=created)
         else:
             entry.function.update(deployment, backend)
+        self._on_servable(entry.function.snapshot_path)
         if self._is_started:
             self._keep_standbys()
 

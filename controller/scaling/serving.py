@@ -43,6 +43,7 @@ class LiveRequest(Protocol):
     """An admitted request, as its function keeps it until it is over."""
 
     record: GenerationRecord
+    received_at: float | None
     admitted_at: float
 
     def check_deadlines(self, now: float) -> None:
@@ -199,6 +200,7 @@ class FunctionGeneration:
             key_id=request.key_id,
             num_prompt_tokens=len(request.prompt_token_ids),
         )
+        self.received_at = request.received_at
         self.admitted_at = 0.0
         self._host = host
         self._request = request

@@ -8,6 +8,7 @@ from types import TracebackType
 from typing import Self
 
 from controller.errors import ApiError, ModelNotFound
+from controller.scaling.activation import PhaseTiming
 from controller.scaling.embedding import EmbeddingRequest, Pooling
 from controller.scaling.generation import (
     FunctionLoad,
@@ -50,6 +51,7 @@ class FakeFunction:
         self.pooling: Pooling | None = None
         self.refusal: ApiError | None = None
         self.eta_s: float | None = None
+        self.timeline: Sequence[PhaseTiming] = ()
         self.generations: list[FakeGeneration] = []
         self.embeddings: list[FakeEmbedding] = []
         self.entered = asyncio.Event()
@@ -140,6 +142,7 @@ class FakeGeneration:
         record.first_token_s = record.first_token_s or 0.05
         record.num_output_tokens += len(chunk.token_ids)
         record.outcome = chunk.finish_reason or record.outcome
+        record.timeline = self._function.timeline
 
 
 class FakeEmbedding:

@@ -39,6 +39,7 @@ async def create_embeddings(
             dimensions=body.dimensions,
             num_bytes=call.num_bytes,
             key_id=call.key_id,
+            received_at=call.received_at,
             may_wake=call.may_wake,
         )
     )
@@ -48,7 +49,7 @@ async def create_embeddings(
     content = await _content(
         vectors, body.model, record.num_prompt_tokens, is_base64=body.encoding_format == "base64"
     )
-    headers = headers_of(record.tier, record.queue_s)
+    headers = headers_of(record.tier, record.queue_s, record.timeline)
     return Response(content, media_type="application/json", headers=headers)
 
 

@@ -11,6 +11,7 @@ from structlog.testing import capture_logs
 from controller.errors import ActivationTimeout, RuntimeDied
 from controller.gateway import stalls
 from controller.metrics import Metrics
+from controller.scaling.activation import PhaseTiming
 from controller.scaling.generation import GenerationRequest, TokenChunk
 from tests.controller.gateway.conftest import AppMaker, client_of
 from tests.fakes.asgi import AsgiCall, events
@@ -60,6 +61,42 @@ async def test_waiting_stream_gets_comments_with_the_rest_of_the_cold_start(
     text = await call.finished()
     assert events(text)[-1] == "[DONE]"
     assert "data: " not in text.partition(": waking")[0]
+
+
+TIMELINE = (PhaseTiming("queue", 0.0004), PhaseTiming("weights_read", 0.25))
+TIMED = "queue;dur=0.4, weights_read;dur=250.0"
+
+
+@pytest.mark.parametrize("stream", [False, True])
+async def test_an_answer_says_where_the_wait_for_a_cold_start_went(
+    make_app: AppMaker, function: FakeFunction, ready: asyncio.Event, stream: bool
+) -> None:
+    function.timeline = TIMELINE
+    ready.set()
+    call = AsgiCall(make_app(heartbeat_s=NEVER), PATH, body(stream=stream))
+    assert ": timing" not in await call.finished()
+    assert call.headers["server-timing"] == TIMED
+
+
+async def test_a_stream_whose_headers_are_out_says_it_in_a_comment_before_the_text(
+    make_app: AppMaker, function: FakeFunction, ready: asyncio.Event
+) -> None:
+    function.timeline = TIMELINE
+    call = AsgiCall(make_app(heartbeat_s=AT_ONCE), PATH, body())
+    await call.seen(": waking")
+    ready.set()
+    text = await call.finished()
+    assert "server-timing" not in call.headers
+    assert text.count(": timing") == 1
+    before, after = text.split(f": timing {TIMED}\n\n")
+    assert "data: " not in before
+    assert after.startswith("data: ")
+
+
+async def test_a_warm_answer_has_no_timeline(make_app: AppMaker, function: FakeFunction) -> None:
+    call = AsgiCall(make_app(heartbeat_s=NEVER), PATH, body())
+    assert ": timing" not in await call.finished()
+    assert "server-timing" not in call.headers
 
 
 async def test_comment_says_less_when_the_rest_is_not_known_or_overdue(

@@ -38,6 +38,20 @@ async def test_many_callers_open_a_snapshot_once(snapshot: Path, opened: list[Pa
     assert opened == [snapshot]
 
 
+async def test_a_warmed_snapshot_is_open_when_the_first_call_comes(
+    snapshot: Path, opened: list[Path]
+) -> None:
+    texts = ModelTexts(CLOCK)
+    texts.warm(snapshot)
+    for _ in range(1000):
+        if opened:
+            break
+        await asyncio.sleep(0.01)
+    assert opened == [snapshot], "nobody has called yet"
+    await texts.get(snapshot)
+    assert opened == [snapshot]
+
+
 async def test_caller_that_gives_up_does_not_spoil_the_others(
     snapshot: Path, opened: list[Path], byte_level: Tokenizer
 ) -> None:

@@ -2,6 +2,7 @@
 
 import asyncio
 import random
+from dataclasses import replace
 
 import pytest
 from apscheduler.triggers.cron import CronTrigger
@@ -376,6 +377,32 @@ async def test_shutdown_fails_the_queue_lets_streams_end_and_keeps_runtimes() ->
         with pytest.raises(ShuttingDown):
             await collect(function)
     assert len(world.backend.machine.runtimes) == 1
+
+
+async def test_everybody_who_waited_is_told_where_their_own_wait_went() -> None:
+    world = World()
+
+    async def ask(function: Function, received_at: float) -> FunctionGeneration:
+        asked = replace(request(max_tokens=1), received_at=received_at)
+        async with function.generate(asked) as generation:
+            await read_on(generation)
+        return generation
+
+    async with world.function() as function:
+        first = asyncio.create_task(ask(function, received_at=now()))
+        await asyncio.sleep(0.4)
+        second = asyncio.create_task(ask(function, received_at=now() - 0.1))
+        reads = []
+        for generation, gateway_s in ((await first, 0.0), (await second, 0.1)):
+            timeline = {phase.name: phase.seconds for phase in generation.record.timeline}
+            reads.append(timeline["read"])
+            assert generation.record.first_token_s is not None
+            waited_s = generation.record.first_token_s + gateway_s
+            assert sum(timeline.values()) == pytest.approx(waited_s)
+            assert timeline["gateway"] == pytest.approx(gateway_s)
+        assert reads == pytest.approx([1.0, 0.6], abs=0.05), "it came when 0.4 s were over"
+        warm = await ask(function, received_at=now())
+        assert warm.record.timeline == ()
 
 
 async def test_two_functions_take_turns_on_one_gpu() -> None:
