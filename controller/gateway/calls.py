@@ -52,7 +52,7 @@ class Call:
     text: ModelText
     request_id: str
     key_id: str | None
-    received_at: float
+    received_at: float | None
     num_bytes: int
     may_wake: bool
 
@@ -73,7 +73,7 @@ class Call:
             text=await gateway.texts.get(function.snapshot_path),
             request_id=state["request_id"],
             key_id=state["key_id"],
-            received_at=state["received_at"],
+            received_at=state.get("received_at"),
             num_bytes=len(await request.body()),
             may_wake=state.get("may_wake", True),
         )
