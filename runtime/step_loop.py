@@ -32,6 +32,7 @@ from runtime.translate import (
     load_figures,
     logprobs_message,
     memory_message,
+    prompt_logprobs_message,
     sequence_request,
 )
 
@@ -208,6 +209,9 @@ class StepLoop:
             outputs[stream_id].started.append(started)
         for (stream_id, sequence_id), logprobs in result.logprobs.items():
             outputs[stream_id].logprobs.append(logprobs_message(sequence_id, logprobs))
+        for (stream_id, sequence_id), found in result.prompt_logprobs.items():
+            message = prompt_logprobs_message(sequence_id, found)
+            outputs[stream_id].prompt_logprobs.append(message)
         for finished in result.finished:
             outputs[finished.key.stream_id].finished.append(finished_message(finished))
             self._live.discard(finished.key)

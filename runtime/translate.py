@@ -4,6 +4,7 @@ from runtime.config import EngineConfig
 from runtime.engine.sequence import (
     FinishedSequence,
     FinishReason,
+    PromptLogprobs,
     SamplingParams,
     SequenceKey,
     SequenceRequest,
@@ -60,7 +61,12 @@ def sequence_request(key: SequenceKey, submit: pb.Submit) -> SequenceRequest:
             allowed_token_ids=frozenset(sampling.allowed_token_ids),
             bad_words=tuple(tuple(word.token_ids) for word in sampling.bad_words),
             grammar=sampling.grammar,
+            num_prompt_logprobs=(
+                sampling.num_prompt_logprobs if sampling.HasField("num_prompt_logprobs") else None
+            ),
         ),
+        priority=submit.priority,
+        cache_salt=submit.cache_salt,
     )
 
 
@@ -71,6 +77,17 @@ def logprobs_message(sequence_id: int, logprobs: TokenLogprobs) -> pb.TokenLogpr
         logprob=logprobs.logprob,
         top_token_ids=logprobs.top_token_ids,
         top_logprobs=logprobs.top_logprobs,
+    )
+
+
+def prompt_logprobs_message(sequence_id: int, found: PromptLogprobs) -> pb.PromptLogprobs:
+    """Return a prompt's log-probabilities as they go over the wire."""
+    return pb.PromptLogprobs(
+        sequence_id=sequence_id,
+        first=found.first,
+        logprobs=found.logprobs,
+        top_token_ids=found.top_token_ids,
+        top_logprobs=found.top_logprobs,
     )
 
 

@@ -12,7 +12,8 @@ from typing import Self
 
 from controller.clock import Clock
 from controller.errors import InternalError
-from controller.gateway.pieces import Piece
+from controller.gateway.pieces import Piece, TokenReport
+from controller.gateway.prompt_echo import PromptEcho
 from controller.gateway.reader import AnswerReader
 from controller.gateway.schemas.common import PromptTokensDetails, Usage
 from controller.metrics import Metrics
@@ -30,13 +31,19 @@ class Choice:
         generation: Not entered yet.
         reader: Fresh, of the generation's model.
         prompt_token_ids: What the generation goes on from.
+        echo: The reader's, if the prompt is told too.
     """
 
     def __init__(
-        self, generation: Generation, reader: AnswerReader, prompt_token_ids: Sequence[int]
+        self,
+        generation: Generation,
+        reader: AnswerReader,
+        prompt_token_ids: Sequence[int],
+        echo: PromptEcho | None = None,
     ) -> None:
         self.generation = generation
         self.prompt_token_ids = prompt_token_ids
+        self.echo = echo
         self.num_output_tokens = 0
         self._reader = reader
         self._admission = AsyncExitStack()
@@ -51,7 +58,8 @@ class Choice:
         gaps = metrics.inter_token(self.generation.record.function)
         last_at: float | None = None
         async for chunk in self.generation:
-            self.num_output_tokens += len(chunk.token_ids)
+            if self.echo is None or not self.echo.drops_answer:
+                self.num_output_tokens += len(chunk.token_ids)
             if chunk.token_ids:
                 now = clock.monotonic()
                 if last_at is not None:
@@ -112,6 +120,11 @@ class Answer:
     def prompt_of(self, index: int) -> list[int]:
         """Return the prompt of a choice."""
         return list(self._choices[index].prompt_token_ids)
+
+    def prompt_tokens(self, index: int) -> Sequence[TokenReport]:
+        """Return what is to be told of a choice's prompt, once the choice has begun."""
+        echo = self._choices[index].echo
+        return () if echo is None else echo.tokens
 
     @property
     def size(self) -> int:

@@ -1,10 +1,11 @@
 """From a validated body to generations: function, prompts, token budget, sampling parameters."""
 
 from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Annotated
 
 from fastapi import Depends, Request
+from pydantic import TypeAdapter
 
 from controller.clock import Clock
 from controller.errors import ContextLengthExceeded, InvalidRequest
@@ -13,8 +14,10 @@ from controller.gateway.detokenizer import StopFilter
 from controller.gateway.grammars import check_grammar
 from controller.gateway.logprobs import LogprobWriter
 from controller.gateway.pieces import Piece, TokenReport
+from controller.gateway.prompt_echo import PromptEcho
 from controller.gateway.reader import AnswerReader
 from controller.gateway.sampling import sampling_params, seeded
+from controller.gateway.schemas.common import PromptLogprobs
 from controller.gateway.schemas.sampling import SamplingBody
 from controller.gateway.text import ModelText, ModelTexts
 from controller.metrics import Metrics
@@ -107,7 +110,7 @@ class Call:
             sampling = sampling_params(
                 body,
                 self.text.defaults_of(self.function.spec),
-                max_tokens=self._budget(len(prompt), body, default_max_tokens),
+                max_tokens=max(1, self._budget(len(prompt), body, default_max_tokens)),
                 bad_words=bad_words,
                 grammar=grammar,
             )
@@ -122,13 +125,26 @@ class Call:
                     key_id=self.key_id,
                     received_at=self.received_at,
                     may_wake=self.may_wake,
+                    priority=body.priority or 0,
+                    cache_salt=body.cache_salt or "",
                 )
-                choices.append(Choice(self.function.generate(request), self._reader(body), prompt))
+                echo = await self._echo(body, prompt)
+                reader = self._reader(body, echo)
+                choices.append(Choice(self.function.generate(request), reader, prompt, echo))
         return Answer(choices, metrics=self.gateway.metrics, clock=self.gateway.clock)
 
     def logprob_writer(self, body: SamplingBody) -> LogprobWriter:
         """Return what writes log-probabilities as the request wants them."""
         return LogprobWriter(self.text.token_bytes, as_ids=bool(body.return_tokens_as_token_ids))
+
+    def prompt_logprobs(
+        self, body: SamplingBody, tokens: Sequence[TokenReport]
+    ) -> PromptLogprobs | None:
+        """Return how likely a prompt's tokens were, if the request asks for it."""
+        if body.prompt_logprobs is None:
+            return None
+        told = self.logprob_writer(body).prompt(tokens)
+        return TypeAdapter(PromptLogprobs).validate_python(told)
 
     def check_token_ids(self, token_ids: Iterable[int], *, param: str) -> None:
         """Refuse ids the model does not have.
@@ -163,7 +179,19 @@ class Call:
         self.check_token_ids(body.allowed_token_ids or (), param="allowed_token_ids")
         self.check_token_ids([int(key) for key in body.logit_bias or ()], param="logit_bias")
 
-    def _reader(self, body: SamplingBody) -> AnswerReader:
+    async def _echo(self, body: SamplingBody, prompt: Sequence[int]) -> PromptEcho | None:
+        """Return what tells the prompt, if the request asks for it."""
+        if not body.echoes_prompt and body.num_prompt_logprobs is None:
+            return None
+        shows_special = body.skip_special_tokens is False
+        told = await self.text.prompt_text(prompt, skip_special_tokens=not shows_special)
+        return PromptEcho(
+            told if body.echoes_prompt else replace(told, text=""),
+            has_tokens=body.echoes_prompt and body.num_logprobs is not None,
+            drops_answer=body.max_new_tokens == 0,
+        )
+
+    def _reader(self, body: SamplingBody, echo: PromptEcho | None) -> AnswerReader:
         return AnswerReader(
             self.text.detokenizer(
                 body.stop_token_ids or (),
@@ -173,6 +201,7 @@ class Call:
             stop_token_ids=frozenset(body.stop_token_ids or ()),
             min_tokens=body.min_tokens or 0,
             reports_tokens=body.num_logprobs is not None or bool(body.return_token_ids),
+            echo=echo,
         )
 
     def _truncated(self, prompt: Sequence[int], body: SamplingBody) -> Sequence[int]:

@@ -1,6 +1,6 @@
 """Log-probabilities in the shapes of OpenAI's two endpoints."""
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 from controller.gateway.pieces import TokenReport
@@ -38,22 +38,39 @@ class LogprobWriter:
         ]
         return {"content": content, "refusal": None}
 
-    def completion(self, tokens: Iterable[TokenReport], *, offset: int = 0) -> dict[str, Any]:
-        """Return `logprobs` of a completion's choice.
-
-        Args:
-            tokens: In the order of the text.
-            offset: Of the text they are in, within the choice's.
-        """
-        tokens = list(tokens)
+    def completion(self, tokens: Sequence[TokenReport]) -> dict[str, Any]:
+        """Return `logprobs` of a completion's choice."""
         return {
-            "text_offset": [offset + token.offset for token in tokens],
+            "text_offset": [token.offset for token in tokens],
             "token_logprobs": [
                 None if token.logprobs is None else _finite(token.logprobs.logprob)
                 for token in tokens
             ],
             "tokens": [self._text(token.token_id) for token in tokens],
             "top_logprobs": [self._likeliest(token) for token in tokens],
+        }
+
+    def prompt(self, tokens: Sequence[TokenReport]) -> list[dict[str, Any] | None]:
+        """Return vLLM's `prompt_logprobs`."""
+        return [self._in_place(token) for token in tokens]
+
+    def _in_place(self, token: TokenReport) -> dict[str, Any] | None:
+        found = token.logprobs
+        if found is None:
+            return None
+        ranked = enumerate(zip(found.top_token_ids, found.top_logprobs, strict=True), start=1)
+        entries = {
+            str(token_id): self._ranked(token_id, logprob, rank)
+            for rank, (token_id, logprob) in ranked
+        }
+        entries.setdefault(str(token.token_id), self._ranked(token.token_id, found.logprob, None))
+        return entries
+
+    def _ranked(self, token_id: int, logprob: float, rank: int | None) -> dict[str, Any]:
+        return {
+            "logprob": _finite(logprob),
+            "rank": rank,
+            "decoded_token": self._text(token_id),
         }
 
     def _likeliest(self, token: TokenReport) -> dict[str, float] | None:
@@ -81,4 +98,4 @@ class LogprobWriter:
 
 
 def _finite(logprob: float) -> float:
-    return max(logprob, NEVER)
+    return logprob if logprob > NEVER else NEVER  # nor has it NaN

@@ -5,6 +5,7 @@ from itertools import zip_longest
 
 from controller.gateway.detokenizer import Detokenizer, StopFilter
 from controller.gateway.pieces import Piece, TokenReport
+from controller.gateway.prompt_echo import PromptEcho
 from controller.scaling.generation import TokenChunk
 
 
@@ -17,10 +18,11 @@ class AnswerReader:
         stop_token_ids: The call's stop tokens.
         min_tokens: Stop strings count only after so many tokens.
         reports_tokens: Whether pieces carry their tokens.
+        echo: Puts the prompt before the answer, if that is to be told.
     """
 
     __slots__ = (
-        "_detokenizer", "_min_tokens", "_num_chars", "_num_read", "_reports", "_stop_filter",
+        "_detokenizer", "_echo", "_min_tokens", "_num_chars", "_num_read", "_reports", "_stop_filter",
         "_stop_token_ids",
     )  # fmt: skip
 
@@ -32,17 +34,25 @@ class AnswerReader:
         stop_token_ids: AbstractSet[int] = frozenset(),
         min_tokens: int = 0,
         reports_tokens: bool = False,
+        echo: PromptEcho | None = None,
     ) -> None:
         self._detokenizer = detokenizer
         self._stop_filter = stop_filter
         self._stop_token_ids = stop_token_ids
         self._min_tokens = min_tokens
         self._num_read = 0
-        self._num_chars = 0
+        self._num_chars = 0 if echo is None else len(echo.prompt.text)
+        self._echo = echo
         self._reports: list[TokenReport] | None = [] if reports_tokens else None
 
     def read(self, chunk: TokenChunk) -> Piece:
         """Take a chunk; return its piece, which says nothing if all of it is held back."""
+        if self._echo is None:
+            return self._read(chunk)
+        echo, self._echo = self._echo, None
+        return echo.put_before(self._read(chunk), chunk.prompt_logprobs)
+
+    def _read(self, chunk: TokenChunk) -> Piece:
         stop_filter = self._stop_filter
         parts: list[str] = []
         if self._reports is not None:

@@ -71,6 +71,7 @@ def sampling_params(
         presence_penalty=body.presence_penalty or 0.0,
         logit_bias={int(key): bias for key, bias in (body.logit_bias or {}).items()},
         num_logprobs=body.num_logprobs,
+        num_prompt_logprobs=body.num_prompt_logprobs,
         min_tokens=body.min_tokens or 0,
         allowed_token_ids=body.allowed_token_ids or [],
         bad_words=[pb.TokenIds(token_ids=word) for word in bad_words],

@@ -18,10 +18,12 @@ from controller.clock import Clock
 from controller.errors import InternalError, InvalidRequest
 from controller.gateway.chat_template import ChatTemplate
 from controller.gateway.detokenizer import Detokenizer, TokenTexts
+from controller.gateway.prompt_echo import PromptText
 from controller.gateway.sampling import SamplingDefaults
 from controller.gateway.token_bytes import TokenBytes
 from functions.spec import FunctionSpec
 
+LONG_TEXT_TOKENS = 2048  # more are told one by one in a thread: about 5 ms
 LONG_TEXT_CHARS = 8192  # more is encoded in a thread: about 5 ms
 MESSAGE_CHARS = 64  # what a message costs besides its content
 MAX_OPEN_TEXTS = 32
@@ -164,6 +166,25 @@ class ModelText:
         texts = [prefix + word.lstrip() for word in words for prefix in ("", " ")]
         encoded = await self._encode(texts, add_special_tokens=False)
         return [list(ids) for ids in dict.fromkeys(map(tuple, encoded)) if ids]
+
+    async def prompt_text(
+        self, token_ids: Sequence[int], *, skip_special_tokens: bool = True
+    ) -> PromptText:
+        """Return a prompt's text and where its tokens are in it."""
+        read = partial(self._prompt_text, token_ids, skip_special_tokens=skip_special_tokens)
+        return await asyncio.to_thread(read) if len(token_ids) > LONG_TEXT_TOKENS else read()
+
+    def _prompt_text(self, token_ids: Sequence[int], *, skip_special_tokens: bool) -> PromptText:
+        detokenizer = self.detokenizer(skip_special_tokens=skip_special_tokens)
+        parts: list[str] = []
+        offsets: list[int] = []
+        num_chars = 0
+        for token_id in token_ids:
+            offsets.append(num_chars)
+            parts.append(detokenizer.feed(token_id))
+            num_chars += len(parts[-1])
+        parts.append(detokenizer.finish())
+        return PromptText(token_ids=token_ids, text="".join(parts), offsets=offsets)
 
     async def decode(self, token_ids: Sequence[int]) -> str:
         """Return the text of tokens, special ones included; ids are inside the vocabulary."""

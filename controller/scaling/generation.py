@@ -27,6 +27,8 @@ class GenerationRequest:
         key_id: The API key that pays, if keys are in use.
         received_at: Monotonic second the call arrived; None if nobody knows.
         may_wake: Whether a replica is brought up for it; else it is refused unless one has room.
+        priority: Inside a replica, lower ones start first.
+        cache_salt: Cached prefixes are shared with the same salt only.
     """
 
     request_id: str
@@ -36,6 +38,8 @@ class GenerationRequest:
     key_id: str | None = None
     received_at: float | None = None
     may_wake: bool = True
+    priority: int = 0
+    cache_salt: str = ""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -85,10 +89,13 @@ class TokenChunk:
 
     Attributes:
         logprobs: One for each token, if the request asked for them.
+        prompt_logprobs: In the first chunk, if the request asked for them: parts of the prompt,
+            which may overlap.
     """
 
     token_ids: Sequence[int]
     logprobs: Sequence[pb.TokenLogprobs] = field(default=(), kw_only=True)
+    prompt_logprobs: Sequence[pb.PromptLogprobs] = field(default=(), kw_only=True)
     finish_reason: str | None = field(default=None, kw_only=True)  # "stop" | "length"
 
 

@@ -15,7 +15,13 @@ class SequenceStream(Protocol):
         """Whether it has ended; it does not come back."""
 
     def submit(
-        self, prompt_token_ids: Sequence[int], sampling: pb.SamplingParams, sink: SequenceSink
+        self,
+        prompt_token_ids: Sequence[int],
+        sampling: pb.SamplingParams,
+        sink: SequenceSink,
+        *,
+        priority: int = 0,
+        cache_salt: str = "",
     ) -> int:
         """Queue a sequence and return its id; never waits."""
 

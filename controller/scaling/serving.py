@@ -115,20 +115,14 @@ class TokenBuffer:
     """
 
     __slots__ = (
-        "_loop",
-        "_on_end",
-        "_wakeup",
-        "error",
-        "finished",
-        "logprobs",
-        "num_cached_tokens",
-        "num_tokens",
-        "tokens",
+        "_loop", "_on_end", "_wakeup", "error", "finished", "logprobs", "num_cached_tokens",
+        "num_tokens", "prompt_logprobs", "tokens",
     )  # fmt: skip
 
     def __init__(self, on_end: Callable[[], None]) -> None:
         self.tokens: list[int] = []
         self.logprobs: list[pb.TokenLogprobs] = []
+        self.prompt_logprobs: list[pb.PromptLogprobs] = []
         self.num_tokens = 0
         self.num_cached_tokens = 0
         self.finished: pb.Finished | None = None
@@ -144,6 +138,10 @@ class TokenBuffer:
     def on_logprobs(self, logprobs: pb.TokenLogprobs) -> None:
         """Take how likely the next token is."""
         self.logprobs.append(logprobs)
+
+    def on_prompt_logprobs(self, logprobs: pb.PromptLogprobs) -> None:
+        """Take how likely a part of the prompt is."""
+        self.prompt_logprobs.append(logprobs)
 
     def on_token(self, token_id: int) -> None:
         """Take one token."""
@@ -171,11 +169,16 @@ class TokenBuffer:
             self.error = error
         self._wake()
 
-    def take(self) -> tuple[list[int], list[pb.TokenLogprobs]]:
-        """Return the tokens that have arrived, with their log-probabilities, and forget them."""
-        tokens, self.tokens = self.tokens, []
-        logprobs, self.logprobs = self.logprobs, []
-        return tokens, logprobs
+    def take(self, finish_reason: str | None) -> TokenChunk:
+        """Return what has arrived, and forget it."""
+        chunk = TokenChunk(
+            self.tokens,
+            logprobs=self.logprobs,
+            prompt_logprobs=self.prompt_logprobs,
+            finish_reason=finish_reason,
+        )
+        self.tokens, self.logprobs, self.prompt_logprobs = [], [], []
+        return chunk
 
     async def wait(self) -> None:
         """Return once there is something to read."""
@@ -300,7 +303,11 @@ class FunctionGeneration:
         try:
             attachment = self._host.attachment(replica)
             sequence_id = attachment.submit(
-                self._request.prompt_token_ids, self._request.sampling, buffer
+                self._request.prompt_token_ids,
+                self._request.sampling,
+                buffer,
+                priority=self._request.priority,
+                cache_salt=self._request.cache_salt,
             )
         except RuntimeRpcError as error:
             buffer.on_broken(error)
@@ -309,22 +316,22 @@ class FunctionGeneration:
         return buffer
 
     def _chunk(self, buffer: TokenBuffer) -> TokenChunk:
-        tokens, logprobs = buffer.take()
-        if tokens and self.record.first_token_s is None:
+        num_tokens = len(buffer.tokens)
+        if num_tokens and self.record.first_token_s is None:
             self.record.first_token_s = self._elapsed_s()
             assert self._ticket.replica is not None
             self._host.first_token(self, self._ticket.replica)
-        self.record.num_output_tokens += len(tokens)
+        self.record.num_output_tokens += num_tokens
         self.record.num_cached_tokens = buffer.num_cached_tokens
         finished = buffer.finished
         if finished is None:
-            return TokenChunk(tokens, logprobs=logprobs)
+            return buffer.take(None)
         self._is_done = True
         reason = FINISH_REASONS.get(finished.reason)
         if reason is None:
             raise self._abnormal_end(finished)
         self.record.outcome = reason
-        return TokenChunk(tokens, logprobs=logprobs, finish_reason=reason)
+        return buffer.take(reason)
 
     def _abnormal_end(self, finished: pb.Finished) -> ApiError:
         if finished.reason == pb.FINISH_REASON_REFUSED:

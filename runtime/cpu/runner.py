@@ -18,6 +18,7 @@ from runtime.cpu.attention import AttentionPlan, AttentionSpan
 from runtime.cpu.linear import is_packing_faster
 from runtime.cpu.llama import Llama
 from runtime.cpu.packing import Packer
+from runtime.cpu.prompt_logprobs import report_prompts
 from runtime.cpu.sampler import SamplingRow, sample
 from runtime.cpu.threads import ThreadTuner, usable_cores
 from runtime.engine.batch import (
@@ -27,7 +28,7 @@ from runtime.engine.batch import (
     ScheduledSequence,
     TokenMasks,
 )
-from runtime.engine.sequence import SamplingParams, TokenLogprobs
+from runtime.engine.sequence import PromptLogprobs, SamplingParams, TokenLogprobs
 from runtime.linux import resident_bytes
 from runtime.memory.kv_plan import KvSizes, plan_kv
 from runtime.memory.slab import HostSlab, trim_malloc
@@ -219,13 +220,16 @@ class CpuRunner:
         """Run the model, and choose tokens unless their masks are still to come."""
         assert self._model is not None, "weights are loaded"
         hidden = self._forward(batch.sequences)
+        prompt_logprobs = report_prompts(batch.sequences, hidden, self._model.logits)
         last_rows, sampled = _sampled_rows(batch.sequences)
         if not sampled:
-            return SampledTokens(token_ids=(), faults={})
+            return SampledTokens(token_ids=(), faults={}, prompt_logprobs=prompt_logprobs)
         logits = self._model.logits(hidden[last_rows])
         if batch.is_constrained:
-            return _PendingChoice(lambda masks: self._choose(logits, sampled, masks))
-        return self._choose(logits, sampled, None)
+            return _PendingChoice(
+                lambda masks: self._choose(logits, sampled, masks, prompt_logprobs)
+            )
+        return self._choose(logits, sampled, None, prompt_logprobs)
 
     @torch.inference_mode()
     def _choose(
@@ -233,6 +237,7 @@ class CpuRunner:
         logits: Tensor,
         sampled: list[tuple[int, ScheduledSequence]],
         masks: TokenMasks | None,
+        prompt_logprobs: dict[int, PromptLogprobs],
     ) -> SampledTokens:
         rows = [
             SamplingRow(params=item.sampling, seed=item.seed, position=item.end)
@@ -256,7 +261,12 @@ class CpuRunner:
             if row not in unsound
         }
         faults = {sampled[row][0]: NOT_FINITE for row in unsound}
-        return SampledTokens(token_ids=token_ids, faults=faults, logprobs=logprobs)
+        return SampledTokens(
+            token_ids=token_ids,
+            faults=faults,
+            logprobs=logprobs,
+            prompt_logprobs=prompt_logprobs,
+        )
 
     @torch.inference_mode()
     def all_logits(self, batch: ScheduledBatch) -> Tensor:

@@ -4,7 +4,13 @@ from collections.abc import Sequence as SequenceOf
 from dataclasses import dataclass, field
 from typing import Protocol
 
-from runtime.engine.sequence import Constraint, SamplingParams, SequenceKey, TokenLogprobs
+from runtime.engine.sequence import (
+    Constraint,
+    PromptLogprobs,
+    SamplingParams,
+    SequenceKey,
+    TokenLogprobs,
+)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -42,6 +48,13 @@ class ScheduledSequence:
     def is_constrained(self) -> bool:
         """Whether the token to sample depends on all tokens before it, by more than the model."""
         return self.is_sampled and self.constraint is not None
+
+    @property
+    def reported_prompt(self) -> SequenceOf[int]:
+        """The prompt's tokens to report log-probabilities of; run token i predicts the ith."""
+        if self.sampling.num_prompt_logprobs is None:
+            return ()
+        return self.all_token_ids[self.start + 1 : min(self.end + 1, self.num_prompt_tokens)]
 
     @property
     def num_tokens(self) -> int:
@@ -106,11 +119,13 @@ class SampledTokens:
         token_ids: The sampled tokens; meaningless where the sequence is faulty.
         faults: What is wrong with a sequence, by its index in the batch.
         logprobs: Of the sequences that ask for it, by their index in the batch.
+        prompt_logprobs: Of their `reported_prompt`, by their index in the batch.
     """
 
     token_ids: SequenceOf[int]
     faults: dict[int, str]
     logprobs: dict[int, TokenLogprobs] = field(default_factory=dict)
+    prompt_logprobs: dict[int, PromptLogprobs] = field(default_factory=dict)
 
     def choose(self, masks: TokenMasks | None) -> None:
         """Do nothing: the tokens are chosen, and nothing restricted them."""

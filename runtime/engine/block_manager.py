@@ -20,6 +20,7 @@ from typing import NamedTuple
 from runtime.engine.sequence import Sequence
 
 ROOT_PREFIX = 0
+MAX_SALTS = 4096
 
 
 class BlockContent(NamedTuple):
@@ -49,6 +50,7 @@ class BlockManager:
         self._prefix_ids = [ROOT_PREFIX] * num_blocks
         self._index: dict[BlockContent, int] = {}
         self._last_prefix_id = ROOT_PREFIX
+        self._roots: OrderedDict[str, int] = OrderedDict()
 
     @property
     def num_free_blocks(self) -> int:
@@ -140,7 +142,20 @@ class BlockManager:
     def _content(self, sequence: Sequence, index: int) -> BlockContent:
         start = index * self.block_size
         token_ids = tuple(sequence.token_ids[start : start + self.block_size])
-        return BlockContent(sequence.prefix_id, token_ids)
+        prefix_id = sequence.prefix_id if index else self._root(sequence.cache_salt)
+        return BlockContent(prefix_id, token_ids)
+
+    def _root(self, salt: str) -> int:
+        """Return the identity of nothing before; a salt that was forgotten gets another one."""
+        if not salt:
+            return ROOT_PREFIX
+        if salt not in self._roots:
+            if len(self._roots) == MAX_SALTS:
+                self._roots.popitem(last=False)
+            self._last_prefix_id += 1
+            self._roots[salt] = self._last_prefix_id
+        self._roots.move_to_end(salt)
+        return self._roots[salt]
 
     def _publish_block(self, block_id: int, content: BlockContent) -> None:
         self._last_prefix_id += 1

@@ -124,6 +124,8 @@ class Engine:
                 max_tokens=max_tokens,
                 stop_token_ids=sampling.stop_token_ids | eos_token_ids,
                 token_ids=list(request.prompt_token_ids),
+                priority=request.priority,
+                cache_salt=request.cache_salt,
             )
         )
         self._start_prepared()
@@ -190,12 +192,17 @@ class Engine:
         result = self._scheduler.commit(batch, sampled.token_ids)
         if self._in_flight:
             self._choose_next()
-        if not sampled.logprobs:
+        if not (sampled.logprobs or sampled.prompt_logprobs):
             return result
         found = {batch.sequences[index].key: item for index, item in sampled.logprobs.items()}
         reported = {key for key, _ in result.tokens}  # not those that have ended since
-        logprobs = {key: item for key, item in found.items() if key in reported}
-        return replace(result, logprobs=logprobs)
+        return replace(
+            result,
+            logprobs={key: item for key, item in found.items() if key in reported},
+            prompt_logprobs={
+                batch.sequences[index].key: item for index, item in sampled.prompt_logprobs.items()
+            },
+        )
 
     def figures(self) -> EngineFigures:
         """Return load and counts."""

@@ -11,7 +11,7 @@ from runtime.engine.batch import (
     ScheduledSequence,
     TokenMasks,
 )
-from runtime.engine.sequence import TokenLogprobs
+from runtime.engine.sequence import PromptLogprobs, TokenLogprobs
 
 log = structlog.get_logger()
 
@@ -41,6 +41,7 @@ class IsolatedBatch:
         token_ids: list[int] = []
         faults: dict[int, str] = {}
         logprobs: dict[int, TokenLogprobs] = {}
+        prompt_logprobs: dict[int, PromptLogprobs] = {}
         for index, item in enumerate(self._batch.sequences):
             mask = masks.of(len(token_ids)) if masks is not None and item.is_sampled else None
             alone = self._run_alone(item, mask)
@@ -49,7 +50,14 @@ class IsolatedBatch:
                 faults[index] = alone.faults[0]
             if alone.logprobs:
                 logprobs[index] = alone.logprobs[0]
-        self._result = SampledTokens(token_ids=token_ids, faults=faults, logprobs=logprobs)
+            if alone.prompt_logprobs:
+                prompt_logprobs[index] = alone.prompt_logprobs[0]
+        self._result = SampledTokens(
+            token_ids=token_ids,
+            faults=faults,
+            logprobs=logprobs,
+            prompt_logprobs=prompt_logprobs,
+        )
 
     def wait(self) -> SampledTokens:
         """Return what they yielded."""

@@ -38,7 +38,7 @@ class SchedulerCounters:
 
 
 class Scheduler:
-    """Owns the live sequences: running ones hold blocks, waiting ones none, both by arrival.
+    """Owns the live sequences: running ones hold blocks, waiting ones none, both by rank.
 
     Args:
         config: Token budget and size of a batch.
@@ -83,7 +83,7 @@ class Scheduler:
 
     def add(self, sequence: Sequence) -> None:
         """Queue a sequence that could fit the KV cache, alone if need be."""
-        self._waiting[sequence.key] = sequence
+        _insert(self._waiting, sequence)
 
     def cancel(self, key: SequenceKey) -> None:
         """End a sequence and free its blocks now; the next commit reports it."""
@@ -169,8 +169,8 @@ class Scheduler:
     def _make_room(self, sequence: Sequence) -> bool:
         """Get a running sequence the blocks it needs; return False if it had to give up its own.
 
-        Sequences are asked by arrival and the latest is the first to give, so no sequence of
-        this batch is preempted, and the earliest always advances.
+        Sequences are asked by rank and the last is the first to give, so no sequence of this batch
+        is preempted, and the first always advances.
         """
         if sequence.key not in self._running:
             return False
@@ -188,8 +188,7 @@ class Scheduler:
         self._retired.append(sequence.number)
         sequence.num_preemptions += 1
         self.counters.num_preemptions += 1
-        self._waiting[sequence.key] = sequence
-        self._waiting.move_to_end(sequence.key, last=False)
+        _insert(self._waiting, sequence)
 
     def _admit(self) -> Sequence | None:
         """Move the first waiting sequence to the running ones, if it can start now.
@@ -202,13 +201,14 @@ class Scheduler:
             return None
         if sequence.num_pending_tokens > 0:  # preempted in flight; its tokens come with a commit
             return None
-        self._blocks.share_prefix(sequence)
+        if sequence.sampling.num_prompt_logprobs is None:  # else all of it is computed
+            self._blocks.share_prefix(sequence)
         num_reserved_tokens = len(self._running) * self._blocks.block_size
         if not self._blocks.can_grow(sequence, sequence.num_tokens + num_reserved_tokens):
             self._blocks.release(sequence)
             return None
         self._blocks.grow(sequence, sequence.num_tokens)
-        self._running[sequence.key] = self._waiting.pop(sequence.key)
+        _insert(self._running, self._waiting.pop(sequence.key))
         if sequence.num_preemptions == 0:
             sequence.num_cached_tokens = sequence.num_computed_tokens
             self.counters.num_prompt_tokens += sequence.num_prompt_tokens
@@ -255,3 +255,11 @@ class Scheduler:
 
     def _find(self, key: SequenceKey) -> Sequence | None:
         return self._running.get(key) or self._waiting.get(key)
+
+
+def _insert(queue: OrderedDict[SequenceKey, Sequence], sequence: Sequence) -> None:
+    """Put a sequence into its place by rank, nearly always the first or the last."""
+    later = [key for key, other in queue.items() if other.rank > sequence.rank]
+    queue[sequence.key] = sequence
+    for key in later:
+        queue.move_to_end(key)

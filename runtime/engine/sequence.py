@@ -53,6 +53,8 @@ class SamplingParams:
         logit_bias: Added to the logits of these tokens, before the penalties.
         num_logprobs: Report the log-probability of each token, and of this many of the likeliest
             ones, before bias, penalties and temperature; None reports none.
+        num_prompt_logprobs: The same of the prompt's tokens, each after those before it; the
+            prompt is then computed as a whole, whatever the prefix cache holds.
         seed: None for a random one, chosen when the sequence is submitted.
         max_tokens: Most tokens to generate.
         stop_token_ids: Tokens that end the sequence, beside the model's own.
@@ -73,6 +75,7 @@ class SamplingParams:
     presence_penalty: float = 0.0
     logit_bias: Mapping[int, float] = field(default_factory=dict)
     num_logprobs: int | None = None
+    num_prompt_logprobs: int | None = None
     seed: int | None = None
     max_tokens: int = 16
     stop_token_ids: frozenset[int] = frozenset()
@@ -106,13 +109,36 @@ class TokenLogprobs(NamedTuple):
     top_logprobs: SequenceOf[float]
 
 
+class PromptLogprobs(NamedTuple):
+    """How likely consecutive tokens of a prompt were, by the model alone.
+
+    Attributes:
+        first: Position of the first of them.
+        logprobs: Natural logarithms.
+        top_token_ids: The likeliest tokens in each place, as many as were asked for, in a row.
+        top_logprobs: Theirs.
+    """
+
+    first: int
+    logprobs: SequenceOf[float]
+    top_token_ids: SequenceOf[int]
+    top_logprobs: SequenceOf[float]
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class SequenceRequest:
-    """A prompt and what to do with it."""
+    """A prompt and what to do with it.
+
+    Attributes:
+        priority: Sequences of a lower one start first, and are the last to be preempted.
+        cache_salt: Cached prefixes are shared with the same salt only.
+    """
 
     key: SequenceKey
     prompt_token_ids: SequenceOf[int]
     sampling: SamplingParams
+    priority: int = 0
+    cache_salt: str = ""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -140,6 +166,7 @@ class StepResult:
     Attributes:
         started: Sequences whose first token this is, with the prompt tokens that were cached.
         logprobs: Of the tokens whose sequences asked for it.
+        prompt_logprobs: Of the part of a prompt that was computed; tokens may come again.
         pooled: Texts that were embedded, by an engine whose task that is.
     """
 
@@ -147,6 +174,7 @@ class StepResult:
     finished: list[FinishedSequence]
     started: Mapping[SequenceKey, int] = field(default_factory=dict)
     logprobs: Mapping[SequenceKey, TokenLogprobs] = field(default_factory=dict)
+    prompt_logprobs: Mapping[SequenceKey, PromptLogprobs] = field(default_factory=dict)
     pooled: "SequenceOf[Pooled]" = ()
 
 
@@ -167,6 +195,8 @@ class Sequence:
         stop_token_ids: All tokens that end it, the model's own included unless ignored.
         token_ids: Prompt, then output.
         constraint: What restricts its output, if anything does.
+        priority: Lower ones go first.
+        cache_salt: Cached prefixes are shared with the same salt only.
         num_cached_tokens: Tokens the prefix cache saved when it was first admitted.
         block_ids: Block table: block i holds tokens [i * block_size, (i + 1) * block_size).
         num_published_blocks: Leading blocks whose content the prefix cache knows.
@@ -182,6 +212,8 @@ class Sequence:
     stop_token_ids: frozenset[int]
     token_ids: list[int]
     constraint: Constraint | None = None
+    priority: int = 0
+    cache_salt: str = ""
     num_prompt_tokens: int = field(init=False)
     num_cached_tokens: int = 0
     num_computed_tokens: int = 0
@@ -198,6 +230,11 @@ class Sequence:
     def num_tokens(self) -> int:
         """Tokens it has, sampled but uncommitted ones included."""
         return len(self.token_ids) + self.num_pending_tokens
+
+    @property
+    def rank(self) -> tuple[int, int]:
+        """What sequences are ordered by: priority, then arrival."""
+        return self.priority, self.number
 
     @property
     def num_output_tokens(self) -> int:

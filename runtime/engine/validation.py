@@ -69,10 +69,13 @@ def check_sampling(sampling: SamplingParams, *, vocab_size: int) -> None:
         expected = f"for a token in [0, {vocab_size}) and between -1e6 and 1e6"
         is_valid = 0 <= token_id < vocab_size and abs(bias) <= MAX_LOGIT_BIAS
         _check(is_valid, f"logit_bias[{token_id}]", bias, expected)
-    if sampling.num_logprobs is not None:
-        most = min(MAX_LOGPROBS, vocab_size)
-        is_valid = 0 <= sampling.num_logprobs <= most
-        _check(is_valid, "num_logprobs", sampling.num_logprobs, f"between 0 and {most}")
+    most = min(MAX_LOGPROBS, vocab_size)
+    for name, number in (
+        ("num_logprobs", sampling.num_logprobs),
+        ("num_prompt_logprobs", sampling.num_prompt_logprobs),
+    ):
+        if number is not None:
+            _check(0 <= number <= most, name, number, f"between 0 and {most}")
     is_valid = 0 <= sampling.min_tokens <= sampling.max_tokens
     _check(is_valid, "min_tokens", sampling.min_tokens, "between 0 and max_tokens")
     num_words, size = len(sampling.bad_words), len(sampling.grammar)

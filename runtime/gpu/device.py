@@ -37,6 +37,12 @@ class Device:
         host = torch.tensor(values, dtype=dtype, pin_memory=self.is_gpu)
         return host.to(self.name, non_blocking=True)
 
+    def download(self, values: Tensor) -> Tensor:
+        """Return host memory that holds a tensor's values when the stream has come this far."""
+        on_host = self.pinned(*values.shape, dtype=values.dtype)
+        on_host.copy_(values, non_blocking=True)
+        return on_host
+
     def mark(self) -> "Mark":
         """Return a mark at the present end of the stream."""
         return Mark(self.stream)

@@ -18,6 +18,7 @@ from runtime.gpu.graphs import StepGraphs, StepShape
 from runtime.gpu.limits import BatchLimits
 from runtime.gpu.llama import GpuLlama, activation_bytes
 from runtime.gpu.memory import allocate_slab, device_memory
+from runtime.gpu.prompt_logprobs import launch_prompt_logprobs
 from runtime.gpu.rows import Rows
 from runtime.gpu.sampling import GpuSampler, PendingChoice, PendingSample
 from runtime.gpu.staging import BatchDescription, BatchStaging, describe
@@ -279,16 +280,25 @@ class GpuRunner:
 
     def _launch(self, batch: ScheduledBatch) -> PendingTokens:
         assert self._model is not None, "weights are loaded"
+        model = self._model
         described = describe(batch, self._rows, self._limits.tile_size)
         shape = self._graphs.shape_of(described.num_tokens, described.num_tiles)
         self._staging.send(described, shape)
         result = self._graphs.run(shape)
+        prompt_logprobs = None
+        if shape.num_tiles:  # in a step of decodes there is no prompt
+            prompt_logprobs = launch_prompt_logprobs(
+                batch.sequences,
+                lambda rows: model.logits(result, rows, len(rows))[:, : self.vocab_size],
+                max_rows=self._limits.num_seqs,
+                device=self._device,
+            )
         num_sampled = len(described.sampled)
         if shape.num_tiles == 0:
             logits = result[:num_sampled]
         elif num_sampled:
             rows = self._staging.sampled_tokens[:num_sampled]
-            logits = self._model.logits(result, rows, num_sampled)
+            logits = model.logits(result, rows, num_sampled)
         else:
             logits = result[:0]
 
@@ -303,6 +313,7 @@ class GpuRunner:
                     batch_rows=self._inputs.rows,
                     seq_lens=self._inputs.seq_lens,
                     masks=masks,
+                    prompt_logprobs=prompt_logprobs,
                 )
 
         return PendingChoice(choose) if batch.is_constrained else choose(None)

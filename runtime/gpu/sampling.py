@@ -11,6 +11,7 @@ from runtime.engine.batch import SampledTokens, ScheduledSequence, TokenMasks
 from runtime.engine.sequence import TokenLogprobs
 from runtime.gpu.device import Device, Mark
 from runtime.gpu.limits import BatchLimits
+from runtime.gpu.prompt_logprobs import PendingPromptLogprobs
 from runtime.gpu.rows import Rows
 from runtime.gpu.staging import NUM_BUFFERS
 from runtime.kernels.sampling import (
@@ -34,12 +35,14 @@ class PendingSample:
         token_ids: int32 [num_sampled], pinned; valid after `mark`.
         batch_indices: Which of the batch's sequences each token is of.
         logprobs: What the sequences that ask for it will get, by row of logits.
+        prompt_logprobs: What those that ask for it will get of their prompts.
     """
 
     token_ids: Tensor
     batch_indices: Sequence[int]
     logprobs: "PendingLogprobs | None"
     mark: Mark
+    prompt_logprobs: PendingPromptLogprobs | None = None
 
     def choose(self, masks: TokenMasks | None) -> None:
         """Do nothing: choosing is launched, and nothing restricts it."""
@@ -54,14 +57,18 @@ class PendingSample:
             for batch_index, token_id in zip(self.batch_indices, token_ids, strict=True)
             if token_id == FAULT
         }
-        if self.logprobs is None:
-            return SampledTokens(token_ids=token_ids, faults=faults)
+        by_row = {} if self.logprobs is None else self.logprobs.read()
         logprobs = {
             self.batch_indices[row]: found
-            for row, found in self.logprobs.read().items()
+            for row, found in by_row.items()
             if self.batch_indices[row] not in faults
         }
-        return SampledTokens(token_ids=token_ids, faults=faults, logprobs=logprobs)
+        return SampledTokens(
+            token_ids=token_ids,
+            faults=faults,
+            logprobs=logprobs,
+            prompt_logprobs={} if self.prompt_logprobs is None else self.prompt_logprobs.read(),
+        )
 
 
 class PendingChoice:
@@ -150,6 +157,7 @@ class GpuSampler:
         batch_rows: Tensor,
         seq_lens: Tensor,
         masks: TokenMasks | None = None,
+        prompt_logprobs: PendingPromptLogprobs | None = None,
     ) -> PendingSample:
         """Choose a token from each row of logits and start copying them to the host.
 
@@ -164,12 +172,14 @@ class GpuSampler:
             batch_rows: int32 [num_seqs], each sequence's row, on the device.
             seq_lens: int32 [num_seqs], position of the token to choose.
             masks: What some of the tokens must be among.
+            prompt_logprobs: What else is to be read when the batch is done.
         """
         if not items:
             return PendingSample(
                 token_ids=torch.empty(0, dtype=torch.int32),
                 batch_indices=(),
                 logprobs=None,
+                prompt_logprobs=prompt_logprobs,
                 mark=self._device.mark(),
             )
         self._fill_table(items, rows)
@@ -195,6 +205,7 @@ class GpuSampler:
             token_ids=on_host,
             batch_indices=batch_indices,
             logprobs=logprobs,
+            prompt_logprobs=prompt_logprobs,
             mark=self._device.mark(),
         )
 
@@ -296,12 +307,7 @@ class _Logprobs:
         top_logprobs, top_token_ids = self._logprobs.topk(max(self._counts.values()))
         return PendingLogprobs(
             counts=self._counts,
-            chosen=self._to_host(chosen),
-            top_token_ids=self._to_host(top_token_ids),
-            top_logprobs=self._to_host(top_logprobs),
+            chosen=self._device.download(chosen),
+            top_token_ids=self._device.download(top_token_ids),
+            top_logprobs=self._device.download(top_logprobs),
         )
-
-    def _to_host(self, values: Tensor) -> Tensor:
-        on_host = self._device.pinned(*values.shape, dtype=values.dtype)
-        on_host.copy_(values, non_blocking=True)
-        return on_host

@@ -80,6 +80,9 @@ class SequenceSink(Protocol):
     def on_logprobs(self, logprobs: pb.TokenLogprobs) -> None:
         """Take how likely the next token is, just before it, if that was asked for."""
 
+    def on_prompt_logprobs(self, logprobs: pb.PromptLogprobs) -> None:
+        """Take how likely a part of the prompt is, before any token, if that was asked for."""
+
     def on_started(self, started: pb.Started) -> None:
         """Take what is known with the first token, just before that."""
 
@@ -118,7 +121,13 @@ class Attachment:
         return self._error is not None
 
     def submit(
-        self, prompt_token_ids: Sequence[int], sampling: pb.SamplingParams, sink: SequenceSink
+        self,
+        prompt_token_ids: Sequence[int],
+        sampling: pb.SamplingParams,
+        sink: SequenceSink,
+        *,
+        priority: int = 0,
+        cache_salt: str = "",
     ) -> int:
         """Queue a sequence and return its id; never waits.
 
@@ -134,7 +143,11 @@ class Attachment:
         sequence_id = self._num_submitted
         try:
             submit = pb.Submit(
-                sequence_id=sequence_id, prompt_token_ids=prompt_token_ids, sampling=sampling
+                sequence_id=sequence_id,
+                prompt_token_ids=prompt_token_ids,
+                sampling=sampling,
+                priority=priority,
+                cache_salt=cache_salt,
             )
         except (TypeError, ValueError) as error:
             raise RuntimeRefused(f"a token id does not fit the wire: {error}") from error
@@ -179,6 +192,8 @@ class Attachment:
     def _deliver(self, output: pb.StepOutput) -> None:
         """Hand out one step. The hot path: one look-up and one call per token."""
         sinks = self._sinks
+        for part in output.prompt_logprobs:
+            self._tell(part.sequence_id, lambda sink, part=part: sink.on_prompt_logprobs(part))  # type: ignore[misc]  # its default is its type
         for started in output.started:
             self._tell(started.sequence_id, lambda sink, started=started: sink.on_started(started))  # type: ignore[misc]  # its default is its type
         for found in output.logprobs:

@@ -87,7 +87,13 @@ class FakeAttachment:
         return not self._runtime.is_alive
 
     def submit(
-        self, prompt_token_ids: Sequence[int], sampling: pb.SamplingParams, sink: SequenceSink
+        self,
+        prompt_token_ids: Sequence[int],
+        sampling: pb.SamplingParams,
+        sink: SequenceSink,
+        *,
+        priority: int = 0,
+        cache_salt: str = "",
     ) -> int:
         """Begin to produce max_tokens tokens: the prompt's length, counting up."""
         runtime = self._runtime

@@ -97,6 +97,9 @@ class Recorder:
     def on_logprobs(self, logprobs: pb.TokenLogprobs) -> None:
         raise AssertionError("nobody has asked for them")
 
+    def on_prompt_logprobs(self, logprobs: pb.PromptLogprobs) -> None:
+        raise AssertionError("nobody has asked for them")
+
     def on_token(self, token_id: int) -> None:
         self.tokens.append(token_id)
         self._changed.set()

@@ -43,6 +43,7 @@ async def create_chat_completion(
             returns_token_ids=bool(body.return_token_ids),
         )
         return EventStream(answer, writer, heartbeat_s=gateway.settings.heartbeat_s)
+    wholes = await collect(answer)
     choices = [
         ChatChoice(
             index=index,
@@ -52,7 +53,7 @@ async def create_chat_completion(
             stop_reason=whole.stop_reason,
             token_ids=whole.token_ids if body.return_token_ids else None,
         )
-        for index, whole in enumerate(await collect(answer))
+        for index, whole in enumerate(wholes)
     ]
     completion = ChatCompletion(
         id=chat_id,
@@ -61,6 +62,7 @@ async def create_chat_completion(
         choices=choices,
         usage=answer.usage,
         prompt_token_ids=answer.prompt_of(0) if body.return_token_ids else None,
+        prompt_logprobs=call.prompt_logprobs(body, answer.prompt_tokens(0)),
     )
     return Response(
         completion.model_dump_json(),

@@ -68,6 +68,7 @@ async def create_completion(
             stop_reason=whole.stop_reason,
             token_ids=whole.token_ids if body.return_token_ids else None,
             prompt_token_ids=answer.prompt_of(at) if body.return_token_ids else None,
+            prompt_logprobs=call.prompt_logprobs(body, answer.prompt_tokens(at)),
         )
         for index, (at, whole) in enumerate(_best(await collect(answer), body))
     ]

@@ -5,7 +5,12 @@ from typing import Annotated, Any, ClassVar, Literal
 from pydantic import BaseModel, FailFast, Field, field_validator, model_validator
 
 from controller.gateway.schemas.base import ApiBody, Neutral, wrong_field
-from controller.gateway.schemas.common import ChatLogprobs, FinishReason, Usage
+from controller.gateway.schemas.common import (
+    ChatLogprobs,
+    FinishReason,
+    PromptLogprobs,
+    Usage,
+)
 from controller.gateway.schemas.sampling import (
     INT64_MAX,
     MAX_LOGPROBS,
@@ -82,6 +87,7 @@ class ChatCompletionRequest(SamplingBody):
         "verbosity": ("medium",),
         "web_search_options": (),
         "chat_template": (),
+        "echo": (False,),
     }
 
     messages: Annotated[list[ChatMessage], Field(min_length=1, max_length=MAX_MESSAGES), FailFast()]
@@ -168,6 +174,7 @@ class ChatCompletion(BaseModel):
     choices: list[ChatChoice]
     usage: Usage
     prompt_token_ids: list[int] | None = None
+    prompt_logprobs: PromptLogprobs | None = None
 
 
 def _text_of(part: object) -> str:

@@ -52,6 +52,18 @@ class CompletionLogprobs(BaseModel):
     top_logprobs: list[dict[str, float] | None]
 
 
+class PromptLogprob(BaseModel):
+    """How likely a token was in its place of a prompt; `rank` is None below the likeliest told."""
+
+    logprob: float
+    rank: int | None
+    decoded_token: str
+
+
+PromptLogprobs = list[dict[str, PromptLogprob] | None]
+"""For each token of a prompt but the first: itself and the likeliest ones, by token id."""
+
+
 class ErrorDetails(BaseModel):
     """OpenAI's error fields."""
 

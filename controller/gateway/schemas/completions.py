@@ -5,8 +5,14 @@ from typing import Any, ClassVar, Literal
 from pydantic import BaseModel, Field, field_validator, model_validator
 
 from controller.gateway.schemas.base import Neutral, wrong_field
-from controller.gateway.schemas.common import CompletionLogprobs, FinishReason, Usage
+from controller.gateway.schemas.common import (
+    CompletionLogprobs,
+    FinishReason,
+    PromptLogprobs,
+    Usage,
+)
 from controller.gateway.schemas.sampling import (
+    INT64_MAX,
     MAX_CHOICES,
     MAX_LOGPROBS,
     UNSUPPORTED,
@@ -29,6 +35,13 @@ class CompletionRequest(SamplingBody):
         description="One prompt or a list of them; each is answered by the choice of its index."
     )
 
+    max_tokens: int | None = Field(
+        default=None,
+        ge=0,
+        le=INT64_MAX,
+        description="Most tokens to generate, 16 by default; 0 only with `echo`.",
+    )
+    echo: bool | None = Field(default=None, description="Put the prompt before the answer.")
     best_of: int | None = Field(
         default=None,
         ge=1,
@@ -53,6 +66,25 @@ class CompletionRequest(SamplingBody):
         if self.picks_best and self.stream:
             raise wrong_field("cannot be streamed: the best is known at the end", field="best_of")
         return self
+
+    @model_validator(mode="after")
+    def _check_max_tokens(self) -> "CompletionRequest":
+        if self.max_tokens == 0 and not self.echo:
+            raise wrong_field(
+                "must be greater than or equal to 1, unless 'echo' is true", field="max_tokens"
+            )
+        return self
+
+    @property
+    def echoes_prompt(self) -> bool:
+        """Whether the prompt's text goes before the answer."""
+        return bool(self.echo)
+
+    @property
+    def num_prompt_logprobs(self) -> int | None:
+        """How many of the likeliest tokens to know beside each of the prompt's; None for none."""
+        wanted = [self.prompt_logprobs, self.logprobs if self.echo else None]
+        return max((number for number in wanted if number is not None), default=None)
 
     @property
     def picks_best(self) -> bool:
@@ -87,6 +119,7 @@ class CompletionChoice(BaseModel):
     stop_reason: str | int | None = None
     token_ids: list[int] | None = None
     prompt_token_ids: list[int] | None = None
+    prompt_logprobs: PromptLogprobs | None = None
 
 
 class Completion(BaseModel):

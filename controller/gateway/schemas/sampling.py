@@ -35,10 +35,6 @@ UNSUPPORTED: dict[str, Neutral] = {
     "use_beam_search": (False,),
     "spaces_between_special_tokens": (True,),
     "logits_processors": ([],),
-    "echo": (False,),
-    "prompt_logprobs": (),
-    "priority": (0,),
-    "cache_salt": (),
     "guided_json": (),
     "guided_regex": (),
     "guided_choice": (),
@@ -166,6 +162,25 @@ class SamplingBody(ApiBody):
     return_tokens_as_token_ids: bool | None = Field(
         default=None, description="Write tokens as `token_id:42` in log-probabilities."
     )
+    prompt_logprobs: int | None = Field(
+        default=None,
+        ge=0,
+        le=MAX_LOGPROBS,
+        description="Tell how likely the prompt's tokens were, beside so many of the likeliest; "
+        "not in streams.",
+    )
+    priority: int | None = Field(
+        default=None,
+        ge=-(1 << 31),
+        le=(1 << 31) - 1,
+        description="Inside a replica, lower ones start first; 0 by default.",
+    )
+    cache_salt: str | None = Field(
+        default=None,
+        min_length=1,
+        max_length=256,
+        description="Cached prefixes are shared with calls of the same salt only.",
+    )
     request_id: str | None = Field(
         default=None,
         min_length=1,
@@ -232,6 +247,12 @@ class SamplingBody(ApiBody):
         return value
 
     @model_validator(mode="after")
+    def _check_prompt_logprobs(self) -> "SamplingBody":
+        if self.prompt_logprobs is not None and self.stream:
+            raise wrong_field("cannot be streamed", field="prompt_logprobs")
+        return self
+
+    @model_validator(mode="after")
     def _check_structure(self) -> "SamplingBody":
         formatted = self.response_format
         if formatted and formatted.type != "text" and self.structured_outputs:
@@ -257,6 +278,16 @@ class SamplingBody(ApiBody):
     def num_logprobs(self) -> int | None:
         """How many of the likeliest tokens to tell beside each token; None tells nothing."""
         return None
+
+    @property
+    def num_prompt_logprobs(self) -> int | None:
+        """How many of the likeliest tokens to know beside each of the prompt's; None for none."""
+        return self.prompt_logprobs
+
+    @property
+    def echoes_prompt(self) -> bool:
+        """Whether the prompt's text goes before the answer."""
+        return False
 
     @property
     def includes_usage(self) -> bool:

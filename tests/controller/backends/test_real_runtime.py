@@ -86,6 +86,9 @@ class Collected:
     def on_logprobs(self, logprobs: pb.TokenLogprobs) -> None:
         raise AssertionError("nobody has asked for them")
 
+    def on_prompt_logprobs(self, logprobs: pb.PromptLogprobs) -> None:
+        raise AssertionError("nobody has asked for them")
+
     def on_token(self, token_id: int) -> None:
         self._tokens.append(token_id)
 

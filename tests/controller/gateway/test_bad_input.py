@@ -82,7 +82,7 @@ async def test_surrogate_pairs_and_any_unicode_are_fine(
         ({"model": None}, "model", "string"),
         ({"model": 7}, "model", "string"),
         ({"model": ""}, "model", "at least 1"),
-        ({"max_tokens": -1}, "max_tokens", "greater than or equal to 1"),
+        ({"max_tokens": -1}, "max_tokens", "greater than or equal to"),
         ({"max_tokens": 0}, "max_tokens", "greater than or equal to 1"),
         ({"max_tokens": "5"}, "max_tokens", "integer"),
         ({"max_tokens": True}, "max_tokens", "integer"),
@@ -130,6 +130,11 @@ async def test_surrogate_pairs_and_any_unicode_are_fine(
         ({"truncate_prompt_tokens": -2}, "truncate_prompt_tokens", "greater than or equal to -1"),
         ({"truncation_side": "middle"}, "truncation_side", "'left' or 'right'"),
         ({"request_id": "a b"}, "request_id", "pattern"),
+        ({"prompt_logprobs": -1}, "prompt_logprobs", "greater than or equal to 0"),
+        ({"prompt_logprobs": 21}, "prompt_logprobs", "less than or equal to 20"),
+        ({"prompt_logprobs": 0, "stream": True}, "prompt_logprobs", "cannot be streamed"),
+        ({"priority": 2**31}, "priority", "less than or equal to"),
+        ({"cache_salt": ""}, "cache_salt", "at least 1"),
         ({"temprature": 1}, "temprature", "did you mean 'temperature'?"),
         ({"x" * 1000: 1}, "x" * 64, "unknown field"),
     ],
@@ -169,6 +174,7 @@ async def test_wrong_field_is_named_with_what_to_change(
         ({"logprobs": True, "top_logprobs": 21}, "top_logprobs"),
         ({"top_logprobs": 1}, "top_logprobs"),
         ({"chat_template": "{{ x }}"}, "chat_template"),
+        ({"echo": True}, "echo"),
         (
             {"continue_final_message": True, "add_generation_prompt": True},
             "continue_final_message",
@@ -201,7 +207,7 @@ async def test_token_outside_the_vocabulary_is_refused(
 @pytest.mark.parametrize(
     ("change", "param", "hint"),
     [
-        ({"echo": True}, "echo", "not supported"),
+        ({"echo": 1}, "echo", "boolean"),
         ({"suffix": "x"}, "suffix", "not supported"),
         ({"logprobs": 21}, "logprobs", "less than or equal to 20"),
         ({"logprobs": True}, "logprobs", "integer"),

@@ -39,6 +39,7 @@ async def test_whole_answer_has_text_finish_reason_and_usage(
             }
         ],
         "prompt_token_ids": None,
+        "prompt_logprobs": None,
         "usage": {
             "prompt_tokens": num_prompt,
             "completion_tokens": num_output,

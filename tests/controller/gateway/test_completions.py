@@ -42,6 +42,7 @@ async def test_text_prompt_is_continued(client: httpx.AsyncClient, echo: FakeFun
             "stop_reason": None,
             "token_ids": None,
             "prompt_token_ids": None,
+            "prompt_logprobs": None,
         }
     ]
 

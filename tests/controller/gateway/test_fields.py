@@ -362,3 +362,111 @@ async def test_usage_goes_with_every_chunk_if_asked_for(
     assert counts == sorted(counts)
     assert counts[-1] == len(answer_tokens) + 1
     assert all(usage["prompt_tokens"] == usages[0]["prompt_tokens"] > 0 for usage in usages)
+
+
+async def test_priority_and_salt_go_to_the_replica(
+    client: httpx.AsyncClient, function: FakeFunction
+) -> None:
+    await post(client, CHAT, priority=-7, cache_salt="mine")
+    request = function.generations[-1].request
+    assert (request.priority, request.cache_salt) == (-7, "mine")
+    await post(client, CHAT)
+    request = function.generations[-1].request
+    assert (request.priority, request.cache_salt) == (0, "")
+
+
+def echo_script(tokens: list[int]) -> Any:
+    """Return a script whose prompt's tokens are the likelier the later, told in two parts."""
+
+    def script(request: GenerationRequest) -> Iterable[Step]:
+        prompt = request.prompt_token_ids
+        num_top = request.sampling.num_prompt_logprobs
+        told = request.sampling.HasField("num_prompt_logprobs")
+        parts = [
+            pb.PromptLogprobs(
+                first=first,
+                logprobs=[-float(position) for position in range(first, end)],
+                top_token_ids=[104] * num_top * (end - first),
+                top_logprobs=[-0.5] * num_top * (end - first),
+            )
+            for first, end in ((1, 3), (2, len(prompt)))  # the second begins within the first
+        ]
+        logprobs = [pb.TokenLogprobs(logprob=-0.25)]
+        for index, token_id in enumerate(tokens):
+            yield TokenChunk(
+                [token_id], logprobs=logprobs, prompt_logprobs=parts if told and not index else ()
+            )
+        yield TokenChunk([], finish_reason="length")
+
+    return script
+
+
+@pytest.mark.parametrize("stream", [False, True])
+async def test_echo_puts_the_prompt_and_its_logprobs_before_the_answer(
+    client: httpx.AsyncClient, function: FakeFunction, byte_level: Tokenizer, stream: bool
+) -> None:
+    text = "Zürich 東京 hot"
+    prompt, tokens = byte_level.encode(text).ids, byte_level.encode(" tea").ids
+    function.script = echo_script(tokens)
+    fields = {"prompt": text, "echo": True, "logprobs": 1, "stream": stream}
+    response = await client.post(TEXT, json={**PROMPT, **fields})
+    if stream:
+        choices = [event["choices"][0] for event in events(response.text)[:-1]]
+    else:
+        choices = response.json()["choices"]
+    assert "".join(choice["text"] for choice in choices) == text + " tea"
+    logprobs: dict[str, list[Any]] = {"tokens": [], "token_logprobs": [], "text_offset": []}
+    for choice in choices:
+        for key in logprobs:
+            logprobs[key] += (choice["logprobs"] or {}).get(key, [])
+    expected = [None, *(-float(position) for position in range(1, len(prompt)))]
+    assert logprobs["token_logprobs"] == expected + [-0.25] * len(tokens)
+    assert logprobs["text_offset"][len(prompt)] == len(text)
+    assert logprobs["text_offset"] == sorted(logprobs["text_offset"])
+    assert len(logprobs["tokens"]) == len(prompt) + len(tokens)
+
+
+async def test_echo_without_logprobs_computes_none(
+    client: httpx.AsyncClient, function: FakeFunction, byte_level: Tokenizer
+) -> None:
+    function.script = echo_script(byte_level.encode(" tea").ids)
+    body = await post(client, TEXT, prompt=["hot", "cold"], echo=True)
+    assert [choice["text"] for choice in body["choices"]] == ["hot tea", "cold tea"]
+    body = await post(client, TEXT, prompt=[104, 105], echo=True)
+    assert body["choices"][0]["text"] == byte_level.decode([104, 105]) + " tea"
+    assert not sampling_of(function).HasField("num_prompt_logprobs")
+
+
+async def test_no_token_is_returned_where_none_is_wanted(
+    client: httpx.AsyncClient, function: FakeFunction, byte_level: Tokenizer
+) -> None:
+    function.script = echo_script(byte_level.encode("tea").ids)
+    body = await post(client, TEXT, prompt="hot water", echo=True, max_tokens=0, logprobs=1)
+    choice = body["choices"][0]
+    assert choice["text"] == "hot water"
+    assert choice["finish_reason"] == "length"
+    assert len(choice["logprobs"]["tokens"]) == len(byte_level.encode("hot water").ids)
+    assert choice["logprobs"]["top_logprobs"][0] is None
+    assert choice["logprobs"]["token_logprobs"][1] == -1.0
+    assert body["usage"]["completion_tokens"] == 0
+    assert function.num_running == 0
+
+
+@pytest.mark.parametrize("path", [CHAT, TEXT])
+async def test_prompt_logprobs_are_told_in_vllms_shape(
+    client: httpx.AsyncClient, function: FakeFunction, byte_level: Tokenizer, path: str
+) -> None:
+    function.script = echo_script(byte_level.encode("tea").ids)
+    body = await post(client, path, prompt_logprobs=1)
+    prompt = list(function.generations[-1].request.prompt_token_ids)
+    told = body["prompt_logprobs"] if path == CHAT else body["choices"][0]["prompt_logprobs"]
+    assert len(told) == len(prompt)
+    assert told[0] is None
+    assert told[1][str(prompt[1])]["logprob"] == -1.0
+    assert told[1]["104"] == {
+        "logprob": -0.5,
+        "rank": 1,
+        "decoded_token": byte_level.decode([104]),
+    }
+    choice = body["choices"][0]
+    assert (choice["text"] if path == TEXT else choice["message"]["content"]) == "tea"

@@ -314,3 +314,33 @@ def test_bias_penalties_and_logprobs_are_those_of_their_definitions() -> None:
         assert list(found.top_logprobs) == pytest.approx(expected.topk(3).values.tolist(), abs=1e-4)
         tokens.append(token_id)
     assert len(tokens) == 8
+
+
+@pytest.mark.parametrize("budget", [4, 64])
+def test_prompt_logprobs_are_those_of_the_model_whatever_the_cache_and_the_chunks(
+    budget: int,
+) -> None:
+    model = random_llama()
+    config = EngineConfig(
+        max_num_batched_tokens=budget, max_num_seqs=2, block_size=4, kv_cache_bytes=1 << 20
+    )
+    engine = Engine(config, new_runner(model), frozenset())
+    prompt = [3, 1, 4, 1, 5, 9, 2, 6, 5, 3]
+    expected = reference_logits(model, prompt).log_softmax(-1)
+    sampling = SamplingParams(temperature=0.0, max_tokens=1, num_prompt_logprobs=2)
+    for id in (1, 2):  # the second finds all of it in the prefix cache
+        engine.submit(new_request(id, prompt, sampling=sampling))
+        found: dict[int, tuple[float, list[int], list[float]]] = {}
+        while engine.has_work():
+            for part in engine.step().prompt_logprobs.values():
+                for i, logprob in enumerate(part.logprobs):
+                    tops = slice(2 * i, 2 * i + 2)
+                    found[part.first + i] = (
+                        logprob, list(part.top_token_ids[tops]), list(part.top_logprobs[tops])
+                    )  # fmt: skip
+        assert sorted(found) == list(range(1, len(prompt)))
+        for position, (logprob, top_ids, top) in found.items():
+            row = expected[position - 1]
+            assert logprob == pytest.approx(float(row[prompt[position]]), abs=1e-4)
+            assert top_ids == row.topk(2).indices.tolist()
+            assert top == pytest.approx(row.topk(2).values.tolist(), abs=1e-4)

@@ -9,7 +9,14 @@ GREEDY = SamplingParams(temperature=0.0)
 _numbers = count(1)
 
 
-def new_sequence(token_ids: SequenceOf[int], *, max_tokens: int = 1000, id: int = 0) -> Sequence:
+def new_sequence(
+    token_ids: SequenceOf[int],
+    *,
+    max_tokens: int = 1000,
+    id: int = 0,
+    priority: int = 0,
+    cache_salt: str = "",
+) -> Sequence:
     number = next(_numbers)
     return Sequence(
         key=SequenceKey(0, id or number),
@@ -19,6 +26,8 @@ def new_sequence(token_ids: SequenceOf[int], *, max_tokens: int = 1000, id: int 
         max_tokens=max_tokens,
         stop_token_ids=frozenset(),
         token_ids=list(token_ids),
+        priority=priority,
+        cache_salt=cache_salt,
     )
 
 

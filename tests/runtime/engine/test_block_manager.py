@@ -161,3 +161,34 @@ def test_without_prefix_caching_nothing_is_kept() -> None:
 @pytest.mark.parametrize(("num_tokens", "fits"), [(32, True), (33, False)])
 def test_capacity_counts_all_blocks(num_tokens: int, fits: bool) -> None:
     assert new_blocks(8).fits(num_tokens) is fits
+
+
+def test_salted_prefixes_are_shared_with_the_same_salt_only() -> None:
+    blocks = new_blocks(32)
+    for salt in ("", "a", "b"):
+        sequence = new_sequence(range(10), cache_salt=salt)
+        blocks.share_prefix(sequence)
+        assert sequence.block_ids == [], "nobody else's"
+        compute(blocks, sequence)
+        blocks.release(sequence)
+    for salt in ("b", "", "a"):
+        again = new_sequence(range(10), cache_salt=salt)
+        blocks.share_prefix(again)
+        assert again.num_computed_tokens == 8
+        blocks.release(again)
+    other = new_sequence(range(10), cache_salt="c")
+    blocks.share_prefix(other)
+    assert other.num_computed_tokens == 0
+
+
+def test_salts_are_forgotten_and_their_blocks_never_confused() -> None:
+    blocks = new_blocks(8)
+    first = new_sequence(range(10), cache_salt="first")
+    compute(blocks, first)
+    blocks.release(first)
+    for number in range(5000):
+        blocks.share_prefix(new_sequence(range(10), cache_salt=str(number)))
+    again = new_sequence(range(10), cache_salt="first")
+    blocks.share_prefix(again)
+    assert again.num_computed_tokens == 0
+    assert len(blocks._roots) <= 4096

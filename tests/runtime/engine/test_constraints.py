@@ -37,7 +37,11 @@ OBJECT = LLMatcher.grammar_from_json_schema(
 
 
 def new_engine(
-    *, max_in_flight: int = 1, num_kv_blocks: int = 64, tokenizer: Tokenizer = TOKENIZER
+    *,
+    max_in_flight: int = 1,
+    num_kv_blocks: int = 64,
+    tokenizer: Tokenizer = TOKENIZER,
+    compiled: Sequence[str] = (),
 ) -> tuple[Engine, TokenRunner]:
     runner = TokenRunner(
         vocab_size=VOCAB_SIZE,
@@ -48,6 +52,8 @@ def new_engine(
     grammars = GrammarCompiler(
         tokenizer.to_str, vocab_size=VOCAB_SIZE, eos_token_ids=frozenset({EOS})
     )
+    for grammar in compiled:  # so that all sequences begin together
+        grammars.compile(grammar).result()
     config = EngineConfig(block_size=4, max_num_batched_tokens=64)
     return Engine(config, runner, frozenset({EOS}), grammars), runner
 
@@ -102,7 +108,7 @@ def test_overlap_neighbours_and_preemption_change_no_constrained_output() -> Non
     alone = {id: generate({id: one}, max_in_flight=1)[0][id] for id, one in params.items()}
     together, _ = generate(params, max_in_flight=2)
     assert together == alone
-    engine, _ = new_engine(max_in_flight=2, num_kv_blocks=16)
+    engine, _ = new_engine(max_in_flight=2, num_kv_blocks=12, compiled=[WORD, OBJECT])
     for id, one in params.items():
         engine.submit(new_request(id, [id, id + 1, id + 2], sampling=one))
     squeezed, _ = run(engine)

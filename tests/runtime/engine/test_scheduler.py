@@ -207,3 +207,29 @@ def test_prompt_beside_many_decodes_still_gets_its_share() -> None:
     batch = scheduler.schedule()
     assert [item.num_tokens for item in batch.sequences] == [*[1] * 15, 8]
     assert budgets == [0, 15]
+
+
+def test_lower_priorities_start_first_and_are_preempted_last() -> None:
+    harness = Harness(num_blocks=4, max_num_seqs=2)
+    harness.scheduler.add(new_sequence([1], max_tokens=16, id=1, priority=5))
+    harness.scheduler.add(new_sequence([2], max_tokens=16, id=2, priority=5))
+    harness.scheduler.add(new_sequence([3], max_tokens=16, id=3, priority=-1))
+    harness.scheduler.add(new_sequence([4], max_tokens=16, id=4))
+    assert harness.step()[0] == [(3, 0, 1), (4, 0, 1)]
+    seen = [{id for id, *_ in harness.step()[0]} for _ in range(60)]
+    first_seen = {id: next(i for i, ids in enumerate(seen) if id in ids) for id in (1, 2)}
+    assert first_seen[1] <= first_seen[2]
+    last_seen = [max(i for i, ids in enumerate(seen) if id in ids) for id in (3, 4, 1, 2)]
+    assert last_seen == sorted(last_seen)
+    assert harness.scheduler.counters.num_preemptions > 0
+
+
+def test_a_lower_priority_that_came_later_takes_the_earlier_ones_blocks() -> None:
+    harness = Harness(num_blocks=4)
+    harness.scheduler.add(new_sequence(range(3), max_tokens=16, id=1, priority=3))
+    harness.step()
+    harness.scheduler.add(new_sequence(range(50, 53), max_tokens=16, id=2, priority=1))
+    seen = [{id for id, *_ in harness.step()[0]} for _ in range(14)]
+    assert seen[0] == {1, 2}
+    assert {1} not in seen[: seen.index({2})]
+    assert harness.scheduler.counters.num_preemptions == 1

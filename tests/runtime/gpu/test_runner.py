@@ -251,3 +251,30 @@ def _greedy_among(
         is_bad = index > 0 and token_ids[-1] == 7
         token_ids.append(max(allowed - {7 if is_bad else -1}, key=lambda token: logits[token]))
     return token_ids[len(prompt) :]
+
+
+def test_prompt_logprobs_are_those_of_transformers_in_any_mix() -> None:
+    model = tiny_llama()
+    engine = new_engine(model)
+    prompts = {id: [(11 * id + i) % 100 for i in range(9 * id)] for id in (1, 2, 3)}
+    for id, prompt in prompts.items():
+        sampling = SamplingParams(
+            temperature=0.0, max_tokens=3, num_prompt_logprobs=None if id == 2 else id
+        )
+        engine.submit(new_request(id, prompt, sampling=sampling))
+    found: defaultdict[int, dict[int, tuple[float, list[int]]]] = defaultdict(dict)
+    while engine.has_work():
+        for key, part in engine.step().prompt_logprobs.items():
+            id = key.sequence_id
+            for i, logprob in enumerate(part.logprobs):
+                top_ids = list(part.top_token_ids[id * i : id * (i + 1)])
+                found[id][part.first + i] = (logprob, top_ids)
+    assert sorted(found) == [1, 3]
+    for id, by_position in found.items():
+        expected = reference_logits(model, prompts[id]).log_softmax(-1)
+        assert sorted(by_position) == list(range(1, len(prompts[id])))
+        for position, (logprob, top_ids) in by_position.items():
+            row = expected[position - 1]
+            assert logprob == pytest.approx(float(row[prompts[id][position]]), abs=1e-3)
+            assert top_ids[0] == int(row.argmax())
+            assert len(top_ids) == id
