@@ -12,7 +12,7 @@ from controller.batches.run import BatchNode
 from controller.batches.service import BatchService
 from controller.clock import Clock
 from controller.gateway.calls import Gateway
-from controller.gateway.inner import InnerCalls
+from controller.gateway.inner import InnerCalls, KeyCheck
 from controller.gateway.routes.batches import batches_router
 from controller.gateway.routes.files import files_router
 from controller.gateway.routes.requests import requests_router
@@ -32,11 +32,17 @@ class Jobs:
         settings: Limits and directories.
         database: Keeps what was accepted.
         clock: For deadlines.
-        gateway: What the requests of batches are answered with.
+        gateway: What their requests are answered with.
+        keys: Says whether who asked still may.
     """
 
     def __init__(
-        self, settings: Settings, database: Database, clock: Clock, gateway: Gateway
+        self,
+        settings: Settings,
+        database: Database,
+        clock: Clock,
+        gateway: Gateway,
+        keys: KeyCheck,
     ) -> None:
         self._settings = settings
         self._clock = clock
@@ -47,7 +53,7 @@ class Jobs:
             max_file_bytes=settings.max_file_bytes,
             max_total_bytes=settings.max_files_bytes,
         )
-        call = InnerCalls(gateway)
+        call = InnerCalls(gateway, keys)
         self._requests = RequestService(
             RequestNode(
                 database=database,

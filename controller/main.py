@@ -146,7 +146,7 @@ async def run(settings: Settings, backends: Sequence[RuntimeBackend] | None = No
             texts=texts,
             is_ready=lambda: True,
         )
-        jobs = Jobs(settings, database, clock, gateway)
+        jobs = Jobs(settings, database, clock, gateway, records)
         stack.push_async_callback(jobs.stop)
         await jobs.start(reaper)
         reaper.every(settings.tick_s, "sweep", plane.sweep)

@@ -161,6 +161,15 @@ class Records:
             is_revoked=stored.revoked_us is not None,
         )
 
+    async def may_call(self, key_id: str) -> bool:
+        """Return whether a key that was good once still is."""
+        now_us = unix_us(self._clock.now())
+        try:
+            key = await self._answer(lambda connection: Keys(connection).get(key_id))
+        except NotStored:
+            return False
+        return _is_usable(key, now_us)
+
     async def bootstrap_key(self, path: Path) -> bool:
         """Write a first key to a private file unless one can be used; says whether it did."""
         now_us = unix_us(self._clock.now())

@@ -175,6 +175,15 @@ class FileStore:
         await transact(self._database, lambda connection: Files(connection).delete(file_id))
         await asyncio.to_thread(self.path(file_id).unlink, missing_ok=True)
 
+    async def check_content(self, file: StoredFile) -> None:
+        """Make sure that what is in a file is there.
+
+        Raises:
+            NotFound: It has just been deleted.
+        """
+        if not await asyncio.to_thread(self.path(file.id).exists):
+            raise _no_such_file(file.id)
+
     async def sweep(self) -> None:
         """Delete what has expired and what was never finished, at the start and now and then."""
         now_us = unix_us(self._clock.now())

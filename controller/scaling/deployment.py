@@ -63,8 +63,18 @@ def deployment_of(spec: FunctionSpec, backend: str, snapshot: Path) -> Deploymen
         runtime_hash=_runtime_hash(spec, backend, snapshot.name, pooling),
         max_model_len=max_model_len,
         pooling=pooling,
-        demand=demand_of(spec, lambda: _weights_bytes(snapshot)),
+        demand=demand_of(
+            spec,
+            lambda: _weights_bytes(snapshot),
+            working_bytes=None if pooling is None else _working_bytes(spec, pooling, max_model_len),
+        ),
     )
+
+
+def _working_bytes(spec: FunctionSpec, pooling: Pooling, max_model_len: int) -> int:
+    """Return what the largest step of an engine that embeds takes beside the weights."""
+    num_tokens = max(spec.engine.max_num_batched_tokens, max_model_len)
+    return num_tokens * pooling.bytes_per_token
 
 
 def _weights_bytes(snapshot: Path) -> int:

@@ -14,6 +14,7 @@ if TYPE_CHECKING:
     from controller.scaling.generation import GenerationRecord
 
 POOLING_FILE = "pooling.json"
+LIVE_RESULTS = 4  # of the widest, in fp32, at the same time
 ENCODERS = frozenset({"bert"})
 
 
@@ -27,6 +28,7 @@ class Pooling:
         size: Numbers in a vector.
         shorter: Sizes a caller may cut it to; empty for none, None for any.
         max_tokens: Longest text its author means it for; None leaves that to the model.
+        bytes_per_token: What a token takes while it is computed, at most.
     """
 
     mode: str
@@ -34,6 +36,7 @@ class Pooling:
     size: int
     shorter: tuple[int, ...] | None
     max_tokens: int | None
+    bytes_per_token: int = 0
 
     def allows(self, dimensions: int) -> bool:
         """Return whether a caller may have vectors of this size."""
@@ -128,7 +131,13 @@ def pooling_of(spec: FunctionSpec, snapshot: Path) -> Pooling | None:
         size=size,
         shorter=shorter,
         max_tokens=told.get("max_tokens"),
+        bytes_per_token=_bytes_per_token(config, size),
     )
+
+
+def _bytes_per_token(config: Mapping[str, Any], size: int) -> int:
+    widest = max(2 * int(config.get("intermediate_size") or 4 * size), 3 * size)
+    return LIVE_RESULTS * widest * 4
 
 
 def _size(config: Mapping[str, Any], snapshot: Path) -> int:

@@ -66,17 +66,23 @@ class Unschedulable(Exception):
         self.param = param
 
 
-def demand_of(spec: FunctionSpec, weights_bytes: Callable[[], int] = lambda: 0) -> Demand:
+def demand_of(
+    spec: FunctionSpec,
+    weights_bytes: Callable[[], int] = lambda: 0,
+    *,
+    working_bytes: int | None = None,
+) -> Demand:
     """Return what each replica of a function needs.
 
     Args:
         spec: The function.
         weights_bytes: Returns the size of the snapshot's weights, over all ranks, if it matters.
+        working_bytes: What it needs beside them if it keeps no KV cache; None if it keeps one.
     """
     num_gpus = spec.resources.gpus
     if num_gpus == 0:
         return Demand(num_gpus=0, memory_bytes=spec.resources.memory or 0)
-    kv_bytes = spec.engine.kv_cache_memory_bytes
+    kv_bytes = spec.engine.kv_cache_memory_bytes if working_bytes is None else working_bytes
     if kv_bytes is None:
         return Demand(num_gpus=num_gpus, memory_share=spec.engine.gpu_memory_utilization)
     weights_each = -(-weights_bytes() // num_gpus)

@@ -36,6 +36,17 @@ class Keys:
         found = self._select(api_keys.c.key_hash == key_hash)
         return found[0] if found else None
 
+    def get(self, key_id: str) -> StoredKey:
+        """Return a key, also an expired or revoked one.
+
+        Raises:
+            NotStored: There is no such key.
+        """
+        found = self._select(api_keys.c.id == key_id)
+        if not found:
+            raise NotStored(f"no API key {key_id!r}")
+        return found[0]
+
     def list(self) -> Sequence[StoredKey]:
         """Return every key, oldest first."""
         return self._select()
@@ -46,8 +57,7 @@ class Keys:
         Raises:
             NotStored: There is no such key.
         """
-        if not self._select(api_keys.c.id == key_id):
-            raise NotStored(f"no API key {key_id!r}")
+        self.get(key_id)
         is_this = (api_keys.c.id == key_id) & api_keys.c.revoked_us.is_(None)
         self._connection.execute(update(api_keys).where(is_this).values(revoked_us=at_us))
 

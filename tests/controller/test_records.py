@@ -187,7 +187,10 @@ async def test_a_key_is_found_by_its_hash_until_it_is_revoked(
     assert key.expires_at is not None
     assert (key.expires_at - clock.now()).total_seconds() == 60.0
     assert all("key" not in listed for listed in await records.keys()), "secrets are shown once"
+    assert await records.may_call(key.id)
     await records.revoke_key(key.id)
+    assert not await records.may_call(key.id)
+    assert not await records.may_call("nobody")
     revoked = await records.find(hash_key(created["key"]))
     assert revoked is not None
     assert revoked.is_revoked
@@ -230,6 +233,7 @@ async def test_what_clients_ask_for_is_503_while_the_database_is_away(
         records.keys(),
         records.create_key("ci", expires_in_s=None),
         records.revoke_key("id"),
+        records.may_call("id"),
         records.cold_starts(function=None, limit=1),
         records.put(stored),
         records.delete("tiny"),

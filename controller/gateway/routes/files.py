@@ -88,6 +88,7 @@ def files_router(files: FileStore, users: FileUsers, settings: Settings, clock: 
     async def get_file_content(file_id: str, request: Request) -> FileResponse:
         """Send what is in a file, in pieces."""
         file = await files.get(file_id, key_id=request.scope["state"]["key_id"])
+        await files.check_content(file)
         # Never shown by a browser as what it claims to be: anybody may have uploaded it.
         return FileResponse(
             files.path(file.id),

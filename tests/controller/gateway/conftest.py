@@ -30,6 +30,9 @@ class FakeKeyStore:
         self.asked.append(key_hash)
         return self.keys.get(key_hash)
 
+    async def may_call(self, key_id: str) -> bool:
+        return any(key.id == key_id and not key.is_revoked for key in self.keys.values())
+
 
 @pytest.fixture(scope="session")
 def byte_level() -> Tokenizer:

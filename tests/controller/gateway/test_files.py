@@ -132,6 +132,12 @@ async def test_deleted_file_is_gone_from_disk_too(
     assert names(directory) == []
 
 
+async def test_content_that_is_gone_is_404(client: httpx.AsyncClient, directory: Path) -> None:
+    file_id = (await upload(client)).json()["id"]
+    (directory / file_id).unlink()
+    assert (await client.get(f"/v1/files/{file_id}/content")).status_code == 404
+
+
 async def test_list_is_cut_into_pages(client: httpx.AsyncClient) -> None:
     ids = {(await upload(client)).json()["id"] for _ in range(5)}
     for order in ("asc", "desc"):

@@ -20,6 +20,7 @@ from controller.scaling.embedding import EmbeddingRequest, Pooling, pooling_of
 from controller.scaling.embedding_call import FunctionEmbedding
 from controller.scaling.function import Function
 from controller.scaling.journal import UsageEntry
+from controller.scaling.placement import ENGINE_OVERHEAD_BYTES, demand_of
 from tests.fakes.world import World, spec_of
 
 pytestmark = pytest.mark.looptime
@@ -172,7 +173,9 @@ def test_task_and_pooling_follow_from_model_and_spec(
 def test_spec_goes_before_the_author(tmp_path: Path) -> None:
     spec = spec_of(pooling={"mode": "mean", "normalize": True, "dimensions": [16, 32]})
     found = pooling_of(spec, snapshot_of(tmp_path / "s", BERT, TOLD))
-    assert found == Pooling(mode="mean", normalize=True, size=64, shorter=(16, 32), max_tokens=128)
+    assert found == Pooling(
+        mode="mean", normalize=True, size=64, shorter=(16, 32), max_tokens=128, bytes_per_token=8192
+    )
 
 
 @pytest.mark.parametrize(
@@ -223,3 +226,16 @@ def test_how_it_pools_is_part_of_what_a_runtime_cannot_change(tmp_path: Path) ->
         for mode in ("auto", "mean", "cls")
     }
     assert len(hashes) == 2
+
+
+def test_gpu_is_asked_for_weights_and_one_step_only(tmp_path: Path) -> None:
+    snapshot = snapshot_of(tmp_path / "s", BERT | {"intermediate_size": 256})
+    spec = spec_of(resources={"gpus": 0, "memory": "1Gi"})
+    assert deployment_of(spec, "process", snapshot).demand.memory_bytes == 1 << 30
+    found = pooling_of(spec, snapshot)
+    assert found is not None
+    assert found.bytes_per_token == 4 * 2 * 256 * 4
+    on_gpu = spec_of(resources={"gpus": 1})
+    demand = demand_of(on_gpu, lambda: 1000, working_bytes=2000)
+    assert demand.memory_bytes == 3000 + ENGINE_OVERHEAD_BYTES
+    assert demand_of(on_gpu, lambda: 1000).memory_bytes is None

@@ -1,9 +1,8 @@
 """Files and batches through the SDK and the real routes, over a function that plays a script."""
 
 import asyncio
+import dataclasses
 import json
-from collections.abc import AsyncIterator
-from pathlib import Path
 from typing import Any, Literal
 
 import httpx
@@ -11,69 +10,14 @@ import openai
 import pytest
 from openai.types import Batch
 
-from controller.clock import SystemClock
 from controller.errors import ActivationFailed
-from controller.gateway.app import create_app
-from controller.gateway.calls import Gateway
-from controller.gateway.text import ModelTexts
-from controller.jobs import Jobs
-from controller.metrics import Metrics
-from controller.scaling.embedding import Pooling
-from controller.scaling.reaper import Reaper
-from controller.settings import Settings
-from controller.store.database import Database
-from tests.controller.gateway.conftest import FakeKeyStore, client_of
-from tests.fakes.function import FakeFunction, FakeRegistry
+from controller.gateway.auth import ApiKey, hash_key
+from tests.controller.gateway.conftest import FakeKeyStore
+from tests.fakes.function import FakeFunction
 
 MESSAGES = [{"role": "user", "content": "hello"}]
 CHAT: Literal["/v1/chat/completions"] = "/v1/chat/completions"
 EMBEDDINGS = "/v1/embeddings"
-
-
-@pytest.fixture
-async def client(tmp_path: Path, function: FakeFunction) -> AsyncIterator[httpx.AsyncClient]:
-    """A client of an application with files and batches, looked at twenty times a second."""
-    encoder = FakeFunction(function.snapshot_path, lambda _: [], name="encoder")
-    encoder.pooling = Pooling(mode="mean", normalize=True, size=4, shorter=(), max_tokens=None)
-    registry, metrics, clock = FakeRegistry(function, encoder), Metrics(), SystemClock()
-    settings = Settings.model_validate({"home": tmp_path, "tick_s": 0.05})
-    database = Database.open(settings.database_url)
-    texts = ModelTexts(clock)
-    gateway = Gateway(
-        registry=registry,
-        settings=settings,
-        clock=clock,
-        metrics=metrics,
-        texts=texts,
-        is_ready=lambda: True,
-    )
-    jobs, reaper = Jobs(settings, database, clock, gateway), Reaper()
-    await jobs.start(reaper)
-    reaper.start()
-    app = create_app(
-        registry,
-        FakeKeyStore(),
-        settings,
-        clock,
-        metrics=metrics,
-        texts=texts,
-        extra_routers=jobs.routers(),
-    )
-    async with client_of(app) as client:
-        yield client
-    reaper.stop()
-    await jobs.stop()
-    database.close()
-
-
-@pytest.fixture
-def sdk(client: httpx.AsyncClient) -> openai.AsyncOpenAI:
-    return openai.AsyncOpenAI(
-        api_key="unused",
-        base_url="http://localhost/v1",
-        http_client=client,  # type: ignore[arg-type]  # it takes any httpx
-        max_retries=0,
-    )
 
 
 def lines_of(url: str, *bodies: dict[str, Any]) -> bytes:
@@ -93,7 +37,7 @@ async def run_batch(sdk: openai.AsyncOpenAI, url: Any, content: bytes, **options
 
 
 async def ended(sdk: openai.AsyncOpenAI, batch_id: str) -> Batch:
-    async with asyncio.timeout(10):
+    async with asyncio.timeout(30):
         while True:
             batch = await sdk.batches.retrieve(batch_id)
             if batch.status in ("completed", "failed", "expired", "cancelled"):
@@ -158,7 +102,7 @@ async def test_cancelled_in_the_middle(sdk: openai.AsyncOpenAI, function: FakeFu
     content = lines_of(CHAT, {"model": "tiny", "messages": MESSAGES})
     file = await sdk.files.create(file=content, purpose="batch")
     made = await sdk.batches.create(input_file_id=file.id, endpoint=CHAT, completion_window="24h")
-    async with asyncio.timeout(10):
+    async with asyncio.timeout(30):
         await function.entered.wait()
     with pytest.raises(openai.ConflictError):
         await sdk.files.delete(file.id)
@@ -223,3 +167,25 @@ async def test_file_that_is_not_there_is_404(client: httpx.AsyncClient) -> None:
     body = {"input_file_id": "file-0", "endpoint": CHAT, "completion_window": "24h"}
     response = await client.post("/v1/batches", json=body)
     assert (response.status_code, response.json()["error"]["param"]) == (404, "file_id")
+
+
+KEY = ApiKey(id="k", name="k", key_hash=hash_key("sk-k"))
+
+
+@pytest.mark.parametrize("key_store", [FakeKeyStore(KEY)])
+async def test_requests_of_a_key_that_was_revoked_are_refused(
+    sdk: openai.AsyncOpenAI, key_store: FakeKeyStore, function: FakeFunction
+) -> None:
+    sdk = sdk.with_options(api_key="sk-k")
+    function.tier = "parked"
+    content = lines_of(CHAT, {"model": "tiny", "messages": MESSAGES})
+    file = await sdk.files.create(file=content, purpose="batch")
+    made = await sdk.batches.create(input_file_id=file.id, endpoint=CHAT, completion_window="24h")
+    key_store.keys[KEY.key_hash] = dataclasses.replace(KEY, is_revoked=True)
+    function.tier = "ready"
+    await asyncio.sleep(0.5)
+    key_store.keys[KEY.key_hash] = KEY
+    batch = await ended(sdk, made.id)
+    failed = (await answers_of(sdk, batch.error_file_id))["id-0"]["response"]
+    assert (failed["status_code"], failed["body"]["error"]["code"]) == (401, "invalid_api_key")
+    assert function.generations == []

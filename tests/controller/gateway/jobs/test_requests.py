@@ -7,16 +7,14 @@ import httpx
 import openai
 import pytest
 
-from tests.controller.gateway.test_batches import client, sdk
 from tests.fakes.function import FakeFunction
 
-__all__ = ["client", "sdk"]  # fixtures
 CHAT = "/v1/chat/completions"
 BODY: dict[str, Any] = {"model": "tiny", "messages": [{"role": "user", "content": "hello"}]}
 
 
 async def ended(client: httpx.AsyncClient, request_id: str) -> dict[str, Any]:
-    async with asyncio.timeout(10):
+    async with asyncio.timeout(30):
         while True:
             request: dict[str, Any] = (await client.get(f"/v1/requests/{request_id}")).json()
             if request["status"] != "in_progress":
@@ -45,9 +43,10 @@ async def test_accepted_request_is_answered_as_the_endpoint_answers(
 
 async def test_bad_body_is_told_in_the_answer(client: httpx.AsyncClient) -> None:
     body = {"endpoint": CHAT, "body": {"model": "tiny"}}
-    made = (await client.post("/v1/requests", json=body)).json()
-    done = await ended(client, made["id"])
-    assert (done["status"], done["response"]["status_code"]) == ("failed", 400)
+    accepted = await client.post("/v1/requests", json=body)
+    assert accepted.status_code == 202, accepted.text
+    done = await ended(client, accepted.json()["id"])
+    assert (done["status"], done["response"]["status_code"]) == ("failed", 400), done
     assert done["response"]["body"]["error"]["param"] == "messages"
 
 
