@@ -11,6 +11,7 @@ Json = Mapping[str, Any]
 
 _PHASE_KINDS = {
     "queue": "wait",
+    "room": "wait",
     "place": "wait",
     "container_start": "start",
     "runtime_import": "import",

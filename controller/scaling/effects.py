@@ -114,7 +114,7 @@ class Effects:
                     function.deployment,
                     replica,
                     function.homes[replica.id],
-                    function.memory_on_gpus(home),
+                    function.tenancy.promised_bytes(home),
                 ),
                 timeout_s=limit_s,
             )
@@ -202,9 +202,7 @@ class Effects:
         else:
             link.freed_bytes = response.freed_bytes
             function.set.parked(replica, now=function.clock.monotonic())
-            link.kept_bytes = response.memory.kept_bytes
-            device_ids = function.homes[replica.id].device_ids
-            function.node.memory.keep(replica.id, device_ids, link.kept_bytes)
+            function.tenancy.parked(replica, response.memory.kept_bytes)
         function.changed()
 
     async def stop(self, replica: Replica) -> None:

@@ -34,19 +34,14 @@ from controller.scaling.replica import (
     WakeReplica,
 )
 from controller.scaling.replica_set import ReplicaSet
-from controller.scaling.reuse import CallRate
-from controller.scaling.room import Tenant
 from controller.scaling.serving import FunctionGeneration, LiveRequest, Ticket
+from controller.scaling.tenancy import Tenancy
 from functions.spec import ColdPolicy, FunctionSpec
 
 log = structlog.get_logger(__name__)
 
 TIMER_RESOLUTION_S = 0.001
 DEFECT_PAUSE_S = 1.0
-LIKELY_KEPT_BYTES = 1 << 30
-"""What a parked engine may still hold of a GPU, before it has said so."""
-_TIER_AFTER = {ReplicaState.READY: Tier.PARKED, ReplicaState.PARKED: Tier.STANDBY}
-"""What is left of a replica that gives way."""
 
 
 class Function:
@@ -72,6 +67,7 @@ class Function:
         self.set = ReplicaSet(deployment.spec, deployment.runtime_hash, new_id=self._new_replica_id)
         self.last_error = ""
         self.books = Books(self)
+        self.tenancy = Tenancy(self)
         self.engines = EngineFigures(deployment.spec.name, node.metrics)
         self._effects = Effects(self)
         self._warming: asyncio.Task[None] | None = None
@@ -80,7 +76,6 @@ class Function:
         self._is_shut = False
         self._known_floor: Floor | None = None
         self._drained: dict[str, asyncio.Event] = {}
-        self._calls = CallRate()
 
     @property
     def name(self) -> str:
@@ -172,7 +167,7 @@ class Function:
                 retry_after_s=eta,
             )
         now = self.clock.monotonic()
-        self._calls.note(now)
+        self.tenancy.called(now)
         self.set.admit(ticket, now=now)
         self._after_grant(ticket)
 
@@ -232,57 +227,6 @@ class Function:
         self.books.used(generation.record)
         self.poke()
 
-    # Other functions on the same devices: called by the contention.
-
-    def memory_on_gpus(self, home: Home) -> int:
-        """Return how much of each of its GPUs a replica was promised; 0 on the CPU."""
-        gpus = [
-            self.node.memory.devices[gpu] for gpu in home.gpus if gpu in self.node.memory.devices
-        ]
-        return min((self.deployment.demand.bytes_on(gpu) for gpu in gpus), default=0)
-
-    def tenants(self) -> dict[str, Tenant]:
-        """Return its replicas that hold device memory, by id."""
-        now = self.clock.monotonic()
-        reuse = self._calls.reuse_probability(now)
-        has_queue = self.set.num_queued > 0
-        return {
-            replica.id: Tenant(
-                replica_id=replica.id,
-                state=replica.state,
-                kept_bytes=self._kept_bytes(replica),
-                value_s=reuse * self.books.expected_s(_TIER_AFTER.get(replica.state, Tier.STOPPED)),
-                resident_s=now - replica.lifecycle.since,
-                idle_s=now - replica.idle_since,
-                is_busy=replica.in_flight > 0 or (has_queue and not replica.is_yielding),
-                is_needed=self.set.is_needed(replica),
-                is_yielding=replica.is_yielding,
-            )
-            for replica in self.set.replicas.values()
-            if replica.id in self.homes
-        }
-
-    def evict(self, replica_id: str, *, reason: str) -> None:
-        """Park an idle replica, or stop a parked one, now."""
-        replica = self.set.replicas[replica_id]
-        instruction = self.set.evict(replica, now=self.clock.monotonic(), reason=reason)
-        if instruction is not None:
-            self._execute([instruction])
-
-    def yield_place(self, replica_id: str, *, reason: str) -> None:
-        """Give a replica no more requests, and park it when it is empty."""
-        log.info("replica yields", function=self.name, replica_id=replica_id, reason=reason)
-        self.set.replicas[replica_id].is_yielding = True
-        self.poke()
-
-    def _kept_bytes(self, replica: Replica) -> int:
-        """Return what a replica holds of each device when parked, as far as that is known."""
-        link = self.links.get(replica.id)
-        known = None if link is None else link.kept_bytes
-        if known is None:
-            return LIKELY_KEPT_BYTES if self.homes[replica.id].gpus else 0
-        return known
-
     # Operations: called by the control plane.
 
     async def run(self) -> None:
@@ -299,7 +243,7 @@ class Function:
                 await self._wait_for_change()
         finally:
             self._is_shut = True
-            self.node.contention.leave(self.name)
+            self.tenancy.leave_line()
             self._refuse_waiters()
             if self._warming is not None:
                 self._warming.cancel()
@@ -356,7 +300,7 @@ class Function:
                 f"{self.name!r} keeps {self._floor()} replicas ready; lower scaling.min_replicas "
                 "or wait for its schedule to end"
             )
-        self._execute(self.set.park_now(now=self.clock.monotonic(), reason="asked to"))
+        self.execute(self.set.park_now(now=self.clock.monotonic(), reason="asked to"))
         parking = [r for r in self.set.replicas.values() if r.state is ReplicaState.PARKING]
         await self._effects.settled(parking)
         for replica in parking:
@@ -369,7 +313,7 @@ class Function:
         now = self.clock.monotonic()
         replicas = list(self.set.replicas.values())
         instructions = (self.set.drain(replica, now=now, reason="asked to") for replica in replicas)
-        self._execute([instruction for instruction in instructions if instruction is not None])
+        self.execute([instruction for instruction in instructions if instruction is not None])
         await self._effects.settled(replicas)
 
     def close(self) -> None:
@@ -381,7 +325,7 @@ class Function:
         for replica in list(self.set.replicas.values()):
             instruction = self.set.drain(replica, now=now, reason="function deleted")
             if instruction is not None:
-                self._execute([instruction])
+                self.execute([instruction])
         self.poke()
 
     async def finish_requests(self, timeout_s: float) -> None:
@@ -423,11 +367,7 @@ class Function:
         )
         self.links[replica.id] = link
         self.homes[replica.id] = home
-        if state is ReplicaState.READY:
-            self.node.memory.hold(replica.id, home.device_ids, self.deployment.demand)
-        else:
-            link.kept_bytes = link.status.memory.kept_bytes
-            self.node.memory.keep(replica.id, home.device_ids, link.kept_bytes)
+        self.tenancy.adopted(replica)
         self.set.adopt(replica)
         self._effects.watch(replica, link)
         self.books.publish()
@@ -498,8 +438,8 @@ class Function:
         self.set.floor = 0 if self._is_shut else self._floor()
         self._grant()
         may_act = not self._is_shut or self.set.is_closing
-        if may_act and self._execute(self.set.plan(self.clock.monotonic())):
-            self.node.contention.leave(self.name)
+        if may_act and self.execute(self.set.plan(self.clock.monotonic())):
+            self.tenancy.leave_line()
         self.books.publish()
 
     async def _wait_for_change(self) -> None:
@@ -561,29 +501,25 @@ class Function:
         except ApiError as error:
             log.warning("warm-up failed", function=self.name, error=error.message)
 
-    def _place(self, replica: Replica, device_ids: tuple[str, ...] = ()) -> tuple[str, ...] | None:
-        demand = self.deployment.demand
-        return self.node.contention.place(self, replica.id, demand, device_ids)
-
-    def _execute(self, instructions: Iterable[Instruction]) -> bool:
+    def execute(self, instructions: Iterable[Instruction]) -> bool:
         """Begin to carry instructions out; says whether every replica got its place."""
         has_place = True
         for instruction in instructions:
             replica = instruction.replica
             if isinstance(instruction, StartReplica):
-                devices = self._place(replica)
-                if devices is None:
+                home = self.tenancy.settle(replica)
+                if home is None:
                     self.set.unplace(replica, parked=False, now=self.clock.monotonic())
                     has_place = False
                     continue
-                self.homes[replica.id] = self._home(replica, devices)
-                effect = self._effects.start(replica, self.node.contention.leave(self.name))
+                self.homes[replica.id] = home
+                effect = self._effects.start(replica, self.tenancy.leave_line())
             elif isinstance(instruction, WakeReplica):
-                if self._place(replica, self.homes[replica.id].device_ids) is None:
+                if not self.tenancy.reclaim(replica):
                     self.set.unplace(replica, parked=True, now=self.clock.monotonic())
                     has_place = False
                     continue
-                effect = self._effects.wake(replica, self.node.contention.leave(self.name))
+                effect = self._effects.wake(replica, self.tenancy.leave_line())
             elif isinstance(instruction, ParkReplica):
                 effect = self._effects.park(replica)
             else:
@@ -591,20 +527,6 @@ class Function:
             self._effects.run(replica, effect)
         self.books.publish()
         return has_place
-
-    def _home(self, replica: Replica, devices: tuple[str, ...]) -> Home:
-        """Return a standby runtime for the replica, or one that is still to be made for it."""
-        standby = self.node.standbys.take(self.backend)
-        if standby is None:
-            return Home(runtime_id=replica.id, device_ids=devices, backend=self.backend)
-        return Home(
-            runtime_id=standby.runtime_id,
-            device_ids=devices,
-            backend=self.backend,
-            tier=Tier.STANDBY if standby.is_ready else Tier.STOPPED,
-            standby=standby,
-            is_generic=True,
-        )
 
     def _new_replica_id(self) -> str:
         return f"{self.name[:40].rstrip('-')}-{secrets.token_hex(4)}"

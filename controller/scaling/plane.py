@@ -90,7 +90,7 @@ class ControlPlane:
         self._background = Background()
         self._deploying = asyncio.Lock()
         node.memory.on_release(self.poke_all)
-        node.contention.among(self._all_functions)
+        node.contention.among(lambda: (one.tenancy for one in self._all_functions()))
         self._is_started = False
         self._started_at = node.clock.monotonic()
 

@@ -121,7 +121,7 @@ async def machine(monkeypatch: pytest.MonkeyPatch) -> AsyncIterator[Machine]:
     )
     machine = Machine(home=home, world=world, node=node, backend=backend, functions=[])
     node.memory.on_release(machine.poke_all)
-    node.contention.among(lambda: machine.functions)
+    node.contention.among(lambda: (one.tenancy for one in machine.functions))
     standbys.use([backend])
     yield machine
     await standbys.close(remove=True)

@@ -152,7 +152,7 @@ class World:
             epoch=1,
         )
 
-        self.node.contention.among(lambda: self.functions)
+        self.node.contention.among(lambda: (one.tenancy for one in self.functions))
 
     def connect(self, endpoint: str) -> FakeConnection:
         """Connect to the runtime behind an endpoint."""

@@ -1,0 +1,133 @@
+"""One function's replicas as tenants of devices: how they get a place, and how they give way."""
+
+from typing import TYPE_CHECKING
+
+import structlog
+
+from controller.scaling.lifecycle import ReplicaState, Tier
+from controller.scaling.node import Home
+from controller.scaling.replica import Replica
+from controller.scaling.reuse import CallRate
+from controller.scaling.room import Tenant
+
+if TYPE_CHECKING:
+    from controller.scaling.function import Function
+
+log = structlog.get_logger(__name__)
+
+LIKELY_KEPT_BYTES = 1 << 30
+"""What a parked engine may still hold of a GPU, before it has said so."""
+_TIER_AFTER = {ReplicaState.READY: Tier.PARKED, ReplicaState.PARKED: Tier.STANDBY}
+"""What is left of a replica that gives way."""
+
+
+class Tenancy:
+    """A function's side of the contention for devices; a `Party` of it."""
+
+    def __init__(self, function: "Function") -> None:
+        self._function = function
+        self._node = function.node
+        self._calls = CallRate()
+
+    @property
+    def name(self) -> str:
+        """The function's name."""
+        return self._function.name
+
+    def called(self, now: float) -> None:
+        """Count a request: functions that are called often keep their place longer."""
+        self._calls.note(now)
+
+    def settle(self, replica: Replica) -> Home | None:
+        """Give a new replica devices and a runtime; None while others hold the memory."""
+        function, demand = self._function, self._function.deployment.demand
+        device_ids = self._node.contention.place(self, replica.id, demand)
+        if device_ids is None:
+            return None
+        standby = self._node.standbys.take(function.backend)
+        if standby is None:
+            return Home(runtime_id=replica.id, device_ids=device_ids, backend=function.backend)
+        return Home(
+            runtime_id=standby.runtime_id,
+            device_ids=device_ids,
+            backend=function.backend,
+            tier=Tier.STANDBY if standby.is_ready else Tier.STOPPED,
+            standby=standby,
+            is_generic=True,
+        )
+
+    def reclaim(self, replica: Replica) -> bool:
+        """Give a parked replica its devices' memory back; False while others hold it."""
+        demand = self._function.deployment.demand
+        device_ids = self._function.homes[replica.id].device_ids
+        return self._node.contention.place(self, replica.id, demand, device_ids) is not None
+
+    def leave_line(self) -> float:
+        """Wait for no device any more; returns the seconds it was waited for."""
+        return self._node.contention.leave(self.name)
+
+    def adopted(self, replica: Replica) -> None:
+        """Note what a replica holds that was there already."""
+        device_ids = self._function.homes[replica.id].device_ids
+        if replica.state is ReplicaState.PARKED:
+            self.parked(replica, self._function.links[replica.id].status.memory.kept_bytes)
+        else:
+            self._node.memory.hold(replica.id, device_ids, self._function.deployment.demand)
+
+    def parked(self, replica: Replica, kept_bytes: int) -> None:
+        """Note that a replica holds no more than this of each of its devices."""
+        self._function.links[replica.id].kept_bytes = kept_bytes
+        self._node.memory.keep(replica.id, self._function.homes[replica.id].device_ids, kept_bytes)
+
+    def promised_bytes(self, home: Home) -> int:
+        """Return how much of each of its GPUs a replica was promised; 0 on the CPU."""
+        gpus = [self._node.memory.devices[gpu] for gpu in home.gpus]
+        return min((self._function.deployment.demand.bytes_on(gpu) for gpu in gpus), default=0)
+
+    def tenants(self) -> dict[str, Tenant]:
+        """Return its replicas that hold device memory, by id."""
+        function, now = self._function, self._function.clock.monotonic()
+        reuse = self._calls.reuse_probability(now)
+        has_queue = function.set.num_queued > 0
+        return {
+            replica.id: Tenant(
+                replica_id=replica.id,
+                state=replica.state,
+                kept_bytes=self._kept_bytes(replica),
+                value_s=reuse
+                * function.books.expected_s(_TIER_AFTER.get(replica.state, Tier.STOPPED)),
+                resident_s=now - replica.lifecycle.since,
+                idle_s=now - replica.idle_since,
+                is_busy=replica.in_flight > 0 or (has_queue and not replica.is_yielding),
+                is_needed=function.set.is_needed(replica),
+                is_yielding=replica.is_yielding,
+            )
+            for replica in function.set.replicas.values()
+            if replica.id in function.homes
+        }
+
+    def evict(self, replica_id: str, *, reason: str) -> None:
+        """Park an idle replica, or stop a parked one, now."""
+        function = self._function
+        replica = function.set.replicas[replica_id]
+        instruction = function.set.evict(replica, now=function.clock.monotonic(), reason=reason)
+        if instruction is not None:
+            function.execute([instruction])
+
+    def yield_place(self, replica_id: str, *, reason: str) -> None:
+        """Give a replica no more requests, and park it when it is empty."""
+        log.info("replica yields", function=self.name, replica_id=replica_id, reason=reason)
+        self._function.set.replicas[replica_id].is_yielding = True
+        self.poke()
+
+    def poke(self) -> None:
+        """Have the function's owner look again."""
+        self._function.poke()
+
+    def _kept_bytes(self, replica: Replica) -> int:
+        """Return what a replica holds of each device when parked, as far as that is known."""
+        link = self._function.links.get(replica.id)
+        known = None if link is None else link.kept_bytes
+        if known is None:
+            return LIKELY_KEPT_BYTES if self._function.homes[replica.id].gpus else 0
+        return known
