@@ -1,0 +1,184 @@
+"""Many functions on one device, called at random: every answer checked, every wait measured.
+
+    python -m benchmarks.shared_device --tokenizer DIR [--functions 10] [--seconds 300]
+        [--device cuda --layers 32] [--plot docs/shared-device.svg]
+
+Makes that many checkpoints of the 8B shape with their own random weights (on the CPU of a small
+shape), deploys each as a function that needs the whole device, and calls them one after the other
+in random order, with pauses of a second on average. Each function's greedy answer to one prompt is
+taken while it is alone, its canary; every later answer must be the same, token for token. The
+memory in use is sampled all the while. Exits with 1 if an answer was wrong or missing.
+"""
+
+import argparse
+import random
+import statistics
+import sys
+import threading
+import time
+from collections import defaultdict
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+
+import openai
+import pygal
+from rich.console import Console
+from rich.table import Table
+
+from benchmarks.local import Controller, running_controller
+from benchmarks.random_checkpoint import write_checkpoint
+from benchmarks.shapes import LLAMA_3_1_8B
+from functions.spec import FunctionSpec
+
+SMALL = LLAMA_3_1_8B | {
+    "hidden_size": 512,
+    "intermediate_size": 1024,
+    "num_hidden_layers": 4,
+    "num_attention_heads": 8,
+    "num_key_value_heads": 2,
+    "head_dim": 64,
+}
+PROMPT = "The quick brown fox"
+NUM_TOKENS = 8
+MEAN_PAUSE_S = 1.0
+GIB = 1 << 30
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--tokenizer", type=Path, required=True, help="of any small model")
+    parser.add_argument("--functions", type=int, default=10)
+    parser.add_argument("--seconds", type=float, default=300.0)
+    parser.add_argument("--device", choices=["cpu", "cuda"], default="cpu")
+    parser.add_argument("--layers", type=int, default=32, help="of the 8B shape, on a GPU")
+    parser.add_argument("--work", type=Path, default=Path("/tmp/coldspark-shared"))
+    parser.add_argument("--plot", type=Path, help="where to draw the waits, as SVG")
+    arguments = parser.parse_args()
+    names = [f"f{number}" for number in range(arguments.functions)]
+    for name in names:
+        shape = LLAMA_3_1_8B | {"num_hidden_layers": arguments.layers}
+        checkpoint = arguments.work / name
+        if not checkpoint.exists():
+            is_gpu = arguments.device == "cuda"
+            write_checkpoint(
+                checkpoint, shape if is_gpu else SMALL, arguments.tokenizer, arguments.device
+            )
+    with running_controller(arguments.work / "home") as controller:
+        device = _device(controller, arguments.device)
+        for name in names:
+            controller.deploy(_spec(name, arguments.work / name, device))
+        with _memory_watch(controller, str(device["id"])) as most_bytes:
+            waits = _call_at_random(controller, names, arguments.seconds)
+    _print(waits, most_bytes[0])
+    if arguments.plot is not None:
+        _plot(waits, arguments.plot)
+
+
+def _spec(name: str, checkpoint: Path, device: Mapping[str, object]) -> FunctionSpec:
+    is_gpu = device["kind"] == "gpu"
+    whole_bytes = int(str(device["memory_bytes"]))
+    return FunctionSpec.model_validate(
+        {
+            "name": name,
+            "model": {"source": str(checkpoint), "max_model_len": 2048},
+            "engine": {"max_num_seqs": 64},
+            # On the CPU a promise of more than half keeps others out, as a GPU's 90 % does.
+            "resources": {"gpus": 1} if is_gpu else {"gpus": 0, "memory": int(0.6 * whole_bytes)},
+            "scaling": {"max_replicas": 1, "idle_timeout": None},
+        }
+        | ({} if is_gpu else {"engine": {"max_num_seqs": 8, "kv_cache_memory_bytes": "64Mi"}})
+    )
+
+
+def _call_at_random(
+    controller: Controller, names: Sequence[str], seconds: float
+) -> Mapping[str, Sequence[float]]:
+    """Return the waits for a first token by the tier the call met."""
+    client, chance = controller.client(), random.Random(0)
+    canaries = {name: _ask(client, name)[1] for name in names}
+    if len(set(canaries.values())) < len(names):
+        sys.exit("two functions gave the same canary: it proves nothing")
+    waits: defaultdict[str, list[float]] = defaultdict(list)
+    deadline = time.monotonic() + seconds
+    while time.monotonic() < deadline:
+        name = chance.choice(names)
+        tier, answer, wait_s = _ask(client, name)
+        if answer != canaries[name]:
+            sys.exit(f"{name} answered {answer!r} instead of {canaries[name]!r}")
+        waits[tier].append(wait_s)
+        time.sleep(chance.expovariate(1 / MEAN_PAUSE_S))
+    return waits
+
+
+def _ask(client: openai.OpenAI, name: str) -> tuple[str, str, float]:
+    """Return the tier the call met, the answer, and the wait for its first token."""
+    began = time.perf_counter()
+    response = client.completions.with_raw_response.create(
+        model=name, prompt=PROMPT, max_tokens=NUM_TOKENS, temperature=0, stream=True
+    )
+    first_at, parts = None, []
+    for chunk in response.parse():
+        first_at = first_at or time.perf_counter()
+        parts += [choice.text for choice in chunk.choices]
+    if first_at is None:
+        sys.exit(f"{name} answered nothing")
+    return response.headers["x-coldspark-tier"], "".join(parts), first_at - began
+
+
+def _device(controller: Controller, kind: str) -> Mapping[str, object]:
+    wanted = "gpu" if kind == "cuda" else "cpu"
+    devices = controller.get("/api/v1/status")["devices"]
+    found: Mapping[str, object] = next(one for one in devices if one["kind"] == wanted)
+    return found
+
+
+@contextmanager
+def _memory_watch(controller: Controller, device_id: str) -> Iterator[list[int]]:
+    """Keep the most memory of a device that was in use; the list's only element."""
+    most, is_over = [0], threading.Event()
+
+    def watch() -> None:
+        while not is_over.wait(0.05):
+            devices = controller.get("/api/v1/status")["devices"]
+            used = next(one["used_bytes"] for one in devices if one["id"] == device_id)
+            most[0] = max(most[0], used or 0)
+
+    watching = threading.Thread(target=watch)
+    watching.start()
+    try:
+        yield most
+    finally:
+        is_over.set()
+        watching.join()
+
+
+def _print(waits: Mapping[str, Sequence[float]], most_bytes: int) -> None:
+    table = Table("met", "calls", "p50 s", "p95 s", "worst s")
+    for tier, found in sorted(waits.items()):
+        ranked = sorted(found)
+        p95 = ranked[min(round(0.95 * len(ranked)), len(ranked) - 1)]
+        figures = (statistics.median(ranked), p95, ranked[-1])
+        table.add_row(tier, str(len(ranked)), *(f"{seconds:.3f}" for seconds in figures))
+    Console().print(table)
+    num_calls = sum(map(len, waits.values()))
+    print(f"{num_calls} calls, each with its canary; most memory in use {most_bytes / GIB:.2f} GiB")
+
+
+def _plot(waits: Mapping[str, Sequence[float]], path: Path) -> None:
+    """Draw the share of calls that waited no longer than so many seconds."""
+    chart = pygal.XY(
+        stroke=True,
+        show_dots=False,
+        x_title="seconds to the first token",
+        y_title="share of calls, %",
+        title="Functions that share one device, called at random",
+    )
+    for tier, found in sorted(waits.items()):
+        ranked = sorted(found)
+        chart.add(tier, [(s, 100 * (i + 1) / len(ranked)) for i, s in enumerate(ranked)])
+    chart.render_to_file(str(path))
+
+
+if __name__ == "__main__":
+    main()
