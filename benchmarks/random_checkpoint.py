@@ -35,7 +35,7 @@ def main() -> None:
 
 
 def write_checkpoint(
-    dest: Path, config: Mapping[str, object], tokenizer_dir: Path, device: str
+    dest: Path, config: Mapping[str, object], tokenizer_dir: Path, device: str, *, seed: int = 0
 ) -> None:
     """Write config, tokenizer and weights in shards of a few gigabytes."""
     dest.mkdir(parents=True)
@@ -45,7 +45,7 @@ def write_checkpoint(
     (dest / "generation_config.json").write_text(json.dumps(special))
     shape = ModelConfig.from_hf(config)
     _write_tokenizer(dest, tokenizer_dir, shape.vocab_size)
-    tensors, _ = RandomWeights(shape, device=device).load(None)
+    tensors, _ = RandomWeights(shape, device=device, seed=seed).load(None)
     _write_weights(dest, checkpoint_tensors(shape, tensors))
 
 

@@ -35,10 +35,16 @@ class RandomWeights:
     """Normal weights of standard deviation 0.02, norms of 1; implements `Weights`."""
 
     def __init__(
-        self, config: ModelConfig, dtype: torch.dtype = torch.bfloat16, device: str = "cuda"
+        self,
+        config: ModelConfig,
+        dtype: torch.dtype = torch.bfloat16,
+        device: str = "cuda",
+        *,
+        seed: int = 0,
     ) -> None:
         self.dtype = dtype
         self._device = device
+        self._seed = seed
         self.held_bytes = 0
         self._tensors: dict[str, Tensor] = {}
         self._shapes = _shapes(config)
@@ -54,7 +60,7 @@ class RandomWeights:
         return self._tensors, LoadReport(num_bytes=self.total_bytes, read_s=0.0, verify_s=0.0)
 
     def _draw(self) -> dict[str, Tensor]:
-        generator = torch.Generator(self._device).manual_seed(0)
+        generator = torch.Generator(self._device).manual_seed(self._seed)
         tensors = {}
         for name, shape in self._shapes.items():
             tensor = torch.empty(shape, dtype=self.dtype, device=self._device)

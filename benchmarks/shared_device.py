@@ -56,13 +56,17 @@ def main() -> None:
     parser.add_argument("--plot", type=Path, help="where to draw the waits, as SVG")
     arguments = parser.parse_args()
     names = [f"f{number}" for number in range(arguments.functions)]
-    for name in names:
+    for seed, name in enumerate(names):
         shape = LLAMA_3_1_8B | {"num_hidden_layers": arguments.layers}
         checkpoint = arguments.work / name
         if not checkpoint.exists():
             is_gpu = arguments.device == "cuda"
             write_checkpoint(
-                checkpoint, shape if is_gpu else SMALL, arguments.tokenizer, arguments.device
+                checkpoint,
+                shape if is_gpu else SMALL,
+                arguments.tokenizer,
+                arguments.device,
+                seed=seed,
             )
     with running_controller(arguments.work / "home") as controller:
         device = _device(controller, arguments.device)
