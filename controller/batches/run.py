@@ -36,6 +36,7 @@ DOUBTFUL = frozenset({500, 502})
 """Statuses that the request itself may have caused: it is asked again a few times."""
 MAX_DOUBTFUL = 3
 FIRST_PAUSE_S, MAX_PAUSE_S = 1.0, 60.0
+BATCH_PRIORITY = 1_000_000  # after whatever an interactive request is likely to ask for
 SAVE_S = 1.0  # between two times that progress is written down
 STORE_PAUSE_S = 1.0
 OUTPUT_PURPOSE = "batch_output"
@@ -210,6 +211,7 @@ class BatchRun:
                 request_id=f"{self.batch.id}-{index}",
                 key_id=self.batch.key_id,
                 may_wake=may_wake,
+                priority=BATCH_PRIORITY,
             )
         )
         if answer.status == 200:
