@@ -115,7 +115,7 @@ class StopFilter:
             end, start, self.hit = first
             self.is_hit, self._held = True, ""
             return held[: end if self._is_kept else start]
-        cut = min(_beginning_of(stop, held) for stop in self._stops)
+        cut = min(beginning_of(stop, held) for stop in self._stops)
         self._held = held[cut:]
         return held[:cut]
 
@@ -125,7 +125,7 @@ class StopFilter:
         return held
 
 
-def _beginning_of(stop: str, text: str) -> int:
+def beginning_of(stop: str, text: str) -> int:
     """Return where the longest end of `text` begins that is a proper beginning of `stop`."""
     at = max(0, len(text) - len(stop) + 1)
     while (at := text.find(stop[0], at)) >= 0:
