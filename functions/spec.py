@@ -106,13 +106,6 @@ class SourceKind(StrEnum):
     GGUF = "gguf"
 
 
-class ParkMode(StrEnum):
-    """How much of a GPU a replica gives back when it is parked."""
-
-    DEEP = "deep"
-    LIGHT = "light"
-
-
 class ColdPolicy(StrEnum):
     """What happens to a request that finds no ready replica."""
 
@@ -174,6 +167,18 @@ class ModelSpec(_Section):
         default="auto",
         description="Whether sampling fields that a request leaves out take the values of the "
         "model's generation_config.json, or OpenAI's defaults.",
+    )
+    tool_call_parser: Literal[
+        "auto", "hermes", "llama3_json", "mistral", "pythonic", "deepseek"
+    ] = Field(
+        default="auto",
+        description="Format that the model writes tool calls in; auto goes by its chat template, "
+        "and takes `hermes` where that says nothing.",
+    )
+    reasoning_parser: Literal["auto", "think", "none"] = Field(
+        default="auto",
+        description="Whether the model thinks between `<think>` and `</think>`, which answers carry "
+        "apart; auto goes by its chat template.",
     )
     quantization: None = Field(
         default=None,
@@ -291,11 +296,6 @@ class ScalingSpec(_Section):
     park_timeout: Duration | None = Field(
         default=HOUR,
         description="From parking until the replica is stopped; 0 stops at once, null never.",
-    )
-    park: ParkMode = Field(
-        default=ParkMode.DEEP,
-        description="What a parked replica leaves on its GPU: `deep` next to nothing, where the "
-        "driver can do that, `light` context and CUDA graphs, for a faster wake.",
     )
     target_concurrency: Count = Field(
         default=32, ge=1, le=4096, description="Requests a replica should carry (autoscaler)."

@@ -15,7 +15,12 @@ from controller.errors import InternalError
 from controller.gateway.pieces import Piece, TokenReport
 from controller.gateway.prompt_echo import PromptEcho
 from controller.gateway.reader import AnswerReader
-from controller.gateway.schemas.common import PromptTokensDetails, Usage
+from controller.gateway.reply import ReplyReader
+from controller.gateway.schemas.common import (
+    CompletionTokensDetails,
+    PromptTokensDetails,
+    Usage,
+)
 from controller.metrics import Metrics
 from controller.scaling.activation import PhaseTiming
 from controller.scaling.generation import Generation
@@ -37,7 +42,7 @@ class Choice:
     def __init__(
         self,
         generation: Generation,
-        reader: AnswerReader,
+        reader: AnswerReader | ReplyReader,
         prompt_token_ids: Sequence[int],
         echo: PromptEcho | None = None,
     ) -> None:
@@ -47,6 +52,11 @@ class Choice:
         self.num_output_tokens = 0
         self._reader = reader
         self._admission = AsyncExitStack()
+
+    @property
+    def num_reasoning_tokens(self) -> int:
+        """How many of its tokens are thoughts, so far."""
+        return self._reader.num_reasoning_tokens
 
     async def admit(self) -> AsyncExitStack:
         """Enter the generation; closing the returned stack leaves it, at the latest."""
@@ -71,7 +81,7 @@ class Choice:
                 await self._admission.aclose()
                 await emit(index, piece)
                 return
-            if piece.text:
+            if piece.text or piece.reasoning or piece.calls:
                 await emit(index, piece)
         raise InternalError("the generation ended without a finish reason")
 
@@ -164,4 +174,7 @@ class Answer:
             completion_tokens=num_output,
             total_tokens=num_prompt + num_output,
             prompt_tokens_details=PromptTokensDetails(cached_tokens=num_cached),
+            completion_tokens_details=CompletionTokensDetails(
+                reasoning_tokens=sum(choice.num_reasoning_tokens for choice in self._choices)
+            ),
         )

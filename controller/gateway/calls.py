@@ -11,20 +11,21 @@ from controller.clock import Clock
 from controller.errors import ContextLengthExceeded, InvalidRequest
 from controller.gateway.answers import Answer, Choice
 from controller.gateway.detokenizer import StopFilter
+from controller.gateway.dialect import Dialect
 from controller.gateway.grammars import check_grammar
 from controller.gateway.logprobs import LogprobWriter
 from controller.gateway.pieces import Piece, TokenReport
 from controller.gateway.prompt_echo import PromptEcho
 from controller.gateway.reader import AnswerReader
+from controller.gateway.reply import ReplyPlan, ReplyReader
 from controller.gateway.sampling import sampling_params, seeded
 from controller.gateway.schemas.common import PromptLogprobs
 from controller.gateway.schemas.sampling import SamplingBody
+from controller.gateway.schemas.tools import FunctionCall, ToolCall
 from controller.gateway.text import ModelText, ModelTexts
 from controller.metrics import Metrics
 from controller.scaling.generation import FunctionRegistry, GenerationRequest, ServedFunction
 from controller.settings import Settings
-
-MAX_PRIORITY = (1 << 31) - 1
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -60,7 +61,6 @@ class Call:
     received_at: float | None
     num_bytes: int
     may_wake: bool
-    priority: int
 
     @classmethod
     async def open(cls, gateway: Gateway, request: Request, model: str) -> "Call":
@@ -82,7 +82,6 @@ class Call:
             received_at=state.get("received_at"),
             num_bytes=len(await request.body()),
             may_wake=state.get("may_wake", True),
-            priority=state.get("priority", 0),
         )
 
     async def answer(
@@ -92,6 +91,7 @@ class Call:
         *,
         default_max_tokens: int | None,
         grammar: str = "",
+        plan: ReplyPlan | None = None,
     ) -> Answer:
         """Prepare the generations of every prompt; nothing is admitted yet.
 
@@ -101,6 +101,7 @@ class Call:
             body: The request.
             default_max_tokens: Limit when the client names none; None is what the context leaves.
             grammar: What the answer must match, checked; empty for anything.
+            plan: How answers are taken apart; None if they are text.
 
         Raises:
             InvalidRequest: A prompt, a token or a limit does not fit the model, or it only embeds.
@@ -129,13 +130,18 @@ class Call:
                     key_id=self.key_id,
                     received_at=self.received_at,
                     may_wake=self.may_wake,
-                    priority=min((body.priority or 0) + self.priority, MAX_PRIORITY),
+                    priority=body.priority or 0,
                     cache_salt=body.cache_salt or "",
                 )
                 echo = await self._echo(body, prompt)
-                reader = self._reader(body, echo)
+                reader = self._reader(body, echo, plan)
                 choices.append(Choice(self.function.generate(request), reader, prompt, echo))
         return Answer(choices, metrics=self.gateway.metrics, clock=self.gateway.clock)
+
+    @property
+    def dialect(self) -> Dialect:
+        """How the model is told of tools, and writes calls and thoughts."""
+        return self.text.dialect_of(self.function.spec)
 
     def logprob_writer(self, body: SamplingBody) -> LogprobWriter:
         """Return what writes log-probabilities as the request wants them."""
@@ -195,11 +201,15 @@ class Call:
             drops_answer=body.max_new_tokens == 0,
         )
 
-    def _reader(self, body: SamplingBody, echo: PromptEcho | None) -> AnswerReader:
-        return AnswerReader(
+    def _reader(
+        self, body: SamplingBody, echo: PromptEcho | None, plan: ReplyPlan | None
+    ) -> AnswerReader | ReplyReader:
+        is_plain = plan is None or plan.is_plain
+        reader = AnswerReader(
             self.text.detokenizer(
                 body.stop_token_ids or (),
                 skip_special_tokens=body.skip_special_tokens is not False,
+                shown=frozenset() if is_plain else self.dialect.marker_ids,
             ),
             StopFilter(body.stop, is_kept=bool(body.include_stop_str_in_output)),
             stop_token_ids=frozenset(body.stop_token_ids or ()),
@@ -207,6 +217,7 @@ class Call:
             reports_tokens=body.num_logprobs is not None or bool(body.return_token_ids),
             echo=echo,
         )
+        return reader if plan is None or plan.is_plain else plan.reader(reader)
 
     def _truncated(self, prompt: Sequence[int], body: SamplingBody) -> Sequence[int]:
         """Return the part of a prompt that the request wants to keep."""
@@ -269,6 +280,8 @@ class Whole:
     """A choice from beginning to end."""
 
     parts: list[str] = field(default_factory=list)
+    _reasoning: list[str] = field(default_factory=list)
+    _calls: list[tuple[str, str, list[str]]] = field(default_factory=list)
     tokens: list[TokenReport] = field(default_factory=list)
     finish_reason: str = ""
     stop_reason: str | int | None = None
@@ -277,6 +290,19 @@ class Whole:
     def text(self) -> str:
         """All of its text."""
         return "".join(self.parts)
+
+    @property
+    def calls(self) -> list[ToolCall]:
+        """All calls of tools."""
+        return [
+            ToolCall(id=call_id, function=FunctionCall(name=name, arguments="".join(parts)))
+            for call_id, name, parts in self._calls
+        ]
+
+    @property
+    def reasoning(self) -> str:
+        """All that was thought."""
+        return "".join(self._reasoning)
 
     @property
     def token_ids(self) -> list[int]:
@@ -292,6 +318,11 @@ class Whole:
     def add(self, piece: Piece) -> None:
         """Take what is new of it."""
         self.parts.append(piece.text)
+        self._reasoning.append(piece.reasoning)
+        for call in piece.calls:
+            if call.call_id is not None:
+                self._calls.append((call.call_id, call.name or "", []))
+            self._calls[-1][2].append(call.arguments)
         self.tokens += piece.tokens
         self.finish_reason = piece.finish_reason or ""
         self.stop_reason = piece.stop_reason

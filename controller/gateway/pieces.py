@@ -3,6 +3,7 @@
 from collections.abc import Sequence
 from typing import NamedTuple
 
+from controller.gateway.tool_calls.base import CallDelta
 from runtime.rpc import inference_pb2 as pb
 
 
@@ -23,13 +24,17 @@ class Piece(NamedTuple):
     """Text that follows the pieces before.
 
     Attributes:
-        text: Empty only at the end.
-        finish_reason: Set in the last piece: "stop" or "length".
+        text: Empty only at the end, or beside reasoning and calls.
+        finish_reason: Set in the last piece: "stop", "length" or "tool_calls".
         stop_reason: The stop string or token that ended the choice; None for the model's own end.
         tokens: Those whose text has become known with this piece; empty unless asked for.
+        reasoning: What the model thinks before its text.
+        calls: Parts of the tool calls it makes.
     """
 
     text: str
     finish_reason: str | None = None
     stop_reason: str | int | None = None
     tokens: Sequence[TokenReport] = ()
+    reasoning: str = ""
+    calls: Sequence[CallDelta] = ()

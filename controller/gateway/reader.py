@@ -21,6 +21,8 @@ class AnswerReader:
         echo: Puts the prompt before the answer, if that is to be told.
     """
 
+    num_reasoning_tokens = 0
+
     __slots__ = (
         "_detokenizer", "_echo", "_min_tokens", "_num_chars", "_num_read", "_reports", "_stop_filter",
         "_stop_token_ids",

@@ -19,6 +19,7 @@ from controller.gateway.answers import Answer
 from controller.gateway.pieces import Piece, TokenReport
 from controller.gateway.schemas.common import Usage
 from controller.gateway.stalls import ClientStalled, StallWatch
+from controller.gateway.tool_calls.base import CallDelta
 from controller.scaling.activation import PhaseTiming
 
 DONE = b"data: [DONE]\n\n"
@@ -100,9 +101,16 @@ class ChunkWriter:
     def piece(self, index: int, piece: Piece) -> bytes:
         """Return the chunk of what is new of a choice."""
         shape = self._shape
-        if piece.finish_reason is None and self._is_plain:
+        if (
+            piece.finish_reason is None
+            and self._is_plain
+            and not piece.calls
+            and not piece.reasoning
+        ):
             body = f"{self._choice_head}{index},{shape.before_text}{_escape(piece.text)}"
             return f"{body}{self._unfinished}".encode()
+        if piece.reasoning or piece.calls:
+            return self._event(index, f'"delta":{_escape(_delta(piece))}', piece)
         text = piece.text
         body = f"{shape.before_text}{_escape(text)}{shape.after_text}" if text else shape.no_text
         return self._event(index, body, piece)
@@ -236,6 +244,25 @@ class EventStream(Response):
             {"type": "http.response.start", "status": 200, "headers": self.raw_headers}
         )
         self._is_started = True
+
+
+def _delta(piece: Piece) -> dict[str, Any]:
+    """Return what is new of a message with reasoning or calls."""
+    delta: dict[str, Any] = {}
+    if piece.reasoning:
+        delta["reasoning_content"] = piece.reasoning
+    if piece.text:
+        delta["content"] = piece.text
+    if piece.calls:
+        delta["tool_calls"] = [_call(call) for call in piece.calls]
+    return delta
+
+
+def _call(call: CallDelta) -> dict[str, Any]:
+    if call.call_id is None:
+        return {"index": call.number, "function": {"arguments": call.arguments}}
+    function = {"name": call.name, "arguments": call.arguments}
+    return {"index": call.number, "id": call.call_id, "type": "function", "function": function}
 
 
 def answer_headers(answer: Answer) -> dict[str, str]:

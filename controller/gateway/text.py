@@ -7,6 +7,7 @@ import asyncio
 import json
 from collections import OrderedDict
 from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Set as AbstractSet
 from functools import partial
 from pathlib import Path
 from types import MappingProxyType
@@ -18,10 +19,11 @@ from controller.clock import Clock
 from controller.errors import InternalError, InvalidRequest
 from controller.gateway.chat_template import ChatTemplate
 from controller.gateway.detokenizer import Detokenizer, TokenTexts
+from controller.gateway.dialect import Dialect
 from controller.gateway.prompt_echo import PromptText
 from controller.gateway.sampling import SamplingDefaults
 from controller.gateway.token_bytes import TokenBytes
-from functions.spec import FunctionSpec
+from functions.spec import FunctionSpec, ModelSpec
 
 LONG_TEXT_TOKENS = 2048  # more are told one by one in a thread: about 5 ms
 LONG_TEXT_CHARS = 8192  # more is encoded in a thread: about 5 ms
@@ -37,6 +39,7 @@ class ModelText:
         tokenizer: Tokenizer,
         *,
         chat_template: ChatTemplate | None,
+        template_source: str,
         vocab_size: int,
         special_token_ids: frozenset[int],
         end_token_ids: frozenset[int],
@@ -48,6 +51,8 @@ class ModelText:
         self._token_texts = TokenTexts(tokenizer)
         self.token_bytes = TokenBytes(tokenizer)
         self._chat_template = chat_template
+        self._template_source = template_source
+        self._dialects: dict[ModelSpec, Dialect] = {}
         self._end_token_ids = end_token_ids
         self._hidden_token_ids = special_token_ids | end_token_ids
 
@@ -86,11 +91,20 @@ class ModelText:
         return cls(
             tokenizer,
             chat_template=template or None,
+            template_source=source or "",
             vocab_size=text_config.get("vocab_size") or tokenizer.get_vocab_size(),
             special_token_ids=frozenset(special_ids),
             end_token_ids=frozenset(_ids(text_config, "eos") | _ids(generation_config, "eos")),
             defaults=SamplingDefaults.from_generation_config(generation_config),
         )
+
+    def dialect_of(self, spec: FunctionSpec) -> Dialect:
+        """Return how a function's model is told of tools, and writes calls and thoughts."""
+        dialect = self._dialects.get(spec.model)
+        if dialect is None:
+            dialect = Dialect(self._template_source, self._tokenizer, spec.model)
+            self._dialects[spec.model] = dialect
+        return dialect
 
     def defaults_of(self, spec: FunctionSpec) -> SamplingDefaults:
         """Return what sampling fields a request to a function leaves out are set to."""
@@ -154,10 +168,10 @@ class ModelText:
             add_generation_prompt=add_generation_prompt,
             variables=variables,
         )
-        size = sum(len(message["content"]) + MESSAGE_CHARS for message in messages)
+        size = sum(len(message["content"] or "") + MESSAGE_CHARS for message in messages)
         text = await asyncio.to_thread(render) if size > LONG_TEXT_CHARS else render()
         if continue_final_message:
-            text = _cut_after(text, messages[-1]["content"])
+            text = _cut_after(text, messages[-1]["content"] or "")
         (token_ids,) = await self._encode([text], add_special_tokens=add_special_tokens)
         return token_ids
 
@@ -201,15 +215,20 @@ class ModelText:
         return [self._tokenizer.id_to_token(token_id) or "" for token_id in token_ids]
 
     def detokenizer(
-        self, stop_token_ids: Iterable[int] = (), *, skip_special_tokens: bool = True
+        self,
+        stop_token_ids: Iterable[int] = (),
+        *,
+        skip_special_tokens: bool = True,
+        shown: AbstractSet[int] = frozenset(),
     ) -> Detokenizer:
         """Return a fresh incremental detokenizer for one sequence.
 
         Args:
             stop_token_ids: What ends the sequence beside the model's own; it has no text either.
             skip_special_tokens: Whether special tokens have none; ends of sequence never have.
+            shown: Special tokens that have text all the same.
         """
-        hidden = self._hidden_token_ids if skip_special_tokens else self._end_token_ids
+        hidden = self._hidden_token_ids - shown if skip_special_tokens else self._end_token_ids
         return Detokenizer(self._token_texts, hidden.union(stop_token_ids))
 
     async def _encode(self, texts: Sequence[str], *, add_special_tokens: bool) -> list[list[int]]:

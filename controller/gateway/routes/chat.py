@@ -6,7 +6,7 @@ from typing import cast
 from fastapi import APIRouter, Request, Response
 
 from controller.gateway.bodies import JsonRoute
-from controller.gateway.calls import Call, GatewayDependency, collect, requested_grammar
+from controller.gateway.calls import Call, GatewayDependency, Whole, collect
 from controller.gateway.responses import ANSWER_RESPONSES
 from controller.gateway.schemas.chat import (
     AssistantMessage,
@@ -16,6 +16,7 @@ from controller.gateway.schemas.chat import (
 )
 from controller.gateway.schemas.common import ChatLogprobs, FinishReason
 from controller.gateway.streaming import CHAT_CHUNK, ChunkWriter, EventStream, answer_headers
+from controller.gateway.turns import answer_turn
 
 router = APIRouter(route_class=JsonRoute, tags=["openai"])
 
@@ -25,11 +26,8 @@ async def create_chat_completion(
     body: ChatCompletionRequest, request: Request, gateway: GatewayDependency
 ) -> Response:
     """Continue a conversation; the first call of an idle function wakes it."""
-    grammar = await requested_grammar(body)
     call = await Call.open(gateway, request, body.model)
-    answer = await call.answer(
-        [await _prompt(call, body)], body, default_max_tokens=None, grammar=grammar
-    )
+    answer = await answer_turn(call, body)
     chat_id = f"chatcmpl-{body.request_id or uuid.uuid4().hex}"
     created = int(gateway.clock.now().timestamp())
     logprobs = call.logprob_writer(body).chat if body.logprobs else None
@@ -47,7 +45,7 @@ async def create_chat_completion(
     choices = [
         ChatChoice(
             index=index,
-            message=AssistantMessage(content=whole.text),
+            message=assistant_message(whole),
             logprobs=ChatLogprobs(**logprobs(whole.tokens)) if logprobs else None,
             finish_reason=cast("FinishReason", whole.finish_reason),
             stop_reason=whole.stop_reason,
@@ -71,13 +69,10 @@ async def create_chat_completion(
     )
 
 
-async def _prompt(call: Call, body: ChatCompletionRequest) -> list[int]:
-    is_continued = bool(body.continue_final_message)
-    documents = {} if body.documents is None else {"documents": body.documents}
-    return await call.text.encode_chat(
-        [message.variables() for message in body.messages],
-        add_generation_prompt=body.add_generation_prompt is not False and not is_continued,
-        continue_final_message=is_continued,
-        add_special_tokens=bool(body.add_special_tokens),
-        variables={**documents, **(body.chat_template_kwargs or {})},
+def assistant_message(whole: Whole) -> AssistantMessage:
+    """Return a choice as a message."""
+    return AssistantMessage(
+        content=whole.text or (None if whole.calls or whole.reasoning else ""),
+        reasoning_content=whole.reasoning or None,
+        tool_calls=whole.calls or None,
     )

@@ -25,8 +25,13 @@ async def tokenize(body: TokenizeRequest, request: Request, gateway: GatewayDepe
             [body.prompt or ""], add_special_tokens=body.add_special_tokens is not False
         )
     else:
-        tokens = await call.text.encode_chat(
+        messages, variables = call.dialect.conversation(
             [message.variables() for message in body.messages],
+            [tool.model_dump(exclude_none=True) for tool in body.tools or ()],
+        )
+        tokens = await call.text.encode_chat(
+            messages,
+            variables=variables,
             add_generation_prompt=body.add_generation_prompt,
             add_special_tokens=bool(body.add_special_tokens),
         )

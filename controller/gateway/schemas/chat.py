@@ -1,8 +1,17 @@
 """Bodies of /v1/chat/completions."""
 
+from functools import cached_property
 from typing import Annotated, Any, ClassVar, Literal
 
-from pydantic import BaseModel, FailFast, Field, field_validator, model_validator
+from pydantic import (
+    BaseModel,
+    FailFast,
+    Field,
+    SerializerFunctionWrapHandler,
+    field_validator,
+    model_serializer,
+    model_validator,
+)
 
 from controller.gateway.schemas.base import ApiBody, Neutral, wrong_field
 from controller.gateway.schemas.common import (
@@ -16,6 +25,15 @@ from controller.gateway.schemas.sampling import (
     MAX_LOGPROBS,
     UNSUPPORTED,
     SamplingBody,
+)
+from controller.gateway.schemas.tools import (
+    MAX_CALLS,
+    MAX_TOOLS,
+    OfferedTools,
+    SentToolCall,
+    Tool,
+    ToolCall,
+    ToolChoice,
 )
 
 MAX_MESSAGES = 10_000  # validated on the event loop, so a body of nothing else must stay cheap
@@ -34,21 +52,28 @@ class ChatMessage(ApiBody):
     The refused fields are those of an earlier answer, so that it can be sent back as it came.
     """
 
-    ignored: ClassVar[frozenset[str]] = frozenset({"reasoning", "reasoning_content"})
+    ignored: ClassVar[frozenset[str]] = frozenset({"reasoning", "parsed"})
     unsupported: ClassVar[dict[str, Neutral]] = {
-        "tool_calls": ([],),
-        "tool_call_id": (),
         "function_call": (),
         "refusal": (),
         "audio": (),
         "annotations": ([],),
     }
 
-    role: Literal["system", "developer", "user", "assistant"]
+    role: Literal["system", "developer", "user", "assistant", "tool"]
     content: str | None = Field(
         default=None, description="Text, or text parts; may be null for the assistant."
     )
     name: str | None = None
+    reasoning_content: str | None = Field(
+        default=None, description="What the assistant thought, for templates that read it."
+    )
+    tool_calls: list[SentToolCall] | None = Field(
+        default=None, max_length=MAX_CALLS, description="The calls the assistant made."
+    )
+    tool_call_id: str | None = Field(
+        default=None, description="The call that a `tool` message has the result of."
+    )
 
     @field_validator("content", mode="plain", json_schema_input_type=str | list[TextPart] | None)
     @classmethod
@@ -63,13 +88,28 @@ class ChatMessage(ApiBody):
     def _check_presence(self) -> "ChatMessage":
         if self.content is None and self.role != "assistant":
             raise wrong_field(f"required for the role {self.role!r}", field="content")
+        if self.tool_calls and self.role != "assistant":
+            raise wrong_field(f"not for the role {self.role!r}", field="tool_calls")
+        if (self.tool_call_id is not None) != (self.role == "tool"):
+            raise wrong_field("goes with the role 'tool'", field="tool_call_id")
         return self
 
-    def variables(self) -> dict[str, str]:
-        """Return the message as chat templates read it."""
+    def variables(self) -> dict[str, Any]:
+        """Return the message as chat templates read it; calls' arguments are JSON text.
+
+        A message of calls only has no content: some templates look at that to find the calls.
+        """
         role = "system" if self.role == "developer" else self.role
-        fields = {"role": role, "content": self.content or ""}
-        return fields if self.name is None else {**fields, "name": self.name}
+        calls = [call.model_dump() for call in self.tool_calls or ()]
+        optional = {
+            "name": self.name,
+            "reasoning_content": self.reasoning_content,
+            "tool_calls": calls or None,
+            "tool_call_id": self.tool_call_id,
+        }
+        content = self.content or (None if calls else "")
+        fields = {name: value for name, value in optional.items() if value is not None}
+        return {"role": role, "content": content, **fields}
 
 
 class ChatCompletionRequest(SamplingBody):
@@ -77,24 +117,17 @@ class ChatCompletionRequest(SamplingBody):
 
     unsupported: ClassVar[dict[str, Neutral]] = {
         **UNSUPPORTED,
-        "tools": ([],),
-        "tool_choice": ("none", "auto"),
         "functions": ([],),
         "function_call": ("none", "auto"),
         "modalities": (["text"],),
         "audio": (),
-        "reasoning_effort": ("none",),
         "verbosity": ("medium",),
         "web_search_options": (),
         "chat_template": (),
         "echo": (False,),
     }
 
-    messages: Annotated[
-        list[ChatMessage],
-        Field(min_length=1, max_length=MAX_MESSAGES, description="The conversation to continue."),
-        FailFast(),
-    ]
+    messages: Annotated[list[ChatMessage], Field(min_length=1, max_length=MAX_MESSAGES), FailFast()]
     max_completion_tokens: int | None = Field(
         default=None, ge=1, le=INT64_MAX, description="Goes before `max_tokens`, its older name."
     )
@@ -119,6 +152,20 @@ class ChatCompletionRequest(SamplingBody):
     chat_template_kwargs: dict[str, Any] | None = Field(
         default=None, description="Variables for the model's chat template."
     )
+    tools: list[Tool] | None = Field(
+        default=None, max_length=MAX_TOOLS, description="What the model may call."
+    )
+    tool_choice: ToolChoice | None = Field(
+        default=None,
+        description="Whether it may (`auto`, the default), must (`required`, or one by name) or "
+        "must not (`none`). That it must is enforced, and so are the arguments' schemas then.",
+    )
+    parallel_tool_calls: bool | None = Field(
+        default=None, description="Whether one answer may have several calls; true by default."
+    )
+    reasoning_effort: Literal["none", "minimal", "low", "medium", "high", "xhigh"] | None = Field(
+        default=None, description="A variable of the model's chat template, if that reads it."
+    )
     documents: list[dict[str, Any]] | None = Field(
         default=None, description="The chat template's `documents`."
     )
@@ -131,6 +178,19 @@ class ChatCompletionRequest(SamplingBody):
             raise wrong_field(
                 "excludes 'add_generation_prompt': true", field="continue_final_message"
             )
+        return self
+
+    @cached_property
+    def offered(self) -> OfferedTools:
+        """The tools that may be called."""
+        is_parallel = self.parallel_tool_calls is not False
+        return OfferedTools(self.tools or (), self.tool_choice, is_parallel=is_parallel)
+
+    @model_validator(mode="after")
+    def _check_tools(self) -> "ChatCompletionRequest":
+        is_formatted = self.response_format is not None and self.response_format.type != "text"
+        if self.offered.is_required and (is_formatted or self.structured_outputs is not None):
+            raise wrong_field("a required call excludes a form of the text", field="tool_choice")
         return self
 
     @property
@@ -153,8 +213,17 @@ class AssistantMessage(BaseModel):
     """The generated message."""
 
     role: Literal["assistant"] = "assistant"
-    content: str
+    content: str | None
     refusal: None = None
+    reasoning_content: str | None = None
+    tool_calls: list[ToolCall] | None = None
+
+    @model_serializer(mode="wrap")
+    def _leave_out(self, handler: SerializerFunctionWrapHandler) -> dict[str, Any]:
+        """Leave fields out that say nothing, as OpenAI does."""
+        fields: dict[str, Any] = handler(self)
+        optional = ("reasoning_content", "tool_calls")
+        return {name: value for name, value in fields.items() if value or name not in optional}
 
 
 class ChatChoice(BaseModel):

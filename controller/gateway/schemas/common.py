@@ -4,13 +4,19 @@ from typing import Literal
 
 from pydantic import BaseModel
 
-FinishReason = Literal["stop", "length"]
+FinishReason = Literal["stop", "length", "tool_calls"]
 
 
 class PromptTokensDetails(BaseModel):
     """Where the prompt's tokens came from."""
 
     cached_tokens: int
+
+
+class CompletionTokensDetails(BaseModel):
+    """What the generated tokens were."""
+
+    reasoning_tokens: int
 
 
 class Usage(BaseModel):
@@ -20,6 +26,7 @@ class Usage(BaseModel):
     completion_tokens: int
     total_tokens: int
     prompt_tokens_details: PromptTokensDetails
+    completion_tokens_details: CompletionTokensDetails
 
 
 class TokenLogprob(BaseModel):

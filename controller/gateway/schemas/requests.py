@@ -55,10 +55,10 @@ class AsyncRequestBody(ApiBody):
 
 
 class AsyncAnswer(BaseModel):
-    """What the endpoint has answered; without the body in a list."""
+    """What the endpoint has answered."""
 
     status_code: int
-    body: Any = None
+    body: Any
 
 
 class AsyncWebhook(BaseModel):

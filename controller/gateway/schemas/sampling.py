@@ -20,7 +20,6 @@ INT64_MAX = (1 << 63) - 1
 IGNORED = frozenset(
     {
         "metadata",
-        "parallel_tool_calls",
         "prediction",
         "prompt_cache_key",
         "prompt_cache_retention",

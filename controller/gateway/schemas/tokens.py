@@ -6,6 +6,7 @@ from pydantic import BaseModel, FailFast, Field, model_validator
 
 from controller.gateway.schemas.base import ApiBody, Neutral, wrong_field
 from controller.gateway.schemas.chat import MAX_MESSAGES, ChatMessage
+from controller.gateway.schemas.tools import MAX_TOOLS, Tool
 
 MAX_TOKENS = 1 << 20
 OptionalModel = Annotated[
@@ -26,7 +27,6 @@ class TokenizeRequest(ApiBody):
         "chat_template": (),
         "chat_template_kwargs": ({},),
         "mm_processor_kwargs": ({},),
-        "tools": ([],),
     }
 
     model: OptionalModel = None
@@ -36,6 +36,9 @@ class TokenizeRequest(ApiBody):
         min_length=1,
         max_length=MAX_MESSAGES,
         description="A conversation, written out by the model's template.",
+    )
+    tools: list[Tool] | None = Field(
+        default=None, max_length=MAX_TOOLS, description="Tools that the template tells of."
     )
     add_generation_prompt: bool = Field(
         default=True, description="Whether `messages` end with what opens the next answer."

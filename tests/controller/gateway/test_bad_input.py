@@ -157,7 +157,10 @@ async def test_wrong_field_is_named_with_what_to_change(
         ({"messages": [7]}, "messages[0]"),
         ({"messages": [{"role": "user"}]}, "messages[0].content"),
         ({"messages": [{"content": "x"}]}, "messages[0].role"),
-        ({"messages": [HELLO["messages"][0], {"role": "tool", "content": ""}]}, "messages[1].role"),
+        (
+            {"messages": [HELLO["messages"][0], {"role": "tool", "content": ""}]},
+            "messages[1].tool_call_id",
+        ),
         ({"messages": [{"role": "user", "content": 7}]}, "messages[0].content"),
         ({"messages": [{"role": "user", "content": [7]}]}, "messages[0].content"),
         (
@@ -167,9 +170,9 @@ async def test_wrong_field_is_named_with_what_to_change(
         ({"messages": [{"role": "user", "content": "", "contnet": ""}]}, "messages[0].contnet"),
         (
             {"messages": [{"role": "assistant", "content": "", "tool_calls": [{}]}]},
-            "messages[0].tool_calls",
+            "messages[0].tool_calls[0].id",
         ),
-        ({"tools": [{"type": "function"}]}, "tools"),
+        ({"tools": [{"type": "function"}]}, "tools[0].function"),
         ({"logprobs": 1}, "logprobs"),
         ({"logprobs": True, "top_logprobs": 21}, "top_logprobs"),
         ({"top_logprobs": 1}, "top_logprobs"),

@@ -45,6 +45,7 @@ async def test_whole_answer_has_text_finish_reason_and_usage(
             "completion_tokens": num_output,
             "total_tokens": num_prompt + num_output,
             "prompt_tokens_details": {"cached_tokens": 0},
+            "completion_tokens_details": {"reasoning_tokens": 0},
         },
     }
 
