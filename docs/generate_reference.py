@@ -7,7 +7,7 @@ exits 1.
 import inspect
 import json
 import sys
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +18,9 @@ import snapshots.exit_codes
 from controller import errors
 from controller.cli.app import app
 from controller.cli.errors import EXIT_CODES
+from controller.gateway.schemas.chat import ChatCompletionRequest
+from controller.gateway.schemas.completions import CompletionRequest
+from controller.gateway.schemas.sampling import SamplingBody
 from controller.settings import PREFIX, Settings
 from functions.schema import json_schema
 from functions.units import format_duration, format_size
@@ -126,6 +129,60 @@ def _bounds(part: Schema) -> Iterator[str]:
         yield f"to {part['maximum']}"
     if "pattern" in part:
         yield f"`{part['pattern']}`"
+
+
+def request_fields_page() -> str:
+    """Return the page of every field of the two bodies that generate text."""
+    bodies: tuple[type[SamplingBody], ...] = (ChatCompletionRequest, CompletionRequest)
+    lines = [
+        "# Request fields",
+        GENERATED,
+        "What `/v1/chat/completions` and `/v1/completions` do with each field. A field that is in "
+        "none of these lists is refused with the nearest known name, so nothing is dropped "
+        "silently. `null` always means that the field is left out.",
+        "",
+        "## Honoured",
+        "",
+        "| field | of | meaning |",
+        "|---|---|---|",
+    ]
+    for name in dict.fromkeys(name for body in bodies for name in body.model_fields):
+        meanings: dict[str, list[type[SamplingBody]]] = {}
+        for body in bodies:
+            if name in body.model_fields:
+                meaning = _cell(body.model_fields[name].description)
+                meanings.setdefault(meaning, []).append(body)
+        lines += [f"| `{name}` | {_bodies(having)} | {text} |" for text, having in meanings.items()]
+    lines += [
+        "",
+        "`response_format` and `structured_outputs`: see "
+        "[structured outputs](../guides/structured-outputs.md).",
+        "",
+        "## Ignored",
+        "",
+        "Clients send these, and they cannot change the answer: "
+        + ", ".join(f"`{name}`" for name in sorted(SamplingBody.ignored))
+        + ".",
+        "",
+        "## Refused",
+        "",
+        "With 400, unless the value is one that asks for nothing.",
+        "",
+        "| field | of | accepted values |",
+        "|---|---|---|",
+    ]
+    for name in dict.fromkeys(name for body in bodies for name in body.unsupported):
+        having = [body for body in bodies if name in body.unsupported]
+        values = " ".join(f"`{json.dumps(value)}`" for value in having[0].unsupported[name])
+        lines.append(f"| `{name}` | {_bodies(having)} | {values or '—'} |")
+    return "\n".join(lines) + "\n"
+
+
+def _bodies(having: Sequence[type[SamplingBody]]) -> str:
+    """Return which of the two bodies have something, in words."""
+    if len(having) == 2:
+        return "both"
+    return "chat" if having[0] is ChatCompletionRequest else "completions"
 
 
 def settings_page() -> str:
@@ -266,6 +323,7 @@ def _cell(text: str | None) -> str:
 
 PAGES = {
     "function-spec.md": function_spec_page,
+    "request-fields.md": request_fields_page,
     "settings.md": settings_page,
     "errors.md": errors_page,
     "cli.md": cli_page,

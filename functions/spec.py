@@ -106,6 +106,13 @@ class SourceKind(StrEnum):
     GGUF = "gguf"
 
 
+class ParkMode(StrEnum):
+    """How much of a GPU a replica gives back when it is parked."""
+
+    DEEP = "deep"
+    LIGHT = "light"
+
+
 class ColdPolicy(StrEnum):
     """What happens to a request that finds no ready replica."""
 
@@ -296,6 +303,11 @@ class ScalingSpec(_Section):
     park_timeout: Duration | None = Field(
         default=HOUR,
         description="From parking until the replica is stopped; 0 stops at once, null never.",
+    )
+    park: ParkMode = Field(
+        default=ParkMode.DEEP,
+        description="What a parked replica leaves on its GPU: `deep` next to nothing, where the "
+        "driver can do that, `light` context and CUDA graphs, for a faster wake.",
     )
     target_concurrency: Count = Field(
         default=32, ge=1, le=4096, description="Requests a replica should carry (autoscaler)."

@@ -47,7 +47,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     from runtime.server import serve
 
     try:
-        asyncio.run(serve(options.socket, zygote_options, zygote))
+        asyncio.run(serve(options.socket, zygote_options, zygote, checkpoints=options.checkpoints))
     finally:
         options.socket.unlink(missing_ok=True)
     return 0
@@ -71,6 +71,11 @@ def _parse(argv: Sequence[str] | None) -> argparse.Namespace:
             "--engine-factory",
             default="runtime.engine_factory:TorchEngineFactory",
             help="module:class that builds the engine",
+        ),
+        parser.add_argument(
+            "--checkpoints",
+            default="runtime.memory.checkpoint:ProcessCheckpoints.open",
+            help="module:callable that opens what takes engines off their GPUs",
         ),
     ]
     for flag in flags:

@@ -5,6 +5,7 @@ controller parse them.
 """
 
 import asyncio
+import os
 import signal
 from collections.abc import AsyncIterator, Awaitable, Callable
 from contextlib import aclosing
@@ -25,6 +26,7 @@ from runtime.rpc import inference_pb2 as pb
 from runtime.spawn import ZygoteOptions, ZygoteProcess
 from runtime.status_board import StatusBoard
 from runtime.supervisor import Supervisor
+from runtime.suspension import Suspension, find_opener
 from runtime.version import VERSION
 
 SERVICE = pb.DESCRIPTOR.services_by_name["RuntimeService"]
@@ -132,13 +134,16 @@ def service_handler(servicer: RuntimeServicer) -> "grpc.GenericRpcHandler[Any, A
     return grpc.method_handlers_generic_handler(SERVICE.full_name, handlers)
 
 
-async def serve(socket_path: Path, options: ZygoteOptions, zygote: ZygoteProcess) -> None:
+async def serve(
+    socket_path: Path, options: ZygoteOptions, zygote: ZygoteProcess, *, checkpoints: str
+) -> None:
     """Run a runtime until SIGTERM or SIGINT, then end everything below it.
 
     Args:
         socket_path: Where to listen; its directory exists.
         options: How to start another zygote, should the first die.
         zygote: The first one, just spawned.
+        checkpoints: `module:callable` that opens what takes engines off their GPUs.
     """
     configure_logs(options.log_level, runtime_id=options.runtime_id)
     adopt_orphans()
@@ -147,7 +152,10 @@ async def serve(socket_path: Path, options: ZygoteOptions, zygote: ZygoteProcess
     for number in STOP_SIGNALS:
         loop.add_signal_handler(number, stop.set)
     board = StatusBoard(runtime_id=options.runtime_id, build=VERSION)
-    supervisor = Supervisor(options, board)
+    suspension = Suspension(find_opener(checkpoints))
+    if os.environ.get("CUDA_VISIBLE_DEVICES"):
+        suspension.prepare()
+    supervisor = Supervisor(options, board, suspension)
     supervisor.start(zygote)
     server = await start_server(RuntimeServicer(supervisor, board), socket_path)
     log.info("serving", socket=str(socket_path))

@@ -32,6 +32,11 @@ class StatusBoard:
         """The present state."""
         return self._status.state
 
+    @property
+    def has_devices(self) -> bool:
+        """Whether the engine is on GPUs."""
+        return bool(self._status.device_uuids)
+
     def read(self) -> pb.RuntimeStatus:
         """Return a copy of the status, with the age of the engine's last sign of life."""
         status = pb.RuntimeStatus()

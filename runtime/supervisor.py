@@ -20,6 +20,7 @@ import structlog
 from runtime.engine_handle import EngineHandle
 from runtime.engine_stream import EngineStream
 from runtime.errors import (
+    EngineDied,
     InvalidRequest,
     RuntimeFault,
     ShuttingDown,
@@ -30,11 +31,13 @@ from runtime.errors import (
 )
 from runtime.fork_server import ForkServer
 from runtime.ipc import FrameKind
+from runtime.memory.checkpoint import KEPT_BYTES, CheckpointFailed, ProcessCheckpoints
 from runtime.phases import PhaseLog
 from runtime.restarts import WINDOW_S, Restarts
 from runtime.rpc import inference_pb2 as pb
 from runtime.spawn import ZygoteOptions, ZygoteProcess, spawn_zygote
 from runtime.status_board import StatusBoard
+from runtime.suspension import Suspension
 
 _SNAPSHOT_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,95}@[0-9a-f]{12}")
 _LOADABLE = frozenset(
@@ -57,13 +60,18 @@ class Supervisor:
     Args:
         options: How to start a zygote again after one died.
         board: Receives every change.
+        suspension: Takes engines off their GPUs; None for the CUDA driver's checkpoints.
     """
 
-    def __init__(self, options: ZygoteOptions, board: StatusBoard) -> None:
+    def __init__(
+        self, options: ZygoteOptions, board: StatusBoard, suspension: Suspension | None = None
+    ) -> None:
         self._options = options
         self._board = board
         self._zygote: ForkServer | None = None
+        self._suspension = suspension or Suspension(ProcessCheckpoints.open)
         self._engine: EngineHandle | None = None
+        self._is_suspended = False
         self._tasks: set[asyncio.Task[Any]] = set()
         self._restarts = Restarts()
         self._restart: asyncio.Task[None] | None = None
@@ -152,6 +160,7 @@ class Supervisor:
             self._engine.fail_streams(fault)
             self._engine.fail_calls(fault)
             self._engine.close()
+        self._suspension.close()
         if self._restart is not None:
             self._restart.cancel()
         if self._zygote is not None:
@@ -166,7 +175,7 @@ class Supervisor:
                 zygote = await self._ready_zygote()
             with phase_log.measure("fork"):
                 engine = await EngineHandle.start(
-                    zygote, on_status=self._board.engine_reported, on_lost=self._engine_is_lost
+                    zygote, on_status=self._engine_reported, on_lost=self._engine_is_lost
                 )
             self._engine = engine
             self._board.engine_started(engine.pid)
@@ -207,6 +216,7 @@ class Supervisor:
     async def _end_engine(self, fault: RuntimeFault) -> None:
         """Kill the engine, if there is one, and return when its memory is free."""
         engine, self._engine = self._engine, None
+        self._is_suspended = False
         if engine is not None:
             engine.fail_streams(fault)
             engine.fail_calls(fault)
@@ -216,13 +226,60 @@ class Supervisor:
 
     async def _park(self, request: pb.ParkRequest) -> pb.ParkResponse:
         with self._undone_on_failure(pb.RUNTIME_STATE_PARKING, pb.RUNTIME_STATE_READY):
-            response = await self._living_engine.call(FrameKind.PARK, request, pb.ParkResponse)
-        self._board.update(state=pb.RUNTIME_STATE_PARKED)
+            engine = self._living_engine
+            response = await engine.call(FrameKind.PARK, request, pb.ParkResponse)
+        if request.mode != pb.PARK_MODE_LIGHT and self._board.has_devices:
+            await self._suspend(engine, response)
+        if engine is not self._engine:
+            raise EngineDied("the engine died while it was parked")
+        self._board.update(state=pb.RUNTIME_STATE_PARKED, memory=response.memory)
         return response
+
+    async def _suspend(self, engine: EngineHandle, response: pb.ParkResponse) -> None:
+        """Take the rest of a parked engine off its GPUs, or say why it stays there."""
+        try:
+            response.phases.extend(await self._suspension.suspend(engine.pid))
+        except CheckpointFailed as failure:
+            log.warning("not_suspended", engine_pid=engine.pid, reason=str(failure))
+            if failure.is_fatal:
+                raise await self._given_up(engine, f"it cannot be parked: {failure}") from failure
+            response.memory.kept_reason += f"; it was parked no deeper because {failure}"
+        else:
+            self._is_suspended = True
+            _say_suspended(response.memory)
+
+    async def _resume(self, engine: EngineHandle) -> list[pb.Phase]:
+        """Put a suspended engine back on its GPUs."""
+        if not self._is_suspended:
+            return []
+        try:
+            phases = await self._suspension.resume(engine.pid)
+        except CheckpointFailed as failure:
+            raise await self._given_up(engine, f"it cannot be woken: {failure}") from failure
+        self._is_suspended = False
+        return phases
+
+    async def _given_up(self, engine: EngineHandle, reason: str) -> EngineDied:
+        """Kill an engine that cannot go on; returns the fault to raise."""
+        fault = EngineDied(reason)
+        if engine is self._engine:
+            await self._end_engine(fault)
+            self._board.update(state=pb.RUNTIME_STATE_FAILED, error=reason)
+        return fault
+
+    def _engine_reported(self, report: pb.RuntimeStatus) -> None:
+        if self._is_suspended:
+            _say_suspended(report.memory)
+        self._board.engine_reported(report)
 
     async def _wake(self, request: pb.WakeRequest) -> pb.WakeResponse:
         with self._undone_on_failure(pb.RUNTIME_STATE_LOADING, pb.RUNTIME_STATE_PARKED):
-            response = await self._living_engine.call(FrameKind.WAKE, request, pb.WakeResponse)
+            engine = self._living_engine
+            phases = await self._resume(engine)
+            response = await engine.call(FrameKind.WAKE, request, pb.WakeResponse)
+            phases += response.phases
+            del response.phases[:]
+            response.phases.extend(phases)
         self._board.update(state=pb.RUNTIME_STATE_READY, phases=response.phases)
         return response
 
@@ -286,6 +343,7 @@ class Supervisor:
         log.error("engine_died", engine_pid=engine.pid, reason=str(death))
         if engine is self._engine:
             self._engine = None
+            self._is_suspended = False
             self._board.engine_gone()
             self._board.update(state=pb.RUNTIME_STATE_FAILED, error=str(death))
         engine.fail_streams(death)
@@ -341,3 +399,9 @@ class Supervisor:
         """Say why there is no zygote, if nobody is at work to whom that is told anyway."""
         if self._board.state == pb.RUNTIME_STATE_STARTING:
             self._board.update(state=pb.RUNTIME_STATE_FAILED, error=reason)
+
+
+def _say_suspended(memory: pb.Memory) -> None:
+    """Correct what an engine says of memory that the driver has taken from it."""
+    memory.kept_bytes = KEPT_BYTES
+    memory.kept_reason = ""

@@ -14,6 +14,7 @@ class InnerCall:
         request_id: For the log and the usage record.
         key_id: The API key that pays, if keys are in use.
         may_wake: Whether a replica is brought up for it.
+        priority: Added to the body's; inside a replica, lower ones start first.
     """
 
     path: str
@@ -21,6 +22,7 @@ class InnerCall:
     request_id: str
     key_id: str | None
     may_wake: bool
+    priority: int = 0
 
 
 @dataclass(slots=True)

@@ -9,12 +9,14 @@ import os
 import secrets
 from collections.abc import AsyncIterator, Sequence
 from contextlib import asynccontextmanager
+from functools import partial
 from pathlib import Path
 from typing import BinaryIO
 
 import structlog
 
 from controller.batches.access import transact
+from controller.batches.threads import open_in_thread
 from controller.clock import Clock, unix_us
 from controller.errors import BodyTooLarge, NotFound
 from controller.store.database import Database
@@ -114,7 +116,7 @@ class FileStore:
             )
         file_id = new_file_id()
         path = self.path(file_id).with_suffix(PART_SUFFIX)
-        output = await asyncio.to_thread(_create, path)
+        output = await open_in_thread(partial(_create, path), partial(_discard, path=path))
         try:
             yield file_id, Upload(output, min(self._max_file_bytes, room))
         finally:

@@ -5,6 +5,7 @@ whole in memory.
 """
 
 import json
+import time
 from array import array
 from collections.abc import Iterator
 from dataclasses import dataclass, field
@@ -69,6 +70,7 @@ def read_input(
         return found, [LineError(code="file_gone", message="the input has expired")]
     seen: set[str] = set()
     for number, offset, line in _lines(path, max_line_bytes):
+        time.sleep(0)  # lets the event loop have the interpreter, which streams wait for
         if len(found.custom_ids) >= MAX_REQUESTS:
             errors.append(
                 LineError(

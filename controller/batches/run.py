@@ -9,6 +9,7 @@ import json
 from collections import Counter, deque
 from collections.abc import Awaitable, Callable, Iterable
 from dataclasses import dataclass, field, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -21,8 +22,9 @@ from controller.batches.files import FileStore
 from controller.batches.lines import BatchInput, LineError, read_input
 from controller.batches.policy import Allowance, Situation, allowance
 from controller.batches.spool import Answer, Spool
+from controller.batches.threads import open_in_thread
 from controller.clock import Clock, unix_us
-from controller.errors import ApiError, ModelNotFound, StoreUnavailable
+from controller.errors import ApiError, InternalError, ModelNotFound, StoreUnavailable
 from controller.scaling.generation import FunctionRegistry, ServedFunction
 from controller.store.batches import Batches, StoredBatch
 from controller.store.database import Database
@@ -36,6 +38,7 @@ DOUBTFUL = frozenset({500, 502})
 """Statuses that the request itself may have caused: it is asked again a few times."""
 MAX_DOUBTFUL = 3
 FIRST_PAUSE_S, MAX_PAUSE_S = 1.0, 60.0
+BATCH_PRIORITY = 1_000_000  # after whatever an interactive request is likely to ask for
 SAVE_S = 1.0  # between two times that progress is written down
 STORE_PAUSE_S = 1.0
 OUTPUT_PURPOSE = "batch_output"
@@ -134,7 +137,7 @@ class BatchRun:
     # Meanwhile.
 
     async def _run_requests(self, found: BatchInput) -> None:
-        spool = await asyncio.to_thread(Spool.open, *self._spool_paths)
+        spool = await open_in_thread(partial(Spool.open, *self._spool_paths), Spool.close)
         try:
             if self.batch.status == BatchStatus.VALIDATING:
                 self.batch = self._moved(BatchStatus.IN_PROGRESS)
@@ -210,6 +213,7 @@ class BatchRun:
                 request_id=f"{self.batch.id}-{index}",
                 key_id=self.batch.key_id,
                 may_wake=may_wake,
+                priority=BATCH_PRIORITY,
             )
         )
         if answer.status == 200:
@@ -232,7 +236,7 @@ class BatchRun:
         answers = []
         for task in [task for task in self._running if task.done()]:
             index = self._running.pop(task)
-            answer = task.result()
+            answer = self._result_of(task)
             if self._is_to_be_asked_again(pending, index, answer.status):
                 pending.indices.appendleft(index)
             else:
@@ -243,6 +247,15 @@ class BatchRun:
             self._count(spool)
             if self._node.clock.monotonic() - self._saved_at >= SAVE_S:
                 await self._save()
+
+    def _result_of(self, task: asyncio.Task[InnerAnswer]) -> InnerAnswer:
+        """Return what a request has come to; one that cannot even be read must not end the rest."""
+        failure = task.exception()
+        if failure is None:
+            return task.result()
+        log.error("request of a batch failed", task=task.get_name(), exc_info=failure)
+        error = InternalError(f"the controller failed; its log has request {task.get_name()!r}")
+        return InnerAnswer(error.status, bytearray(json.dumps(error.envelope()).encode()))
 
     def _is_to_be_asked_again(self, pending: _Pending, index: int, status: int) -> bool:
         if status in DOUBTFUL:

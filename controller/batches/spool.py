@@ -10,6 +10,7 @@ Blocking; a thread's work.
 import json
 import os
 import threading
+import time
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -91,6 +92,7 @@ def _recovered(file: BinaryIO) -> Iterator[str]:
             if not line.endswith(b"\n"):
                 break
             end += len(line)
+            time.sleep(0)  # lets the event loop have the interpreter, which streams wait for
             yield json.loads(line)["custom_id"]
     file.truncate(end)
     file.seek(end)

@@ -27,6 +27,8 @@ from controller.metrics import Metrics
 from controller.scaling.generation import FunctionRegistry, GenerationRequest, ServedFunction
 from controller.settings import Settings
 
+MAX_PRIORITY = (1 << 31) - 1
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Gateway:
@@ -61,6 +63,7 @@ class Call:
     received_at: float | None
     num_bytes: int
     may_wake: bool
+    priority: int
 
     @classmethod
     async def open(cls, gateway: Gateway, request: Request, model: str) -> "Call":
@@ -82,6 +85,7 @@ class Call:
             received_at=state.get("received_at"),
             num_bytes=len(await request.body()),
             may_wake=state.get("may_wake", True),
+            priority=state.get("priority", 0),
         )
 
     async def answer(
@@ -130,7 +134,7 @@ class Call:
                     key_id=self.key_id,
                     received_at=self.received_at,
                     may_wake=self.may_wake,
-                    priority=body.priority or 0,
+                    priority=min((body.priority or 0) + self.priority, MAX_PRIORITY),
                     cache_salt=body.cache_salt or "",
                 )
                 echo = await self._echo(body, prompt)

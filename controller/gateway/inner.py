@@ -89,6 +89,7 @@ def _scope(call: InnerCall) -> dict[str, object]:
         "request_id": call.request_id,
         "key_id": call.key_id,
         "may_wake": call.may_wake,
+        "priority": call.priority,
         "function": "",
         "tier": "ready",
         "code": None,

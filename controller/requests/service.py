@@ -89,8 +89,8 @@ class RequestService:
 
     def __init__(self, node: RequestNode) -> None:
         self._node = node
-        self._running: dict[str, tuple[StoredRequest, asyncio.Task[None]]] = {}
-        self._undelivered: dict[str, StoredRequest] = {}
+        self._running: dict[str, asyncio.Task[None]] = {}
+        self._undelivered: dict[str, int] = {}  # when to try next, in microseconds
         self._delivering: dict[str, asyncio.Task[None]] = {}
 
     async def start(self) -> None:
@@ -100,12 +100,11 @@ class RequestService:
         for request in reversed(live):  # the oldest first
             self._begin(request)
         for request in await database.run(lambda c: Requests(c).undelivered()):
-            self._undelivered[request.id] = request
+            self._undelivered[request.id] = request.webhook_next_us or 0
 
     async def stop(self) -> None:
         """Stop all work; the next start goes on with it."""
-        tasks = [task for _, task in self._running.values()]
-        tasks += self._delivering.values()
+        tasks = [*self._running.values(), *self._delivering.values()]
         for task in tasks:
             task.cancel()
         if tasks:
@@ -114,11 +113,11 @@ class RequestService:
     async def look(self) -> None:
         """Begin deliveries that are due; called on a tick."""
         now_us = self._now_us()
-        for request in list(self._undelivered.values()):
-            if request.id not in self._delivering and (request.webhook_next_us or 0) <= now_us:
-                task = _task(self._deliver(request), f"deliver {request.id}")
-                self._delivering[request.id] = task
-                task.add_done_callback(partial(self._attempt_over, request.id))
+        for request_id, next_us in list(self._undelivered.items()):
+            if request_id not in self._delivering and next_us <= now_us:
+                task = _task(self._deliver(request_id), f"deliver {request_id}")
+                self._delivering[request_id] = task
+                task.add_done_callback(partial(self._attempt_over, request_id))
 
     def _attempt_over(self, request_id: str, _task: asyncio.Task[None]) -> None:
         del self._delivering[request_id]
@@ -213,11 +212,11 @@ class RequestService:
         running = self._running.get(request_id)
         if running is None:
             raise Conflict(f"the request {request_id!r} is {request.status}")
-        running[1].cancel()
-        await asyncio.wait([running[1]])
+        running.cancel()
+        await asyncio.wait([running])
         request = await self.get(request_id, key_id=key_id)
         if request.webhook_status == "pending":  # the answer was faster
-            self._undelivered[request.id] = request
+            self._undelivered[request.id] = 0
         elif request.status == RequestStatus.IN_PROGRESS:
             request = replace(request, status=RequestStatus.CANCELLED, ended_us=self._now_us())
             await transact(self._node.database, lambda c: Requests(c).put(request))
@@ -244,8 +243,9 @@ class RequestService:
     # Answering.
 
     def _begin(self, request: StoredRequest) -> None:
-        task = _task(self._run(request), f"answer {request.id}")
-        self._running[request.id] = (request, task)
+        # Its body is read when it is needed: a thousand of them would not fit.
+        task = _task(self._run(replace(request, body=b"")), f"answer {request.id}")
+        self._running[request.id] = task
         task.add_done_callback(lambda _: self._running.pop(request.id))
 
     async def _run(self, request: StoredRequest) -> None:
@@ -261,7 +261,7 @@ class RequestService:
         )
         await self._persistently(lambda: self._put(request))
         if request.webhook_status is not None:
-            self._undelivered[request.id] = request
+            self._undelivered[request.id] = 0
 
     async def _answer(self, request: StoredRequest) -> InnerAnswer:
         """Ask until there is an answer that stays the same, or no time is left."""
@@ -270,15 +270,7 @@ class RequestService:
             left_s = (request.expires_us - self._now_us()) / 1e6
             try:
                 async with asyncio.timeout(max(left_s, 0.0)):
-                    answer = await self._node.call(
-                        InnerCall(
-                            path=request.endpoint,
-                            body=request.body,
-                            request_id=request.id,
-                            key_id=request.key_id,
-                            may_wake=True,
-                        )
-                    )
+                    answer = await self._ask(request)
                     num_doubtful += answer.status in DOUBTFUL
                     is_final = num_doubtful >= MAX_DOUBTFUL
                     if answer.status not in PASSING | DOUBTFUL or is_final:
@@ -292,6 +284,21 @@ class RequestService:
                 return InnerAnswer(error.status, body)
             pause_s = min(2.0 * pause_s, MAX_PAUSE_S)
 
+    async def _ask(self, request: StoredRequest) -> InnerAnswer:
+        try:
+            stored = await self.get(request.id, key_id=request.key_id)
+        except StoreUnavailable as error:
+            return InnerAnswer(error.status)
+        return await self._node.call(
+            InnerCall(
+                path=request.endpoint,
+                body=stored.body,
+                request_id=request.id,
+                key_id=request.key_id,
+                may_wake=True,
+            )
+        )
+
     # Telling.
 
     def _check_webhook(self, model: str, url: str) -> None:
@@ -301,8 +308,15 @@ class RequestService:
         except EgressRefused as refused:
             raise InvalidRequest(f"webhook_url: {refused}", param="webhook_url") from refused
 
-    async def _deliver(self, request: StoredRequest) -> None:
+    async def _deliver(self, request_id: str) -> None:
         """Make one attempt, and note what became of it."""
+        try:
+            request = await transact(self._node.database, lambda c: Requests(c).get(request_id))
+        except NotStored:
+            self._undelivered.pop(request_id, None)  # deleted
+            return
+        except StoreUnavailable:
+            return  # the next look tries again
         failure, is_final = "", False
         try:
             await self._post(request)
@@ -322,12 +336,10 @@ class RequestService:
         )
         log.info("webhook", request_id=request.id, status=status, attempts=num_attempts)
         await self._persistently(lambda: self._put(request))
-        if request.id not in self._undelivered:
-            return  # deleted meanwhile
-        if status == "pending":
-            self._undelivered[request.id] = request
-        else:
-            del self._undelivered[request.id]
+        if status != "pending":
+            self._undelivered.pop(request_id, None)
+        elif request_id in self._undelivered:  # else it was deleted meanwhile
+            self._undelivered[request_id] = request.webhook_next_us or 0
 
     async def _post(self, request: StoredRequest) -> None:
         """Send the message, if it may still be sent and to nowhere else than it may.

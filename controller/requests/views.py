@@ -34,5 +34,6 @@ def request_view(request: StoredRequest) -> dict[str, Any]:
 def _answer(request: StoredRequest) -> dict[str, Any] | None:
     if request.answer_status is None:
         return None
-    body = json.loads(request.answer or b"null")
-    return {"status_code": request.answer_status, "body": body}
+    answer = {"status_code": request.answer_status}
+    # A list has no contents.
+    return answer if request.answer is None else answer | {"body": json.loads(request.answer)}

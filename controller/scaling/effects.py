@@ -21,6 +21,7 @@ from controller.scaling.node import Home
 from controller.scaling.replica import Replica
 from controller.scaling.replica_log import replica_log
 from controller.scaling.standby import Standby
+from functions.spec import ParkMode
 from runtime.rpc import inference_pb2 as pb
 from runtime.rpc.client import RuntimeRefused, RuntimeRpcError
 
@@ -33,6 +34,7 @@ GPU_BLOCK_SIZE = 64
 CPU_BLOCK_SIZE = 16
 
 PARK_TIMEOUT_S = 60.0
+PARK_MODES = {ParkMode.DEEP: pb.PARK_MODE_DEEP, ParkMode.LIGHT: pb.PARK_MODE_LIGHT}
 UNLOAD_TIMEOUT_S = 10.0
 STANDBY_TIMEOUT_S = 2.0
 LOG_TAIL_LINES = 5
@@ -195,7 +197,9 @@ class Effects:
         link = function.links[replica.id]
         try:
             async with self._translated(replica, limit_s=PARK_TIMEOUT_S):
-                response = await link.connection.park(timeout_s=PARK_TIMEOUT_S)
+                response = await link.connection.park(
+                    timeout_s=PARK_TIMEOUT_S, mode=PARK_MODES[function.spec.scaling.park]
+                )
         except _Refused as error:
             now = function.clock.monotonic()
             function.set.park_refused(replica, now=now, reason=str(error))

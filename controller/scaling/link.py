@@ -44,7 +44,7 @@ class RuntimeConnection(Protocol):
     async def embed(self, request: pb.EmbedRequest, *, timeout_s: float) -> pb.EmbedResponse:
         """Embed texts; cancelling drops those that have not been computed."""
 
-    async def park(self, *, timeout_s: float) -> pb.ParkResponse:
+    async def park(self, *, timeout_s: float, mode: pb.ParkMode.ValueType) -> pb.ParkResponse:
         """Give weights and KV back."""
 
     async def wake(self, device_uuids: Sequence[str], *, timeout_s: float) -> pb.WakeResponse:

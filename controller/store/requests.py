@@ -16,7 +16,7 @@ class StoredRequest:
 
     Attributes:
         key_id: Whose it is; None where keys are not in use.
-        body: JSON, as it was sent.
+        body: JSON, as it was sent; forgotten with the answer.
         answer_status: Of the answer; None before there is one.
         answer: Its body.
         webhook_status: pending, delivered or failed; None without a webhook, or before the answer.
@@ -70,7 +70,10 @@ class Requests:
         return found[0]
 
     def list(self, *, key_id: str | None, after: str | None, limit: int) -> Sequence[StoredRequest]:
-        """Return a key's requests, newest first, those before a given one only."""
+        """Return a key's requests, newest first, those before a given one only.
+
+        What was asked and answered is left out: a page of it could be gigabytes.
+        """
         table = async_requests.c
         conditions: list[ColumnElement[bool]] = [table.key_id.is_not_distinct_from(key_id)]
         if after is not None:
@@ -79,15 +82,15 @@ class Requests:
                 (table.created_us < last.created_us)
                 | ((table.created_us == last.created_us) & (table.id < last.id))
             )
-        return self._select(*conditions, limit=limit)
+        return self._without_content(*conditions, limit=limit)
 
     def in_status(self, statuses: AbstractSet[str]) -> Sequence[StoredRequest]:
-        """Return all requests in some statuses, newest first."""
-        return self._select(async_requests.c.status.in_(statuses))
+        """Return all requests in some statuses, newest first, without content."""
+        return self._without_content(async_requests.c.status.in_(statuses))
 
     def undelivered(self) -> Sequence[StoredRequest]:
-        """Return all requests whose webhook is still to be delivered."""
-        return self._select(async_requests.c.webhook_status == "pending")
+        """Return all requests whose webhook is still to be delivered, without content."""
+        return self._without_content(async_requests.c.webhook_status == "pending")
 
     def total_bytes(self) -> int:
         """Return the size of all bodies and answers together."""
@@ -109,9 +112,15 @@ class Requests:
             )
         )
 
-    def _select(
+    def _select(self, *conditions: ColumnElement[bool]) -> Sequence[StoredRequest]:
+        query = select(async_requests).where(*conditions)
+        return [StoredRequest(**row) for row in self._connection.execute(query).mappings()]
+
+    def _without_content(
         self, *conditions: ColumnElement[bool], limit: int | None = None
     ) -> Sequence[StoredRequest]:
-        query = select(async_requests).where(*conditions).limit(limit)
+        columns = [one for one in async_requests.c if one.name not in ("body", "answer")]
+        query = select(*columns).where(*conditions).limit(limit)
         query = query.order_by(async_requests.c.created_us.desc(), async_requests.c.id.desc())
-        return [StoredRequest(**row) for row in self._connection.execute(query).mappings()]
+        rows = self._connection.execute(query).mappings()
+        return [StoredRequest(**row, body=b"") for row in rows]

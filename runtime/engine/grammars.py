@@ -10,12 +10,13 @@ from collections.abc import Callable
 from concurrent.futures import Future, ThreadPoolExecutor
 from functools import cached_property
 
-from llguidance import LLMatcher, LLTokenizer
+from llguidance import LLMatcher, LLParserLimits, LLTokenizer
 
 from runtime.errors import InvalidSequence
 
 MAX_CACHED = 128  # grammars; a compiled one takes some hundred kilobytes
 NUM_THREADS = 2
+LIMITS = LLParserLimits(verbose_errors=False)  # else errors repeat the grammar and the output
 
 
 class GrammarCompiler:
@@ -65,7 +66,11 @@ class GrammarCompiler:
         )
 
     def _compile(self, grammar: str) -> LLMatcher:
-        matcher = LLMatcher(self._tokenizer.result(), grammar, log_level=0)
+        matcher = LLMatcher(self._tokenizer.result(), grammar, log_level=0, limits=LIMITS)
         if matcher.is_error():
-            raise InvalidSequence(f"the grammar cannot be used: {matcher.get_error()}")
+            raise InvalidSequence(f"the grammar cannot be followed: {matcher.get_error()}")
+        first = matcher.deep_copy()
+        first.compute_bitmask()
+        if first.is_error():  # e.g. a rule that leads nowhere but to itself
+            raise InvalidSequence("the grammar cannot be followed: nothing matches it")
         return matcher

@@ -268,10 +268,12 @@ class RuntimeClient:
         with _translated():
             return await self._stub.Embed(request, timeout=timeout_s)
 
-    async def park(self, *, timeout_s: float) -> pb.ParkResponse:
+    async def park(
+        self, *, timeout_s: float, mode: pb.ParkMode.ValueType = pb.PARK_MODE_UNSPECIFIED
+    ) -> pb.ParkResponse:
         """Have the runtime give back weights and KV cache; refused while sequences run."""
         with _translated():
-            return await self._stub.Park(pb.ParkRequest(), timeout=timeout_s)
+            return await self._stub.Park(pb.ParkRequest(mode=mode), timeout=timeout_s)
 
     async def wake(self, device_uuids: Sequence[str], *, timeout_s: float) -> pb.WakeResponse:
         """Reverse a park."""

@@ -93,6 +93,29 @@ FINISH_REASON_REFUSED: FinishReason.ValueType  # 5
 """never ran: `error` says what is wrong with the request"""
 Global___FinishReason: _TypeAlias = FinishReason  # noqa: Y015
 
+class _ParkMode:
+    ValueType = _typing.NewType("ValueType", _builtins.int)
+    V: _TypeAlias = ValueType  # noqa: Y015
+
+class _ParkModeEnumTypeWrapper(_enum_type_wrapper._EnumTypeWrapper[_ParkMode.ValueType], _builtins.type):
+    DESCRIPTOR: _descriptor.EnumDescriptor
+    PARK_MODE_UNSPECIFIED: _ParkMode.ValueType  # 0
+    """DEEP"""
+    PARK_MODE_LIGHT: _ParkMode.ValueType  # 1
+    """keeps context, kernels and graphs on the device"""
+    PARK_MODE_DEEP: _ParkMode.ValueType  # 2
+    """keeps next to nothing there; LIGHT where the driver cannot"""
+
+class ParkMode(_ParkMode, metaclass=_ParkModeEnumTypeWrapper): ...
+
+PARK_MODE_UNSPECIFIED: ParkMode.ValueType  # 0
+"""DEEP"""
+PARK_MODE_LIGHT: ParkMode.ValueType  # 1
+"""keeps context, kernels and graphs on the device"""
+PARK_MODE_DEEP: ParkMode.ValueType  # 2
+"""keeps next to nothing there; LIGHT where the driver cannot"""
+Global___ParkMode: _TypeAlias = ParkMode  # noqa: Y015
+
 @_typing.final
 class EngineConfig(_message.Message):
     DESCRIPTOR: _descriptor.Descriptor
@@ -815,12 +838,16 @@ Global___LoadFigures: _TypeAlias = LoadFigures  # noqa: Y015
 class ParkRequest(_message.Message):
     DESCRIPTOR: _descriptor.Descriptor
 
+    MODE_FIELD_NUMBER: _builtins.int
+    mode: Global___ParkMode.ValueType
     def __init__(
         self,
+        *,
+        mode: Global___ParkMode.ValueType = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["mode", b"mode"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 

@@ -32,6 +32,7 @@ class FakeRuntime:
     num_submitted: int = 0
     num_cached_tokens: int = 0
     kept_bytes: int = 0
+    park_modes: list[int] = field(default_factory=list)
     heartbeat_age_s: float = 0.0
     owner: pb.Owner | None = None
     device_uuids: list[str] = field(default_factory=list)
@@ -173,8 +174,9 @@ class FakeConnection:
             embeddings=[struct.pack("<f", len(text.token_ids)) for text in request.texts]
         )
 
-    async def park(self, *, timeout_s: float) -> pb.ParkResponse:
+    async def park(self, *, timeout_s: float, mode: pb.ParkMode.ValueType) -> pb.ParkResponse:
         """Become parked, unless sequences run."""
+        self._runtime.park_modes.append(mode)
         if self._runtime.sequences:
             raise RuntimeRefused("sequences in flight")
         await self._runtime.work("park", self._runtime.park_s)

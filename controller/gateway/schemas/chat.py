@@ -127,7 +127,11 @@ class ChatCompletionRequest(SamplingBody):
         "echo": (False,),
     }
 
-    messages: Annotated[list[ChatMessage], Field(min_length=1, max_length=MAX_MESSAGES), FailFast()]
+    messages: Annotated[
+        list[ChatMessage],
+        Field(min_length=1, max_length=MAX_MESSAGES, description="The conversation to continue."),
+        FailFast(),
+    ]
     max_completion_tokens: int | None = Field(
         default=None, ge=1, le=INT64_MAX, description="Goes before `max_tokens`, its older name."
     )

@@ -55,10 +55,10 @@ class AsyncRequestBody(ApiBody):
 
 
 class AsyncAnswer(BaseModel):
-    """What the endpoint has answered."""
+    """What the endpoint has answered; without the body in a list."""
 
     status_code: int
-    body: Any
+    body: Any = None
 
 
 class AsyncWebhook(BaseModel):

@@ -9,6 +9,7 @@ from typing import Any
 
 import pytest
 
+from controller.batches.lines import BatchInput
 from controller.batches.run import BatchRun
 from controller.errors import Conflict, InvalidRequest, NotFound
 from controller.store.batches import StoredBatch
@@ -135,6 +136,23 @@ async def test_request_that_kills_replicas_is_given_up(world: BatchWorld) -> Non
     assert world.caller.asked["poison"] == 3
     (failed,) = world.answers(batch.error_file_id)
     assert failed["response"]["status_code"] == 502
+
+
+async def test_request_that_cannot_be_read_ends_no_other(
+    world: BatchWorld, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    real = BatchInput.body
+
+    def failing(self: BatchInput, index: int) -> bytes:
+        if index == 1:
+            raise OSError("bad sector")
+        return real(self, index)
+
+    monkeypatch.setattr(BatchInput, "body", failing)
+    batch = await world.ended((await world.create(["a", "b", "c"])).id, step_s=1.0)
+    assert (batch.status, batch.num_completed) == ("completed", 2)
+    (failed,) = world.answers(batch.error_file_id)
+    assert (failed["custom_id"], failed["response"]["status_code"]) == ("b", 500)
 
 
 async def test_what_is_left_at_the_deadline_is_told_so(world: BatchWorld) -> None:

@@ -203,12 +203,19 @@ def test_constraints_that_exclude_each_other_refuse_one_sequence_only() -> None:
     assert re.fullmatch("[a-f]{3,12}", text_of(tokens[3]))
 
 
-@pytest.mark.parametrize("grammar", ["start: nowhere", "{", '{"grammars": [{"regex": "("}]}'])
+ENDLESS = LLMatcher.grammar_from_json_schema(
+    {"$defs": {"x": {"$ref": "#/$defs/x"}}, "$ref": "#/$defs/x"}
+)
+
+
+@pytest.mark.parametrize(
+    "grammar", ["start: nowhere", "{", '{"grammars": [{"regex": "("}]}', ENDLESS]
+)
 def test_a_broken_grammar_is_refused_before_it_runs(grammar: str) -> None:
     params = {1: SamplingParams(grammar=grammar), 2: SamplingParams(max_tokens=5, ignore_eos=True)}
     tokens, finished = generate(params)
     assert finished[1].reason is FinishReason.REFUSED
-    assert finished[1].error.startswith("the grammar cannot be used")
+    assert finished[1].error.startswith("the grammar cannot be followed")
     assert list(tokens) == [2]
 
 

@@ -119,6 +119,7 @@ async def test_requests_of_a_batch_may_not_wake_and_say_so(
     await run_batch(sdk, CHAT, content)
     (generation,) = function.generations
     assert not generation.request.may_wake
+    assert generation.request.priority > 0, "interactive requests go first inside a replica too"
 
 
 async def test_refusals_that_pass_are_not_answers(
