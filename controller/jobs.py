@@ -87,7 +87,7 @@ class Jobs:
         history_days = self._settings.history_days
         reaper.every(self._settings.tick_s, "look at batches", self._batches.look)
         reaper.every(self._settings.tick_s, "look at webhooks", self._requests.look)
-        reaper.every(SWEEP_S, "sweep files", self._files.sweep)
+        reaper.every(SWEEP_S, "sweep files", partial(self._files.sweep, self._batches.is_used))
         retention_s = self._settings.async_retention_s
         reaper.every(SWEEP_S, "prune requests", partial(self._requests.prune, retention_s))
         reaper.every(PRUNE_S, "prune batches", partial(self._batches.prune, history_days))

@@ -7,7 +7,7 @@ a deletion that was, and is swept away.
 import asyncio
 import os
 import secrets
-from collections.abc import AsyncIterator, Sequence
+from collections.abc import AsyncIterator, Callable, Sequence
 from contextlib import asynccontextmanager
 from functools import partial
 from pathlib import Path
@@ -186,12 +186,13 @@ class FileStore:
         if not await asyncio.to_thread(self.path(file.id).exists):
             raise _no_such_file(file.id)
 
-    async def sweep(self) -> None:
-        """Delete what has expired and what was never finished, at the start and now and then."""
+    async def sweep(self, is_used: Callable[[str], bool] = lambda _: False) -> None:
+        """Delete what has expired, unless something still reads it."""
         now_us = unix_us(self._clock.now())
         for file in await self._database.run(lambda connection: Files(connection).expired(now_us)):
-            log.info("file expired", file_id=file.id)
-            await self.delete(file.id)
+            if not is_used(file.id):
+                log.info("file expired", file_id=file.id)
+                await self.delete(file.id)
 
     async def clear_up(self) -> None:
         """Remove what an earlier controller left half done; nothing may be under way yet."""

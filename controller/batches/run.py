@@ -7,7 +7,7 @@ starts again goes on where the last line was written.
 import asyncio
 import json
 from collections import Counter, deque
-from collections.abc import Awaitable, Callable, Iterable
+from collections.abc import Awaitable, Callable
 from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
@@ -38,6 +38,7 @@ DOUBTFUL = frozenset({500, 502})
 """Statuses that the request itself may have caused: it is asked again a few times."""
 MAX_DOUBTFUL = 3
 FIRST_PAUSE_S, MAX_PAUSE_S = 1.0, 60.0
+QUIET_S = 10.0  # without a request that may run, until the batch's files are closed
 BATCH_PRIORITY = 1_000_000  # after whatever an interactive request is likely to ask for
 SAVE_S = 1.0  # between two times that progress is written down
 STORE_PAUSE_S = 1.0
@@ -61,16 +62,6 @@ class BatchNode:
     started: Counter[str] = field(default_factory=Counter)
 
 
-@dataclass(slots=True, kw_only=True)
-class _Pending:
-    """Requests without an answer that do not run."""
-
-    indices: deque[int]
-    num_doubtful: Counter[int] = field(default_factory=Counter)
-    num_pauses: int = 0
-    paused_until: float = 0.0
-
-
 class BatchRun:
     """Runs one batch to its end.
 
@@ -85,6 +76,9 @@ class BatchRun:
         self._look = asyncio.Event()
         self._request_s: float | None = None
         self._running: dict[asyncio.Task[InnerAnswer], int] = {}
+        self._num_doubtful: Counter[int] = Counter()
+        self._num_pauses = 0
+        self._paused_until = 0.0
         self._saved_at = 0.0
 
     def look(self) -> None:
@@ -100,80 +94,117 @@ class BatchRun:
 
     async def run(self) -> None:
         """Bring the batch to its end; cancelling leaves it for the next controller."""
-        source = self._node.files.path(self.batch.input_file_id)
-        if self.batch.status != BatchStatus.FINALIZING:
-            found, errors = await asyncio.to_thread(
-                read_input,
-                source,
-                self.batch.endpoint,
-                max_line_bytes=self._node.max_line_bytes,
-            )
-            if errors or not self._is_served(found.model, errors):
-                await self._fail(errors)
-                return
-            await self._run_requests(found)
+        if self.batch.status == BatchStatus.VALIDATING and not await self._validate():
+            return
+        while self.batch.status != BatchStatus.FINALIZING:
+            await self._until_needed()
+            if await self._run_requests():
+                break
         await self._finalize()
 
     # Before.
 
-    def _is_served(self, model: str, errors: list[LineError]) -> bool:
+    async def _validate(self) -> bool:
+        """Check the whole input; return whether the batch goes on."""
+        found, errors = await self._read_input()
+        if not errors:
+            errors = self._check_served(found.model)
+        if errors:
+            listed = [error.to_json() for error in errors]
+            self.batch = replace(self._moved(BatchStatus.FAILED), errors=listed)
+        else:
+            self.batch = replace(self.batch, model=found.model, num_total=len(found.custom_ids))
+            if self.batch.status == BatchStatus.VALIDATING:  # else it is being cancelled
+                self.batch = self._moved(BatchStatus.IN_PROGRESS)
+        await self._save()
+        return not errors
+
+    async def _read_input(self) -> tuple[BatchInput, list[LineError]]:
+        return await asyncio.to_thread(
+            read_input,
+            self._node.files.path(self.batch.input_file_id),
+            self.batch.endpoint,
+            max_line_bytes=self._node.max_line_bytes,
+        )
+
+    def _check_served(self, model: str) -> list[LineError]:
         try:
             self._node.registry.resolve(model)
         except ModelNotFound as error:
-            if self.batch.status == BatchStatus.VALIDATING:
-                errors.append(
-                    LineError(code="model_not_found", message=error.message, param="body.model")
-                )
-                return False
+            return [LineError(code="model_not_found", message=error.message, param="body.model")]
         except ApiError:
             pass  # its snapshot is being built
-        return True
-
-    async def _fail(self, errors: Iterable[LineError]) -> None:
-        listed = [error.to_json() for error in errors]
-        self.batch = replace(self._moved(BatchStatus.FAILED), errors=listed)
-        await self._save()
+        return []
 
     # Meanwhile.
 
-    async def _run_requests(self, found: BatchInput) -> None:
+    async def _until_needed(self) -> None:
+        """Wait until something may run or the time is over; until then nothing is held open."""
+        while self._may_go_on() and not self._room():
+            await self._wait()
+
+    def _room(self) -> int:
+        function = self._function()
+        num_left = self.batch.num_total - self.batch.num_completed - self.batch.num_failed
+        # None left: a controller that ended before it could say so.
+        if num_left <= 0:
+            return 1
+        return 0 if function is None else self._allowance(function, num_left).num_requests
+
+    async def _run_requests(self) -> bool:
+        """Run requests as long as any may run; return whether the batch is over."""
+        found, errors = await self._read_input()
+        if errors:  # it was good before
+            log.error("the input of a batch is gone", batch_id=self.batch.id)
+            self._note_expiry()
+            return True
         spool = await open_in_thread(partial(Spool.open, *self._spool_paths), Spool.close)
         try:
-            if self.batch.status == BatchStatus.VALIDATING:
-                self.batch = self._moved(BatchStatus.IN_PROGRESS)
-            self.batch = replace(self.batch, model=found.model, num_total=len(found.custom_ids))
             self._count(spool)
-            await self._save()
             missing = (i for i, name in enumerate(found.custom_ids) if name not in spool.done)
-            pending = _Pending(indices=deque(missing))
+            pending = deque(missing)
             try:
-                while (pending.indices or self._running) and self._may_go_on():
-                    self._start(found, pending, spool)
-                    await self._wait()
-                    await self._take(found, pending, spool)
+                is_quiet = await self._run_pending(found, pending, spool)
             finally:
                 await self._drop_running()
+            if is_quiet:
+                return False
             is_short = len(spool.done) < len(found.custom_ids)
             if is_short and self.batch.status == BatchStatus.IN_PROGRESS:
                 await self._expire(found, spool)
             await asyncio.to_thread(spool.sync)
-            self._count(spool)
+            return True
         finally:
+            self._count(spool)
             await asyncio.shield(asyncio.to_thread(spool.close))
+
+    async def _run_pending(self, found: BatchInput, pending: deque[int], spool: Spool) -> bool:
+        """Run requests to the end; return whether it was left because nothing may run for long."""
+        clock = self._node.clock
+        active_at = clock.monotonic()
+        while (pending or self._running) and self._may_go_on():
+            self._start(found, pending)
+            if self._running or clock.monotonic() < self._paused_until:
+                active_at = clock.monotonic()
+            elif clock.monotonic() - active_at >= QUIET_S:
+                return True
+            await self._wait()
+            await self._take(found, pending, spool)
+        return False
 
     def _may_go_on(self) -> bool:
         return self.batch.status == BatchStatus.IN_PROGRESS and self._left_s() > 0
 
-    def _start(self, found: BatchInput, pending: _Pending, spool: Spool) -> None:
+    def _start(self, found: BatchInput, pending: deque[int]) -> None:
         """Begin as many requests as may run now."""
-        if not pending.indices or self._node.clock.monotonic() < pending.paused_until:
+        if not pending or self._node.clock.monotonic() < self._paused_until:
             return
         function = self._function()
         if function is None:
             return
-        allowed = self._allowance(function, len(pending.indices) + len(self._running))
-        while pending.indices and len(self._running) < allowed.num_requests:
-            index = pending.indices.popleft()
+        allowed = self._allowance(function, len(pending) + len(self._running))
+        while pending and len(self._running) < allowed.num_requests:
+            index = pending.popleft()
             task = asyncio.create_task(
                 self._ask(found, index, function.name, may_wake=allowed.may_wake),
                 name=f"{self.batch.id}-{index}",
@@ -231,16 +262,16 @@ class BatchRun:
             looking.cancel()
         self._look.clear()
 
-    async def _take(self, found: BatchInput, pending: _Pending, spool: Spool) -> None:
+    async def _take(self, found: BatchInput, pending: deque[int], spool: Spool) -> None:
         """Write the answers that have come; what came of nothing waits for another try."""
         answers = []
         for task in [task for task in self._running if task.done()]:
             index = self._running.pop(task)
             answer = self._result_of(task)
-            if self._is_to_be_asked_again(pending, index, answer.status):
-                pending.indices.appendleft(index)
+            if self._is_to_be_asked_again(index, answer.status):
+                pending.appendleft(index)
             else:
-                pending.num_pauses = 0
+                self._num_pauses = 0
                 answers.append(self._answer(found.custom_ids[index], index, answer))
         if answers:
             await asyncio.to_thread(spool.append, answers)
@@ -257,18 +288,18 @@ class BatchRun:
         error = InternalError(f"the controller failed; its log has request {task.get_name()!r}")
         return InnerAnswer(error.status, bytearray(json.dumps(error.envelope()).encode()))
 
-    def _is_to_be_asked_again(self, pending: _Pending, index: int, status: int) -> bool:
+    def _is_to_be_asked_again(self, index: int, status: int) -> bool:
         if status in DOUBTFUL:
-            pending.num_doubtful[index] += 1
-            if pending.num_doubtful[index] >= MAX_DOUBTFUL:
+            self._num_doubtful[index] += 1
+            if self._num_doubtful[index] >= MAX_DOUBTFUL:
                 return False
         elif status not in PASSING:
             return False
-        pause_s = min(FIRST_PAUSE_S * 2.0 ** min(pending.num_pauses, 16), MAX_PAUSE_S)
         now = self._node.clock.monotonic()
-        if now >= pending.paused_until:  # once for all that failed together
-            pending.num_pauses += 1
-            pending.paused_until = now + pause_s
+        if now >= self._paused_until:  # once for all that failed together
+            pause_s = min(FIRST_PAUSE_S * 2.0 ** min(self._num_pauses, 16), MAX_PAUSE_S)
+            self._num_pauses += 1
+            self._paused_until = now + pause_s
         return True
 
     async def _drop_running(self) -> None:
@@ -288,6 +319,9 @@ class BatchRun:
             if name not in spool.done
         ]
         await asyncio.to_thread(spool.append, answers)
+        self._note_expiry()
+
+    def _note_expiry(self) -> None:
         moments = {EXPIRING: self._now_us()} | dict(self.batch.moments)
         self.batch = replace(self.batch, moments=moments)
 

@@ -148,11 +148,19 @@ class BatchService:
 
     def check_unused(self, file_id: str) -> None:
         """Raise Conflict if a batch under way reads a file."""
-        for run in self._runs.values():
-            if run.batch.input_file_id == file_id and run.batch.status in LIVE:
-                raise Conflict(
-                    f"the batch {run.batch.id!r} reads {file_id!r}; cancel it, or wait for its end"
-                )
+        reader = self._reader_of(file_id)
+        if reader is not None:
+            raise Conflict(
+                f"the batch {reader!r} reads {file_id!r}; cancel it, or wait for its end"
+            )
+
+    def is_used(self, file_id: str) -> bool:
+        """Return whether a batch under way reads a file."""
+        return self._reader_of(file_id) is not None
+
+    def _reader_of(self, file_id: str) -> str | None:
+        batches = (run.batch for run in self._runs.values() if run.batch.status in LIVE)
+        return next((one.id for one in batches if one.input_file_id == file_id), None)
 
     async def prune(self, history_days: int) -> None:
         """Forget old batches that have ended; their files stay."""

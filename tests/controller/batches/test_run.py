@@ -1,9 +1,11 @@
 """Batches from their input to their outputs, over restarts, failures and deadlines."""
 
 import asyncio
+import contextlib
 import random
 from collections import Counter
 from collections.abc import AsyncIterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +16,7 @@ from controller.batches.run import BatchRun
 from controller.errors import Conflict, InvalidRequest, NotFound
 from controller.store.batches import StoredBatch
 from controller.store.errors import DatabaseUnavailable
+from controller.store.files import Files
 from tests.fakes.batches import CHAT, DAY_S, BatchWorld, request_line
 
 
@@ -343,3 +346,65 @@ async def test_ended_batches_are_forgotten_in_the_end(world: BatchWorld) -> None
     listed = await world.service.list(key_id=None, after=None, limit=9)
     assert [batch.id for batch in listed] == [live.id]
     assert world.answers(old.output_file_id) != []
+
+
+async def test_waiting_batch_holds_nothing_open(world: BatchWorld) -> None:
+    world.function.tier = "parked"
+    made = await world.create([f"q{number}" for number in range(5)])
+    await world.until(made.id, lambda batch: batch.status == "in_progress")
+    assert not world.files.spool_path(f"{made.id}.output").exists(), "not even begun"
+    gate = asyncio.Event()
+    world.caller.script = lambda content: gate if content == "q4" else 200
+    world.function.tier = "ready"
+    await world.until(made.id, lambda batch: batch.num_completed == 4)
+    world.function.tier = "parked"
+    world.caller.script = lambda content: 503
+    await world.service.stop()
+    await world.restart()
+    assert num_open(world) == 0
+    world.caller.script = lambda content: 200
+    world.function.tier = "ready"
+    world.clock.advance(60)
+    assert (await world.ended(made.id, step_s=1.0)).status == "completed"
+
+
+async def test_batch_that_runs_no_more_closes_its_files(world: BatchWorld) -> None:
+    made = await world.create(["a", "b"])
+    world.caller.script = lambda content: 200 if content == "a" else 503
+    await world.until(made.id, lambda batch: batch.num_completed == 1)
+    assert num_open(world) == 2
+    world.function.tier = "parked"
+    for _ in range(30):
+        world.clock.advance(10)
+        await world.rest()
+        if num_open(world) == 0:
+            break
+    assert num_open(world) == 0
+    world.caller.script = lambda content: 200
+    world.function.tier = "ready"
+    assert (await world.ended(made.id, step_s=1.0)).status == "completed"
+    assert world.caller.asked["a"] == 1
+
+
+async def test_input_in_use_outlives_its_expiry(world: BatchWorld) -> None:
+    world.function.tier = "parked"
+    made = await world.create(["a"])
+    await world.until(made.id, lambda batch: batch.status == "in_progress")
+    file = await world.files.get(made.input_file_id, key_id=None)
+    await world.database.run(lambda c: Files(c).delete(file.id))
+    await world.database.run(lambda c: Files(c).add(replace(file, expires_us=1)))
+    await world.files.sweep(world.service.is_used)
+    world.function.tier = "ready"
+    assert (await world.ended(made.id)).status == "completed"
+    await world.files.sweep(world.service.is_used)
+    assert not world.files.path(made.input_file_id).exists()
+
+
+def num_open(world: BatchWorld) -> int:
+    """Return how many files of batches this process has open."""
+    spool = str(world.files.spool_path(""))
+    links = []
+    for path in Path("/proc/self/fd").iterdir():
+        with contextlib.suppress(FileNotFoundError):  # closed meanwhile
+            links.append(str(path.readlink()))
+    return sum(link.startswith(spool) for link in links)
