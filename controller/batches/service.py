@@ -141,7 +141,7 @@ class BatchService:
         """
         batch = await self.get(batch_id, key_id=key_id)
         run = self._runs.get(batch_id)
-        if run is None:
+        if run is None or batch.status not in LIVE:  # one that has ended is let go a moment later
             raise Conflict(f"the batch {batch_id!r} is {batch.status}; nothing is left to cancel")
         await run.cancel()
         return run.batch
