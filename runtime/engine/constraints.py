@@ -8,6 +8,7 @@ It depends on all tokens before, so it is made when those are committed, while t
 from collections.abc import Iterable, Sequence
 
 import numpy as np
+import structlog
 from llguidance import LLExecutor, LLMatcher
 from llguidance.numpy import fill_next_token_bitmask_par
 from numpy.typing import NDArray
@@ -17,6 +18,8 @@ from runtime.engine.sequence import SamplingParams, SequenceKey
 from runtime.errors import InvalidSequence
 
 Words = NDArray[np.uint32]
+
+log = structlog.get_logger()
 
 
 class TokenConstraint:
@@ -114,8 +117,14 @@ class MaskMaker:
         if not found:
             return None, {}
         words = np.tile(self._all, (len(found), 1))
-        self._fill([constraint for _, _, constraint in found], words)
         errors = {}
+        try:
+            self._fill([constraint for _, _, constraint in found], words)
+        except Exception as error:  # a defect of the library must not end the step loop
+            log.exception("masks_failed", num_sequences=len(found))
+            message = f"the grammar could not be followed: {type(error).__name__}: {error}"
+            errors = {key: message for _, key, item in found if item.matcher is not None}
+            words[:] = self._all
         for index, (_, key, constraint) in enumerate(found):
             try:
                 constraint.restrict(words[index])

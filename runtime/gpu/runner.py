@@ -43,6 +43,7 @@ PREFILL_TOKENS_BESIDE_DECODES = (
 )
 PREFILL_TOKENS_ALONE = 1024
 CPU_STEP = 4
+PROMPT_LOGPROB_ROWS = 64  # at once: their probabilities are in memory beside their logits
 
 
 class GpuRunner:
@@ -290,7 +291,7 @@ class GpuRunner:
             prompt_logprobs = launch_prompt_logprobs(
                 batch.sequences,
                 lambda rows: model.logits(result, rows, len(rows))[:, : self.vocab_size],
-                max_rows=self._limits.num_seqs,
+                max_rows=min(PROMPT_LOGPROB_ROWS, self._limits.num_seqs),
                 device=self._device,
             )
         num_sampled = len(described.sampled)

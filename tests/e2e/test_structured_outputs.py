@@ -1,6 +1,6 @@
 """Random JSON Schemas through everything: HTTP, gateway, engine, the small real model.
 
-`SCHEMAS=1000 pytest tests/e2e/test_structured_outputs.py -s --timeout 3000` runs as many as it says.
+`SCHEMAS=1000 pytest -s tests/e2e/test_structured_outputs.py` runs as many as it says.
 """
 
 import asyncio
@@ -19,11 +19,10 @@ from jsonschema import Draft202012Validator
 from functions.spec import FunctionSpec
 from tests.e2e.conftest import Node
 
-pytestmark = [pytest.mark.e2e, pytest.mark.model, pytest.mark.timeout(300)]
-
 NUM_SCHEMAS = int(os.environ.get("SCHEMAS", "30"))
 MAX_TOKENS = 48
 CONCURRENCY = 16
+pytestmark = [pytest.mark.e2e, pytest.mark.model, pytest.mark.timeout(300 + 3 * NUM_SCHEMAS)]
 NAMES = ["name", "größe", "a b", "$id\n"]
 
 

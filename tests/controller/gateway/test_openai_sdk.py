@@ -1,11 +1,16 @@
 import asyncio
 from collections.abc import AsyncIterator
+from typing import Annotated, Any, Literal
 
 import openai
+import pydantic
 import pytest
+from llguidance import LLMatcher, LLTokenizer
+from tokenizers import Tokenizer
 
 from controller.errors import QueueFull, RuntimeDied
 from controller.scaling.generation import TokenChunk
+from runtime.rpc import inference_pb2 as pb
 from tests.controller.gateway.conftest import AppMaker, client_of
 from tests.fakes.function import FakeFunction
 
@@ -113,3 +118,83 @@ async def test_errors_have_the_sdks_types(sdk: openai.AsyncOpenAI, function: Fak
     with pytest.raises(openai.RateLimitError) as caught:
         await sdk.completions.create(model="tiny", prompt="x")
     assert caught.value.code == "queue_full"
+
+
+class Person(pydantic.BaseModel):
+    """What the typed helpers ask for."""
+
+    name: str
+    age: Annotated[int, pydantic.Field(ge=0, le=150)]
+    friends: list["Person"]
+    mood: Literal["calm", "merry"] | None
+
+
+async def test_typed_helpers_get_what_they_ask_for(
+    sdk: openai.AsyncOpenAI, function: FakeFunction, byte_level: Tokenizer
+) -> None:
+    text = '{"name":"Zoë","age":36,"friends":[],"mood":null}'
+    function.script = lambda request: [
+        *(TokenChunk([token]) for token in byte_level.encode(text).ids),
+        TokenChunk([], finish_reason="stop"),
+    ]
+    messages: list[Any] = [{"role": "user", "content": "Who?"}]
+    whole = await sdk.chat.completions.parse(
+        model="tiny", messages=messages, response_format=Person
+    )
+    expected = Person(name="Zoë", age=36, friends=[], mood=None)
+    assert whole.choices[0].message.parsed == expected
+    async with sdk.chat.completions.stream(
+        model="tiny", messages=messages, response_format=Person
+    ) as stream:
+        final = await stream.get_final_completion()
+    assert final.choices[0].message.parsed == expected
+    for generation in function.generations:
+        grammar = generation.request.sampling.grammar
+        matcher = LLMatcher(LLTokenizer("byte"), grammar, log_level=0)
+        tokens = LLTokenizer("byte").tokenize_str(text)
+        assert matcher.try_consume_tokens(tokens) == len(tokens)
+        assert matcher.is_accepting()
+
+
+async def test_several_answers_and_their_logprobs_accumulate_in_a_stream(
+    sdk: openai.AsyncOpenAI, function: FakeFunction, byte_level: Tokenizer
+) -> None:
+    tokens = byte_level.encode("so warm").ids
+    found = [pb.TokenLogprobs(logprob=-0.5, top_token_ids=[104], top_logprobs=[-0.25])]
+    function.script = lambda request: [
+        *(TokenChunk([token], logprobs=found) for token in tokens),
+        TokenChunk([], finish_reason="stop"),
+    ]
+    async with sdk.chat.completions.stream(
+        model="tiny",
+        messages=[{"role": "user", "content": "hello"}],
+        n=2,
+        logprobs=True,
+        top_logprobs=1,
+        seed=3,
+    ) as stream:
+        final = await stream.get_final_completion()
+    assert [choice.message.content for choice in final.choices] == ["so warm"] * 2
+    for choice in final.choices:
+        assert choice.logprobs is not None
+        assert choice.logprobs.content is not None
+        assert len(choice.logprobs.content) == len(tokens)
+        assert choice.logprobs.content[0].top_logprobs[0].logprob == -0.25
+
+
+async def test_completions_of_the_sdk(
+    sdk: openai.AsyncOpenAI, function: FakeFunction, byte_level: Tokenizer
+) -> None:
+    found = [pb.TokenLogprobs(logprob=-0.5)]
+    function.script = lambda request: (
+        [TokenChunk([token], logprobs=found) for token in byte_level.encode(" tea").ids]
+        + [TokenChunk([], finish_reason="length")]
+    )
+    completion = await sdk.completions.create(
+        model="tiny", prompt=["hot", "cold"], n=2, best_of=3, echo=True, logprobs=0, max_tokens=4
+    )
+    assert [choice.text for choice in completion.choices] == ["hot tea"] * 2 + ["cold tea"] * 2
+    logprobs = completion.choices[0].logprobs
+    assert logprobs is not None
+    assert logprobs.tokens is not None
+    assert "".join(logprobs.tokens) == "hot tea"

@@ -268,3 +268,21 @@ def test_sentencepiece_tokenizers_are_followed() -> None:
     tokens, finished = run(engine)
     assert tokenizer.decode(tokens[1]) in ("the low", "the café 東")
     assert finished[1].reason is FinishReason.STOP
+
+
+def test_a_defect_in_the_library_ends_constrained_sequences_only(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    def fail(*_: object) -> None:
+        raise ValueError("a defect")
+
+    monkeypatch.setattr("runtime.engine.constraints.fill_next_token_bitmask_par", fail)
+    params = {
+        1: SamplingParams(grammar=WORD, max_tokens=20),
+        2: SamplingParams(max_tokens=20, allowed_token_ids=frozenset({40, 41})),
+        3: SamplingParams(max_tokens=20, ignore_eos=True),
+    }
+    tokens, finished = generate(params)
+    assert "a defect" in finished[1].error
+    assert set(tokens[2]) <= {40, 41}
+    assert tokens[3] == answer([3, 4, 5], 20, VOCAB_SIZE)
