@@ -141,7 +141,7 @@ def run_engine(engine: Engine, workload: Workload) -> Figures:
 
 @contextmanager
 def serving_8b(
-    work: Path, tokenizer: Path, num_layers: int = 32, *, num_standbys: int = 0
+    work: Path, tokenizer: Path, num_layers: int = 32, *, num_standbys: int = 0, park: str = "deep"
 ) -> Iterator[Controller]:
     """Run a controller with the 8B shape deployed and ready."""
     checkpoint = work / f"checkpoint-{num_layers}"
@@ -156,7 +156,12 @@ def serving_8b(
             "model": {"source": str(checkpoint), "max_model_len": ENGINE["max_model_len"]},
             "engine": {key: value for key, value in ENGINE.items() if key != "max_model_len"},
             "resources": {"gpus": 1},
-            "scaling": {"max_replicas": 1, "target_concurrency": 256, "idle_timeout": None},
+            "scaling": {
+                "max_replicas": 1,
+                "target_concurrency": 256,
+                "idle_timeout": None,
+                "park": park,
+            },
         }
     )
     with running_controller(work / "home", num_standbys=num_standbys) as controller:

@@ -19,17 +19,21 @@ class Wait:
     Attributes:
         seconds: By the client's clock.
         explained: Share of it that the answer's Server-Timing header adds up to; None without one.
+        num_tokens: Tokens that had come a second after the first.
     """
 
     seconds: float
     explained: float | None
+    num_tokens: int
 
 
 Waits = dict[str, list[Wait]]
 Goals = Mapping[str, float | None]
 
 
-def measure_tiers(controller: Controller, name: str, num_runs: int, tiers: Sequence[str]) -> Waits:
+def measure_tiers(
+    controller: Controller, name: str, num_runs: int, tiers: Sequence[str], *, max_tokens: int = 4
+) -> Waits:
     """Return the client's waits, `num_runs` from each tier.
 
     From "stopped" means that nothing runs: the controller must keep no standby then.
@@ -45,30 +49,8 @@ def measure_tiers(controller: Controller, name: str, num_runs: int, tiers: Seque
     for tier in tiers:
         for _ in range(num_runs):
             prepare[tier]()
-            waits[tier].append(first_token(client, name))
+            waits[tier].append(_first_token(client, name, max_tokens))
     return waits
-
-
-def first_token(client: openai.OpenAI, model: str) -> Wait:
-    """Return the wait from a request to the first streamed text."""
-    started_at = time.perf_counter()
-    response = client.chat.completions.with_raw_response.create(
-        model=model,
-        messages=[{"role": "user", "content": "What is the capital of France?"}],
-        max_tokens=4,
-        temperature=0,
-        stream=True,
-    )
-    first_at = None
-    for chunk in response.parse():
-        if chunk.choices and chunk.choices[0].delta.content:
-            first_at = first_at or time.perf_counter()
-    if first_at is None:
-        raise RuntimeError("the stream ended without a token")
-    seconds = first_at - started_at
-    phases = response.headers.get("server-timing", "")
-    told_s = sum(float(phase.rpartition("=")[2]) / 1000 for phase in phases.split(",") if phase)
-    return Wait(seconds=seconds, explained=told_s / seconds if phases else None)
 
 
 def missed(waits: Waits, goals: Goals) -> list[str]:
@@ -82,9 +64,10 @@ def missed(waits: Waits, goals: Goals) -> list[str]:
 def print_waits(waits: Waits, goals: Goals) -> None:
     """Print median, 95th percentile and worst of each tier beside its goal.
 
-    The last column is the least share of a wait that its timeline explains.
+    Beside them stand the least share of a wait that its timeline explains, and the median of tokens
+    that had come a second after the first.
     """
-    table = Table("from", "runs", "p50 s", "p95 s", "worst s", "goal s", "explained")
+    table = Table("from", "runs", "p50 s", "p95 s", "worst s", "goal s", "explained", "tokens")
     for tier, found in waits.items():
         ranked = sorted(wait.seconds for wait in found)
         shares = [wait.explained for wait in found if wait.explained is not None]
@@ -97,8 +80,38 @@ def print_waits(waits: Waits, goals: Goals) -> None:
             *(f"{s:.3f}" for s in figures),
             "" if goal is None else f"{goal:g}",
             f"{100 * min(shares):.1f} %" if shares else "",
+            f"{statistics.median(wait.num_tokens for wait in found):g}",
         )
     Console().print(table)
+
+
+def _first_token(client: openai.OpenAI, model: str, max_tokens: int) -> Wait:
+    started_at = time.perf_counter()
+    response = client.chat.completions.with_raw_response.create(
+        model=model,
+        messages=[{"role": "user", "content": "What is the capital of France?"}],
+        max_tokens=max_tokens,
+        temperature=0,
+        stream=True,
+        extra_body={
+            "ignore_eos": True,
+            "stream_options": {"include_usage": True, "continuous_usage_stats": True},
+        },
+    )
+    first_at, num_tokens = None, 0
+    for chunk in response.parse():
+        if first_at is None and chunk.choices and chunk.choices[0].delta.content:
+            first_at = time.perf_counter()
+        if first_at is None or time.perf_counter() < first_at + 1.0:
+            num_tokens = chunk.usage.completion_tokens if chunk.usage else num_tokens
+    if first_at is None:
+        raise RuntimeError("the stream ended without a token")
+    seconds = first_at - started_at
+    phases = response.headers.get("server-timing", "")
+    told_s = sum(float(phase.rpartition("=")[2]) / 1000 for phase in phases.split(",") if phase)
+    return Wait(
+        seconds=seconds, explained=told_s / seconds if phases else None, num_tokens=num_tokens
+    )
 
 
 def _stop_to_standby(controller: Controller, name: str) -> None:
