@@ -1,7 +1,6 @@
 """`coldspark status` and `coldspark version`."""
 
 import platform
-from importlib.metadata import version as installed_version
 
 import typer
 
@@ -15,6 +14,7 @@ from controller.cli.output import (
     print_json,
     print_table,
 )
+from runtime.version import VERSION
 
 
 def status(context: typer.Context, output: OutputOption = OutputFormat.TABLE) -> None:
@@ -53,7 +53,7 @@ def status(context: typer.Context, output: OutputOption = OutputFormat.TABLE) ->
 def version(output: OutputOption = OutputFormat.TABLE) -> None:
     """Show the installed version; needs no controller."""
     versions = {
-        "coldspark": installed_version("coldspark"),
+        "coldspark": VERSION,
         "python": platform.python_version(),
         "platform": platform.platform(),
     }

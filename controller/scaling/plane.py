@@ -6,7 +6,6 @@ It keeps the desired state in the store, has snapshots built, and gives each fun
 import asyncio
 import difflib
 from collections.abc import AsyncIterator, Callable, Iterable, Mapping, Sequence
-from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
@@ -46,6 +45,7 @@ from controller.scaling.reconcile import (
 from controller.scaling.replica_log import replica_log
 from controller.scaling.views import entry_view
 from functions.spec import FunctionSpec, revision
+from runtime.version import VERSION
 from snapshots.errors import SnapshotError
 from snapshots.store import SnapshotStore
 
@@ -285,7 +285,7 @@ class ControlPlane:
         """Return the node: its devices and how much is deployed and running."""
         functions = self._functions().values()
         return {
-            "version": version("coldspark"),
+            "version": VERSION,
             "uptime_s": round(self.node.clock.monotonic() - self._started_at, 3),
             "devices": [
                 {

@@ -4,7 +4,6 @@ import asyncio
 from collections.abc import Callable, Iterable, Mapping
 from collections.abc import Set as AbstractSet
 from dataclasses import dataclass
-from importlib.metadata import version
 
 import structlog
 
@@ -24,6 +23,7 @@ from controller.scaling.placement import CPU_DEVICE_ID
 from controller.scaling.standby import Standby
 from runtime.rpc import inference_pb2 as pb
 from runtime.rpc.client import RuntimeRpcError
+from runtime.version import VERSION
 
 log = structlog.get_logger(__name__)
 
@@ -190,5 +190,5 @@ def _fit(
 
 
 def _is_standby(info: RuntimeInfo, status: pb.RuntimeStatus) -> bool:
-    is_generic = not info.function and status.build == version("coldspark")
+    is_generic = not info.function and status.build == VERSION
     return is_generic and status.state == pb.RUNTIME_STATE_STANDBY
