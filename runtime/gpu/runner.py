@@ -277,7 +277,9 @@ class GpuRunner:
                 self._model.logits(part, None, len(part))[:, : self.vocab_size].clone()
                 for part in hidden.split(self._limits.num_seqs)
             ]
-            return torch.cat(parts)
+            logits = torch.cat(parts)
+        self._device.synchronize()  # the caller reads it in a stream of its own
+        return logits
 
     def _launch(self, batch: ScheduledBatch) -> PendingTokens:
         assert self._model is not None, "weights are loaded"
