@@ -23,7 +23,7 @@ import torch
 
 from benchmarks.local import Controller, running_controller
 from benchmarks.openai_load import run_openai
-from benchmarks.random_checkpoint import write_checkpoint
+from benchmarks.random_checkpoint import write_checkpoint_apart
 from benchmarks.serving_load import (
     WORKLOADS,
     Figures,
@@ -146,10 +146,7 @@ def serving_8b(
     """Run a controller with the 8B shape deployed and ready."""
     checkpoint = work / f"checkpoint-{num_layers}"
     if not checkpoint.exists():
-        write_checkpoint(
-            checkpoint, LLAMA_3_1_8B | {"num_hidden_layers": num_layers}, tokenizer, "cuda"
-        )
-        torch.cuda.empty_cache()
+        write_checkpoint_apart(checkpoint, tokenizer, num_layers)
     spec = FunctionSpec.model_validate(
         {
             "name": NAME,

@@ -9,6 +9,8 @@ vocabulary is filled up to the shape's. Needs a GPU for the 8B, whose 16 GB take
 import argparse
 import json
 import shutil
+import subprocess
+import sys
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 
@@ -28,10 +30,18 @@ def main() -> None:
     parser.add_argument("dest", type=Path)
     parser.add_argument("--tokenizer", type=Path, required=True)
     parser.add_argument("--layers", type=int, default=32)
+    parser.add_argument("--seed", type=int, default=0)
     arguments = parser.parse_args()
     config = LLAMA_3_1_8B | {"num_hidden_layers": arguments.layers}
     device = "cuda" if torch.cuda.is_available() else "cpu"
-    write_checkpoint(arguments.dest, config, arguments.tokenizer, device)
+    write_checkpoint(arguments.dest, config, arguments.tokenizer, device, seed=arguments.seed)
+
+
+def write_checkpoint_apart(dest: Path, tokenizer_dir: Path, num_layers: int, seed: int = 0) -> None:
+    """Write one of the 8B shape in a process that then leaves the GPU."""
+    options = {"--tokenizer": tokenizer_dir, "--layers": num_layers, "--seed": seed}
+    arguments = [str(part) for option in options.items() for part in option]
+    subprocess.run([sys.executable, "-m", __name__, str(dest), *arguments], check=True)
 
 
 def write_checkpoint(

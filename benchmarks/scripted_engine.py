@@ -56,6 +56,9 @@ class ScriptedRunner:
     def __init__(self, config: EngineConfig) -> None:
         self.max_model_len = config.max_model_len or 2048
 
+    def start_loading(self) -> None:
+        """Do nothing."""
+
     def load_weights(self, on_progress: OnProgress | None = None) -> _Report:
         """Load nothing."""
         return _Report()

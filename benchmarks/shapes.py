@@ -32,7 +32,7 @@ LLAMA_3_1_8B = {
 
 
 class RandomWeights:
-    """Normal weights of standard deviation 0.02, norms of 1; implements `Weights`."""
+    """Normal weights of standard deviation 0.02, norms of 1, drawn on the device."""
 
     def __init__(
         self,
@@ -52,12 +52,17 @@ class RandomWeights:
             torch.Size(shape).numel() * dtype.itemsize for shape in self._shapes.values()
         )
 
-    def load(self, on_progress: OnProgress | None) -> tuple[Mapping[str, Tensor], LoadReport]:
+    def start(self) -> Mapping[str, Tensor]:
         """Draw them on the device, the first time."""
         if not self._tensors:
             self._tensors = self._draw()
         self.held_bytes = self.total_bytes
-        return self._tensors, LoadReport(num_bytes=self.total_bytes, read_s=0.0, verify_s=0.0)
+        return self._tensors
+
+    def load(self, on_progress: OnProgress | None) -> tuple[Mapping[str, Tensor], LoadReport]:
+        """Do what `start` does."""
+        tensors = self.start()
+        return tensors, LoadReport(num_bytes=self.total_bytes, read_s=0.0, verify_s=0.0)
 
     def _draw(self) -> dict[str, Tensor]:
         generator = torch.Generator(self._device).manual_seed(self._seed)

@@ -12,6 +12,7 @@ memory in use is sampled all the while. Exits with 1 if an answer was wrong or m
 
 import argparse
 import random
+import shutil
 import statistics
 import sys
 import threading
@@ -27,7 +28,7 @@ from rich.console import Console
 from rich.table import Table
 
 from benchmarks.local import Controller, running_controller
-from benchmarks.random_checkpoint import write_checkpoint
+from benchmarks.random_checkpoint import write_checkpoint, write_checkpoint_apart
 from benchmarks.shapes import LLAMA_3_1_8B
 from functions.spec import FunctionSpec
 
@@ -53,25 +54,20 @@ def main() -> None:
     parser.add_argument("--device", choices=["cpu", "cuda"], default="cpu")
     parser.add_argument("--layers", type=int, default=32, help="of the 8B shape, on a GPU")
     parser.add_argument("--work", type=Path, default=Path("/tmp/coldspark-shared"))
+    parser.add_argument("--checkpoints", type=Path, help="where to make them, if not in --work")
     parser.add_argument("--plot", type=Path, help="where to draw the waits, as SVG")
     arguments = parser.parse_args()
     names = [f"f{number}" for number in range(arguments.functions)]
-    for seed, name in enumerate(names):
-        shape = LLAMA_3_1_8B | {"num_hidden_layers": arguments.layers}
-        checkpoint = arguments.work / name
-        if not checkpoint.exists():
-            is_gpu = arguments.device == "cuda"
-            write_checkpoint(
-                checkpoint,
-                shape if is_gpu else SMALL,
-                arguments.tokenizer,
-                arguments.device,
-                seed=seed,
-            )
     with running_controller(arguments.work / "home") as controller:
         device = _device(controller, arguments.device)
-        for name in names:
-            controller.deploy(_spec(name, arguments.work / name, device))
+        for seed, name in enumerate(names):
+            checkpoint = (arguments.checkpoints or arguments.work) / name
+            if arguments.device == "cuda":
+                write_checkpoint_apart(checkpoint, arguments.tokenizer, arguments.layers, seed)
+            else:
+                write_checkpoint(checkpoint, SMALL, arguments.tokenizer, "cpu", seed=seed)
+            controller.deploy(_spec(name, checkpoint, device))
+            shutil.rmtree(checkpoint)  # the snapshot is all that is used from here on
         with _memory_watch(controller, str(device["id"])) as most_bytes:
             waits = _call_at_random(controller, names, arguments.seconds)
     _print(waits, most_bytes[0])

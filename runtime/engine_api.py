@@ -49,8 +49,11 @@ class Runner(Protocol):
     def max_model_len(self) -> int:
         """The limit in force, in tokens."""
 
+    def start_loading(self) -> None:
+        """Begin to load weights beside what comes next, where that is possible."""
+
     def load_weights(self, on_progress: OnProgress | None = None) -> LoadReport:
-        """Allocate, read and verify weights."""
+        """Allocate, read and verify weights, or what is left of that to be done."""
 
     def allocate_kv(self) -> int:
         """Allocate the KV cache; return its number of blocks."""

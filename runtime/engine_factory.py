@@ -24,6 +24,7 @@ EMBED = "embed"
 GPU_RUNNER = "runtime.gpu.runner"
 if torch.version.cuda is not None and Path("/dev/nvidiactl").exists():
     importlib.import_module(GPU_RUNNER)
+    importlib.import_module("runtime.kernels.launch").prepare_compiler()
 
 
 class TorchEngineFactory:

@@ -27,15 +27,20 @@ class PhaseLog:
 
 
 def bring_up(runner: Runner, phase_log: PhaseLog, on_progress: OnProgress) -> int:
-    """Load weights and allocate the KV cache; return its number of blocks."""
-    started = time.monotonic()
-    report = runner.load_weights(on_progress)
-    total_s = time.monotonic() - started
-    phase_log.add("weights_map", max(0.0, total_s - report.read_s - report.verify_s))
-    phase_log.add("weights_read", report.read_s)
-    phase_log.add("weights_verify", report.verify_s)
+    """Load weights and allocate the KV cache; return its number of blocks.
+
+    Weights are on their way from the first phase on; the time for reading them is what was left of
+    it after the others.
+    """
+    with phase_log.measure("weights_map"):
+        runner.start_loading()
     with phase_log.measure("kv_alloc"):
         num_kv_blocks = runner.allocate_kv()
     with phase_log.measure("warm_up"):
         runner.warm_up()
+    waited_from = time.monotonic()
+    report = runner.load_weights(on_progress)
+    waited_s = time.monotonic() - waited_from
+    phase_log.add("weights_read", max(0.0, waited_s - report.verify_s))
+    phase_log.add("weights_verify", report.verify_s)
     return num_kv_blocks

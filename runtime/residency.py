@@ -29,7 +29,7 @@ class Residency:
         self._device_uuids = list(device_uuids)
 
     def park(self) -> pb.ParkResponse:
-        """Give weights and KV cache back.
+        """Give weights and KV cache back; what the cache held is forgotten.
 
         Raises:
             WrongState: Parked already, or sequences are in flight.
@@ -41,13 +41,14 @@ class Residency:
         phase_log = PhaseLog()
         with phase_log.measure("release"):
             freed_bytes = self._runner.release()
+            self._engine.reset_cache()
         self.is_parked = True
         log.info("parked", freed_bytes=freed_bytes)
         memory = memory_message(self._runner)
         return pb.ParkResponse(freed_bytes=freed_bytes, phases=phase_log.phases, memory=memory)
 
     def wake(self, request: pb.WakeRequest, on_progress: OnProgress) -> pb.WakeResponse:
-        """Take weights and KV cache back; what the cache held is forgotten.
+        """Take weights and KV cache back.
 
         Raises:
             WrongState: Not parked, or asked for other devices.
@@ -67,7 +68,6 @@ class Residency:
             log.exception("wake_failed")
             self._runner.release()
             raise as_fault(error) from error
-        self._engine.reset_cache()
         self.is_parked = False
         log.info("woken")
         return pb.WakeResponse(phases=phase_log.phases, memory=memory_message(self._runner))

@@ -141,7 +141,7 @@ def _read(
     with _opened(rank.path) as descriptor, ThreadPoolExecutor(num_threads, "load") as pool:
 
         def read(start: int) -> int:
-            return read_chunk(rank, descriptor, memory[start : start + CHUNK_BYTES], start)
+            return read_piece(rank, descriptor, memory[start : start + CHUNK_BYTES], start)
 
         try:
             for end in pool.map(read, range(0, rank.data_bytes, CHUNK_BYTES)):
@@ -152,7 +152,7 @@ def _read(
             raise
 
 
-def read_chunk(rank: OpenRank, descriptor: int, target: memoryview, start: int) -> int:
+def read_piece(rank: OpenRank, descriptor: int, target: memoryview, start: int) -> int:
     """Fill `target` with the data section's bytes from `start` on; return where they end.
 
     Raises:
@@ -178,7 +178,7 @@ def verify(rank: OpenRank, slab: torch.Tensor) -> None:
     Raises:
         SnapshotCorrupted: With the first wrong chunk and the tensors in it.
     """
-    found = _chunk_sums(slab)
+    found = chunk_sums(slab)
     for chunk, (expected, actual) in enumerate(zip(rank.file.chunks, found, strict=True)):
         if expected.i64sum != actual:
             names = _wrong_tensors(rank, slab.cpu(), chunk)
@@ -187,8 +187,8 @@ def verify(rank: OpenRank, slab: torch.Tensor) -> None:
             )
 
 
-def _chunk_sums(slab: torch.Tensor) -> list[int]:
-    """Return the wrapping sum of each chunk's int64 words."""
+def chunk_sums(slab: torch.Tensor) -> list[int]:
+    """Return the wrapping sum of each chunk's int64 words; the slab is as for `verify`."""
     words = slab.view(torch.int64)
     whole = len(words) // CHUNK_WORDS * CHUNK_WORDS
     sums = words[:whole].view(-1, CHUNK_WORDS).sum(dim=1).tolist()

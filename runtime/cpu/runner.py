@@ -123,6 +123,9 @@ class CpuRunner:
         """Blocks in the KV cache."""
         return self._kv_plan.num_blocks
 
+    def start_loading(self) -> None:
+        """Do nothing: all cores are needed to read them."""
+
     def load_weights(self, on_progress: OnProgress | None = None) -> LoadReport:
         """Read and verify weights, on all cores.
 

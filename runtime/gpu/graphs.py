@@ -7,7 +7,8 @@ host longer than some steps take the GPU.
 
 from bisect import bisect_left
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from itertools import chain, zip_longest
 from typing import NamedTuple
 
@@ -55,6 +56,7 @@ class StepGraphs:
         self._uses: Counter[StepShape] = Counter()
         self._graphs: dict[StepShape, tuple[torch.cuda.CUDAGraph, Tensor]] = {}
         self._pool = torch.cuda.graph_pool_handle() if device.is_gpu else None
+        self._may_capture = device.is_gpu
 
     @property
     def num_captured(self) -> int:
@@ -75,6 +77,15 @@ class StepGraphs:
             return None
         return next((shape for shape in self._usual if shape not in self._graphs), None)
 
+    @contextmanager
+    def suspended(self) -> Iterator[None]:
+        """Launch everything that runs inside one by one, and capture nothing."""
+        before, self._may_capture = self._may_capture, False
+        try:
+            yield
+        finally:
+            self._may_capture = before
+
     def run(self, shape: StepShape) -> Tensor:
         """Run the batch on the device; return its result, valid until the next run."""
         if shape in self._graphs:
@@ -83,7 +94,7 @@ class StepGraphs:
             return result
         result = self._run(shape)
         self._uses[shape] += shape in self._usual
-        if self._device.is_gpu and self._uses[shape] >= CAPTURE_AFTER:
+        if self._may_capture and self._uses[shape] >= CAPTURE_AFTER:
             self.capture(shape)
         return result
 

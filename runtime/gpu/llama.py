@@ -4,7 +4,8 @@ Every intermediate result has its place in buffers made once, so that a forward 
 nothing and a CUDA graph of it stays valid. The residual is added by the matrix products.
 """
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 
 import torch
 from torch import Tensor
@@ -12,6 +13,7 @@ from torch import Tensor
 from runtime.gpu.device import SideStream
 from runtime.gpu.limits import BatchLimits
 from runtime.gpu.linear import GpuLinear, named_tensor
+from runtime.gpu.memory import WorkMemory
 from runtime.kernels.activation import silu_mul
 from runtime.kernels.batch_inputs import ModelInputs
 from runtime.kernels.chunk_attention import chunk_attention
@@ -40,6 +42,7 @@ class GpuLlama:
         weights: Fused tensors under the snapshot's names; kept, not copied.
         limits: Of the batches.
         max_model_len: Positions are below this.
+        work: Holds the buffers.
     """
 
     def __init__(
@@ -49,6 +52,7 @@ class GpuLlama:
         *,
         limits: BatchLimits,
         max_model_len: int,
+        work: WorkMemory,
     ) -> None:
         self._config = config
         self._embedding = named_tensor(weights, "embed_tokens.weight")
@@ -60,11 +64,11 @@ class GpuLlama:
         self._angles = _angles(config, max_model_len, device)
         # Zeros, since rows that pad a batch are computed on, if for nobody.
         self._buffers = {
-            name: torch.zeros(limits.num_tokens, width, dtype=dtype, device=device)
+            name: work.zeros(limits.num_tokens, width, dtype=dtype)
             for name, width in _widths(config).items()
         }
-        self._last = torch.empty(limits.num_seqs, config.hidden_size, dtype=dtype, device=device)
-        self._logits = torch.empty(limits.num_seqs, self._head.num_outputs, device=device)
+        self._last = work.zeros(limits.num_seqs, config.hidden_size, dtype=dtype)
+        self._logits = work.zeros(limits.num_seqs, self._head.num_outputs, dtype=torch.float32)
         self._side = SideStream(device.type)
         self._workspace = SplitWorkspace(
             num_heads=config.num_heads,
@@ -105,7 +109,7 @@ class GpuLlama:
         rows, seq_lens = inputs.rows[:max_decodes], inputs.seq_lens[:max_decodes]
         eps = self._config.rms_norm_eps
         torch.index_select(self._embedding, 0, inputs.token_ids[:num_tokens], out=hidden)
-        for layer, layer_cache in zip(self._layers, kv_cache.unbind(), strict=True):
+        for layer, layer_cache in zip(self._layers, kv_cache.unbind(), strict=False):
             rms_norm(hidden, layer.input_norm, eps, normed)
             layer.qkv(normed, qkv)
             rope_and_cache(qkv, layer_cache, positions, slots, self._angles)
@@ -141,6 +145,15 @@ class GpuLlama:
             silu_mul(gate_up, gated)
             layer.down.add(gated, hidden)
         return hidden
+
+    @contextmanager
+    def shortened(self) -> Iterator[None]:
+        """Run only the first layer, which uses every kernel that the others do."""
+        layers, self._layers = self._layers, self._layers[:1]
+        try:
+            yield
+        finally:
+            self._layers = layers
 
     def logits(self, hidden: Tensor, rows: Tensor | None, num_rows: int) -> Tensor:
         """Return logits of some hidden states.

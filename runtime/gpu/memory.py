@@ -1,9 +1,12 @@
 """Slabs and figures of a device's memory; the CPU stands in for a GPU in tests."""
 
+import math
 import os
 
 import torch
+from torch import Tensor
 
+from runtime.gpu.device import Device
 from runtime.memory.kv_plan import DeviceMemory
 from runtime.memory.slab import HostSlab, Slab
 
@@ -19,6 +22,51 @@ def allocate_slab(num_bytes: int, device: str) -> Slab:
     from runtime.memory.device_slab import DeviceSlab  # needs CUDA's driver library
 
     return DeviceSlab(num_bytes)
+
+
+class WorkMemory:
+    """Large buffers that mean nothing between batches, so that they go when the weights go.
+
+    Args:
+        device: Where; its stream sees them filled with zeros, at first and after each `restore`.
+    """
+
+    def __init__(self, device: Device) -> None:
+        self._device = device
+        self._slabs: list[Slab] = []
+
+    def zeros(self, *shape: int, dtype: torch.dtype) -> Tensor:
+        """Return a new buffer, which keeps its address.
+
+        Raises:
+            OutOfMemory: There is not that much free.
+        """
+        slab = allocate_slab(math.prod(shape) * dtype.itemsize, self._device.name)
+        buffer = slab.tensor.view(dtype).view(shape)
+        self._slabs.append(slab)
+        self._clear(slab)
+        return buffer
+
+    def release(self) -> None:
+        """Give the memory of all buffers back, unless it is."""
+        for slab in self._slabs:
+            if slab.is_mapped:
+                slab.unmap()
+
+    def restore(self) -> None:
+        """Take memory for all buffers again, unless they have it.
+
+        Raises:
+            OutOfMemory: There is not enough free; those that have some keep it.
+        """
+        for slab in self._slabs:
+            if not slab.is_mapped:
+                slab.map()
+                self._clear(slab)
+
+    def _clear(self, slab: Slab) -> None:
+        with self._device.computing():
+            slab.tensor.zero_()
 
 
 def device_memory(device: str) -> DeviceMemory:

@@ -17,19 +17,19 @@ from runtime.gpu.device import Device
 from runtime.gpu.graphs import StepGraphs, StepShape
 from runtime.gpu.limits import BatchLimits
 from runtime.gpu.llama import GpuLlama, activation_bytes
-from runtime.gpu.memory import allocate_slab, device_memory
+from runtime.gpu.memory import WorkMemory, allocate_slab, device_memory
 from runtime.gpu.prompt_logprobs import launch_prompt_logprobs
 from runtime.gpu.rows import Rows
 from runtime.gpu.sampling import GpuSampler, PendingChoice, PendingSample
 from runtime.gpu.staging import BatchDescription, BatchStaging, describe
 from runtime.gpu.warm_up import warm_up_batches, warm_up_masks
-from runtime.gpu.weights import GpuWeights
+from runtime.gpu.weights import GpuWeights, StreamedWeights
 from runtime.kernels.batch_inputs import ModelInputs, expand_batch
 from runtime.kernels.chunk_attention import tile_size
 from runtime.kernels.launch import LateCompilations
 from runtime.memory.kv_plan import CONTEXT_BYTES, KvSizes, plan_kv
 from runtime.memory.slab import Slab
-from runtime.memory.weights import OnProgress, Weights
+from runtime.memory.weights import OnProgress
 from runtime.model.config import ModelConfig
 from runtime.model.description import check_dtype, read_model
 from snapshots.loader import LoadReport
@@ -61,7 +61,7 @@ class GpuRunner:
         self,
         model_config: ModelConfig,
         config: EngineConfig,
-        weights: Weights,
+        weights: StreamedWeights,
         eos_token_ids: frozenset[int] = frozenset(),
         device: str = "cuda",
     ) -> None:
@@ -86,13 +86,14 @@ class GpuRunner:
         self._kv_cache = torch.empty(0)
         self._late_compilations = LateCompilations()
         self._is_warm = False
+        self._work = WorkMemory(self._device)
         self._rows = Rows(limits.num_seqs)
         self._block_tables = torch.zeros(
             limits.num_rows, limits.num_blocks_each, dtype=torch.int32, device=device
         )
         self._inputs = ModelInputs.allocate(limits.num_tokens, limits.num_records, device)
         self._staging = BatchStaging(limits, self._device)
-        self._sampler = GpuSampler(limits, model_config.vocab_size, self._device)
+        self._sampler = GpuSampler(limits, model_config.vocab_size, self._device, self._work)
         self._graphs = StepGraphs(self._run, self._limits, self._device)
 
     @classmethod
@@ -182,22 +183,37 @@ class GpuRunner:
         """Shapes of steps that are CUDA graphs."""
         return self._graphs.num_captured
 
-    def load_weights(self, on_progress: OnProgress | None = None) -> LoadReport:
-        """Read and verify weights, after a `release` at the same addresses as before.
+    def start_loading(self) -> None:
+        """Begin to read weights, after a `release` to the same addresses as before.
+
+        Until `load_weights` has ended, batches run, but their tokens mean nothing.
 
         Raises:
-            SnapshotDamaged: Bytes are not those that were built; nothing is held.
             OutOfMemory: The GPU has not enough free memory.
         """
         with self._device.computing():
-            tensors, report = self._weights.load(on_progress)
+            tensors = self._weights.start()
+            self._work.restore()
             if self._model is None:
                 self._model = GpuLlama(
                     self._model_config,
                     tensors,
                     limits=self._limits,
                     max_model_len=self.max_model_len,
+                    work=self._work,
                 )
+
+    def load_weights(self, on_progress: OnProgress | None = None) -> LoadReport:
+        """Return when all weights are read and verified.
+
+        Raises:
+            SnapshotDamaged: Bytes are not those that were built; nothing is held.
+            OutOfMemory: The GPU has not enough free memory.
+        """
+        if not self.weights_bytes:
+            self.start_loading()
+        with self._device.computing():
+            _, report = self._weights.load(on_progress)
         self._device.synchronize()
         return report
 
@@ -220,16 +236,24 @@ class GpuRunner:
         return self.num_kv_blocks
 
     def warm_up(self) -> None:
-        """Compile and load every kernel, so that nothing is compiled once requests come; once."""
+        """Compile and load every kernel, so that nothing is compiled once requests come; once.
+
+        Weights need not be there yet.
+        """
         if self._is_warm:
             return
+        assert self._model is not None, "loading has started"
+        with self._model.shortened(), self._graphs.suspended():
+            self._run_all_kernels()
+        self._late_compilations.start()
+        self._is_warm = True
+
+    def _run_all_kernels(self) -> None:
         for batch in warm_up_batches(self._limits, self._config.block_size, self.max_model_len):
             pending = self.launch(batch)
             pending.choose(warm_up_masks(batch, self.vocab_size))
             pending.wait()
             self._rows.retire(tuple(item.number for item in batch.sequences))
-        self._late_compilations.start()
-        self._is_warm = True
 
     def use_idle_time(self) -> bool:
         """Capture one more CUDA graph, which takes some milliseconds; return whether one was."""
@@ -250,6 +274,7 @@ class GpuRunner:
         freed_bytes = self.weights_bytes + self.kv_cache_bytes
         self._device.synchronize()
         self._weights.release()
+        self._work.release()
         if self._kv_slab is not None and self._kv_slab.is_mapped:
             self._kv_slab.unmap()
         return freed_bytes

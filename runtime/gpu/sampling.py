@@ -11,6 +11,7 @@ from runtime.engine.batch import SampledTokens, ScheduledSequence, TokenMasks
 from runtime.engine.sequence import TokenLogprobs
 from runtime.gpu.device import Device, Mark
 from runtime.gpu.limits import BatchLimits
+from runtime.gpu.memory import WorkMemory
 from runtime.gpu.prompt_logprobs import PendingPromptLogprobs
 from runtime.gpu.rows import Rows
 from runtime.gpu.staging import NUM_BUFFERS
@@ -126,15 +127,23 @@ class GpuSampler:
         limits: Of the batches.
         vocab_size: Token ids are below this.
         device: Where.
+        work: Holds the counts of tokens, by far the largest part.
 
     Attributes:
         last_tokens: int32 [num_rows], the token sampled last for each row.
     """
 
-    def __init__(self, limits: BatchLimits, vocab_size: int, device: Device) -> None:
+    def __init__(
+        self, limits: BatchLimits, vocab_size: int, device: Device, work: WorkMemory
+    ) -> None:
         self._device = device
         self._vocab_size = vocab_size
-        self._table = SamplingTable.allocate(limits.num_rows, vocab_size, device.name)
+        self._table = SamplingTable.allocate(
+            limits.num_rows,
+            vocab_size,
+            device.name,
+            counts=work.zeros(limits.num_rows, vocab_size, dtype=torch.int32),
+        )
         self._token_ids = torch.zeros(limits.num_seqs, dtype=torch.int32, device=device.name)
         self._on_host = cycle(
             [device.pinned(limits.num_seqs, dtype=torch.int32) for _ in range(NUM_BUFFERS)]

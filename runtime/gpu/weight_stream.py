@@ -1,7 +1,7 @@
 """From the page cache to the GPU: pinned buffers, many readers, a stream each.
 
-Every reader takes the next chunk of the file, reads it into one of its two buffers, and has it
-copied while it fills the other. Chunks are taken in the order of the file, so layers arrive in the
+Every reader takes the next piece of the file, reads it into one of its two buffers, and has it
+copied while it fills the other. Pieces are taken in the order of the file, so layers arrive in the
 order of their use.
 """
 
@@ -9,6 +9,7 @@ import itertools
 import mmap
 import os
 import queue
+import sys
 import threading
 import time
 
@@ -17,11 +18,14 @@ import torch
 from torch import Tensor
 
 from runtime.memory.weights import OnProgress
-from snapshots.loader import LoadReport, OpenRank, read_chunk, verify
+from snapshots.loader import LoadReport, OpenRank, chunk_sums, read_piece, verify
 from snapshots.manifest import CHUNK_BYTES
 
-MAX_READERS = 16
+PIECE_BYTES = 16 << 20
+MAX_READERS = 12  # more are slower on an H200's 16 cores
 BUFFERS_EACH = 2
+SWITCH_INTERVAL_S = 0.0002
+"""How long a reader waits for the interpreter while it is busy elsewhere; by default 5 ms."""
 
 log = structlog.get_logger()
 
@@ -38,32 +42,42 @@ class WeightStream:
         self._rank = rank
         self._began = time.perf_counter()
         self._file = os.open(rank.path, os.O_RDONLY | os.O_CLOEXEC | os.O_NOFOLLOW)
-        self._starts = iter(range(0, rank.data_bytes, CHUNK_BYTES))
+        self._switch_interval_s = sys.getswitchinterval()
+        sys.setswitchinterval(SWITCH_INTERVAL_S)
+        self._starts = iter(range(0, rank.data_bytes, PIECE_BYTES))
         self._slab: Tensor | None = None
         self._may_copy = threading.Event()
         self._is_given_up = False
         self._news: queue.SimpleQueue[int | Exception] = queue.SimpleQueue()
-        num_chunks = -(-rank.data_bytes // CHUNK_BYTES)
+        num_pieces = -(-rank.data_bytes // PIECE_BYTES)
         wanted = num_readers or min(MAX_READERS, os.cpu_count() or 1)
         self._readers = [
             threading.Thread(target=self._run, name=f"weights-{index}", daemon=True)
-            for index in range(min(wanted, num_chunks))
+            for index in range(min(wanted, num_pieces))
         ]
         for reader in self._readers:
             reader.start()
 
-    def copy_to(self, slab: Tensor, on_progress: OnProgress | None = None) -> LoadReport:
-        """Copy everything and verify it where it is; once only.
+    def start_copy(self, slab: Tensor) -> None:
+        """Begin to copy; once only.
 
         Args:
             slab: uint8 [data_bytes], on the device.
+        """
+        self._slab = slab
+        self._may_copy.set()
+
+    def finish(self, on_progress: OnProgress | None = None) -> LoadReport:
+        """Return when everything is copied and verified where it is; after `start_copy`.
+
+        Args:
             on_progress: Told (bytes copied, bytes in all) from the calling thread.
 
         Raises:
             SnapshotCorrupted: The file ends early, or a chunk does not add up.
         """
-        self._slab = slab
-        self._may_copy.set()
+        assert self._slab is not None, "copying was started"
+        chunk_sums(self._slab[: 2 * CHUNK_BYTES])  # loads the kernel while bytes arrive
         done_bytes = 0
         try:
             while done_bytes < self._rank.data_bytes:
@@ -76,7 +90,7 @@ class WeightStream:
         finally:
             self.close()
         copied = time.perf_counter()
-        verify(self._rank, slab)
+        verify(self._rank, self._slab)
         return LoadReport(
             num_bytes=self._rank.data_bytes,
             read_s=copied - self._began,
@@ -93,6 +107,7 @@ class WeightStream:
         if self._file >= 0:
             os.close(self._file)
             self._file = -1
+            sys.setswitchinterval(self._switch_interval_s)
 
     def _run(self) -> None:
         buffers = [_Buffer() for _ in range(BUFFERS_EACH)]
@@ -107,13 +122,13 @@ class WeightStream:
 
     def _read(self, buffers: list["_Buffer"]) -> None:
         for buffer in itertools.cycle(buffers):
-            # `next` of a range holds the interpreter lock, so no chunk is taken twice.
+            # `next` of a range holds the interpreter lock, so no piece is taken twice.
             start = next(self._starts, None)
             if start is None or self._is_given_up:
                 break
-            size = min(CHUNK_BYTES, self._rank.data_bytes - start)
+            size = min(PIECE_BYTES, self._rank.data_bytes - start)
             buffer.wait()
-            read_chunk(self._rank, self._file, buffer.memory[:size], start)
+            read_piece(self._rank, self._file, buffer.memory[:size], start)
             self._may_copy.wait()
             if self._is_given_up or self._slab is None:
                 break
@@ -124,10 +139,10 @@ class WeightStream:
 
 
 class _Buffer:
-    """A chunk of host memory that the GPU copies from on its own."""
+    """Host memory for a piece, which the GPU copies from on its own."""
 
     def __init__(self) -> None:
-        pages = mmap.mmap(-1, CHUNK_BYTES)
+        pages = mmap.mmap(-1, PIECE_BYTES)
         self.memory = memoryview(pages)
         self._tensor = torch.frombuffer(pages, dtype=torch.uint8)
         self._is_pinned = False
@@ -161,7 +176,7 @@ class _Buffer:
             return
         self._stream = torch.cuda.Stream()
         cudart = torch.cuda.cudart()
-        error = int(cudart.cudaHostRegister(self._tensor.data_ptr(), CHUNK_BYTES, 0))
+        error = int(cudart.cudaHostRegister(self._tensor.data_ptr(), PIECE_BYTES, 0))
         if error:  # copies from it are right, only slow
-            log.warning("memory_not_pinned", num_bytes=CHUNK_BYTES, cuda_error=error)
+            log.warning("memory_not_pinned", num_bytes=PIECE_BYTES, cuda_error=error)
         self._is_pinned = not error

@@ -2,6 +2,7 @@
 
 from collections.abc import Mapping
 from pathlib import Path
+from typing import Protocol
 
 import torch
 from torch import Tensor
@@ -10,13 +11,20 @@ from runtime.errors import SnapshotDamaged
 from runtime.gpu.memory import allocate_slab
 from runtime.gpu.weight_stream import WeightStream
 from runtime.memory.slab import Slab
-from runtime.memory.weights import OnProgress, checked_rank, dtype_of
+from runtime.memory.weights import OnProgress, Weights, checked_rank, dtype_of
 from snapshots.errors import SnapshotCorrupted
 from snapshots.loader import LoadReport, views
 
 
+class StreamedWeights(Weights, Protocol):
+    """Weights whose places are known before they are there."""
+
+    def start(self) -> Mapping[str, Tensor]:
+        """Begin to bring them in, which `load` ends; return them, their content undefined."""
+
+
 class GpuWeights:
-    """One rank of a snapshot; implements `runtime.memory.weights.Weights`.
+    """One rank of a snapshot; implements `StreamedWeights`.
 
     Args:
         snapshot: Its directory.
@@ -51,25 +59,42 @@ class GpuWeights:
         """Begin to read into host memory, as far as buffers go; needs no device yet."""
         self._stream = WeightStream(self._rank)
 
-    def load(self, on_progress: OnProgress | None) -> tuple[Mapping[str, Tensor], LoadReport]:
-        """Read, copy and verify on the device; return views into the slab.
+    def start(self) -> Mapping[str, Tensor]:
+        """Begin to read and copy; return views into the slab, their content undefined.
 
         The slab keeps its addresses over `release`, so views of an earlier load are right again.
 
         Raises:
-            SnapshotDamaged: The bytes read are not those that were built; nothing is held.
             OutOfMemory: The GPU has not enough free memory.
         """
         assert not self.held_bytes, "released first"
         if self._stream is None:
             self.prefetch()
+        assert self._stream is not None, "set above"
         try:
             if self._slab is None:
                 self._slab = allocate_slab(self.total_bytes, self._device)
             else:
                 self._slab.map()
-            assert self._stream is not None, "set above"
-            report = self._stream.copy_to(self._slab.tensor, on_progress)
+        except BaseException:
+            self.release()
+            raise
+        self._stream.start_copy(self._slab.tensor)
+        return views(self._rank, self._slab.tensor)
+
+    def load(self, on_progress: OnProgress | None) -> tuple[Mapping[str, Tensor], LoadReport]:
+        """Read, copy and verify on the device, or end that; return views into the slab.
+
+        Raises:
+            SnapshotDamaged: The bytes read are not those that were built; nothing is held.
+            OutOfMemory: The GPU has not enough free memory.
+        """
+        if not self.held_bytes:
+            self.start()
+        assert self._stream is not None, "started"
+        assert self._slab is not None, "started"
+        try:
+            report = self._stream.finish(on_progress)
         except SnapshotCorrupted as error:
             self.release()
             raise SnapshotDamaged(str(error)) from error

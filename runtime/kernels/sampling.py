@@ -54,9 +54,13 @@ class SamplingTable(NamedTuple):
 
     @classmethod
     def allocate(
-        cls, num_rows: int, vocab_size: int, device: torch.device | str
+        cls,
+        num_rows: int,
+        vocab_size: int,
+        device: torch.device | str,
+        counts: Tensor | None = None,
     ) -> "SamplingTable":
-        """Return a table of greedy rows."""
+        """Return a table of greedy rows, on zeros for `counts` that are there or not."""
 
         def column(dtype: torch.dtype, *shape: int) -> Tensor:
             return torch.zeros(num_rows, *shape, dtype=dtype, device=device)
@@ -74,7 +78,7 @@ class SamplingTable(NamedTuple):
             num_biases=column(torch.int32),
             bias_token_ids=column(torch.int32, MAX_LOGIT_BIASES),
             biases=column(torch.float32, MAX_LOGIT_BIASES),
-            counts=column(torch.int32, vocab_size),
+            counts=column(torch.int32, vocab_size) if counts is None else counts,
         )
 
 

@@ -135,6 +135,9 @@ class PoolingRunner:
         """Numbers in a vector."""
         return self._shape.hidden_size
 
+    def start_loading(self) -> None:
+        """Do nothing: nothing could be done beside it."""
+
     def load_weights(self, on_progress: OnProgress | None = None) -> LoadReport:
         """Read and verify weights.
 

@@ -96,6 +96,9 @@ class FakeRunner:
     def kv_cache_bytes(self) -> int:
         return 0 if self._kv_cache is None else len(self._kv_cache)
 
+    def start_loading(self) -> None:
+        pass
+
     def load_weights(self, on_progress: OnProgress | None = None) -> FakeLoadReport:
         self._num_loads += 1
         if self.script.exit_code is not None:

@@ -59,7 +59,7 @@ async def test_the_imports_lead_to_standby(server: Process) -> None:
 async def test_a_load_reports_phases_memory_and_limits(server: Process) -> None:
     response = await server.load(Script(weights_bytes=8 * MIB, kv_cache_bytes=4 * MIB))
     names = (
-        "runtime_import fork open weights_map weights_read weights_verify kv_alloc warm_up build"
+        "runtime_import fork open weights_map kv_alloc warm_up weights_read weights_verify build"
     )
     assert [phase.name for phase in response.phases] == names.split()
     assert response.memory.weights_bytes == 8 * MIB
@@ -99,7 +99,7 @@ async def test_parking_gives_memory_back_and_waking_takes_it_again(server: Proce
 
     woken = await server.client.wake([], timeout_s=TIMEOUT_S)
     assert [phase.name for phase in woken.phases] == [
-        "weights_map", "weights_read", "weights_verify", "kv_alloc", "warm_up",
+        "weights_map", "kv_alloc", "warm_up", "weights_read", "weights_verify",
     ]  # fmt: skip
     assert woken.memory.weights_bytes == 96 * MIB
     assert server.engine() == engine

@@ -1,6 +1,7 @@
 """Weights on their way to the device; on a machine without one, host memory stands in."""
 
 import shutil
+import sys
 import threading
 from pathlib import Path
 
@@ -59,6 +60,30 @@ def test_reading_begins_before_there_is_a_device(smollm2_snapshot: Path) -> None
     weights.release()
 
 
+def test_the_interpreter_switches_faster_only_while_readers_run(smollm2_snapshot: Path) -> None:
+    before_s = sys.getswitchinterval()
+    weights = GpuWeights(smollm2_snapshot, DEVICE)
+    weights.start()
+    assert sys.getswitchinterval() < before_s
+    weights.load(None)
+    assert sys.getswitchinterval() == before_s
+
+
+def test_places_are_known_before_the_bytes_are_there(smollm2_snapshot: Path) -> None:
+    weights = GpuWeights(smollm2_snapshot, DEVICE)
+    places = {name: tensor.data_ptr() for name, tensor in weights.start().items()}
+    found, _ = weights.load(None)
+    assert {name: tensor.data_ptr() for name, tensor in found.items()} == places
+
+
+def test_a_load_given_up_on_its_way_holds_nothing(smollm2_snapshot: Path) -> None:
+    weights = GpuWeights(smollm2_snapshot, DEVICE)
+    weights.start()
+    weights.release()
+    assert weights.held_bytes == 0
+    assert num_readers() == 0
+
+
 def test_a_second_load_puts_every_tensor_where_it_was(smollm2_snapshot: Path) -> None:
     weights = GpuWeights(smollm2_snapshot, DEVICE)
     first, _ = weights.load(None)
@@ -83,7 +108,9 @@ def test_readers_that_nobody_waits_for_end(smollm2_snapshot: Path) -> None:
 def test_any_number_of_readers_fills_the_slab(smollm2_snapshot: Path, num_threads: int) -> None:
     rank = open_rank(smollm2_snapshot)
     slab = torch.zeros(rank.data_bytes, dtype=torch.uint8, device=DEVICE)
-    report = WeightStream(rank, num_readers=num_threads).copy_to(slab)  # verifies what it copied
+    stream = WeightStream(rank, num_readers=num_threads)
+    stream.start_copy(slab)
+    report = stream.finish()  # verifies what it copied
     assert report.num_bytes == rank.data_bytes
 
 
