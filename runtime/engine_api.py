@@ -96,7 +96,7 @@ class StepEngine(Protocol):
         """Return an object with the fields of the wire's LoadFigures."""
 
     def reset_cache(self) -> None:
-        """Forget cached prefixes and take over the runner's present KV cache."""
+        """Forget cached prefixes, once the runner has given its KV cache back."""
 
 
 RunnerT = TypeVar("RunnerT", bound=Runner)

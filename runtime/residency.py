@@ -17,7 +17,7 @@ class Residency:
     """Whether an engine's weights and KV cache are in memory.
 
     Args:
-        engine: Takes over the new KV cache after a wake.
+        engine: Forgets what its KV cache held.
         runner: Holds the memory; awake at first.
         device_uuids: The devices this process is bound to.
     """

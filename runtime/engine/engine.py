@@ -221,7 +221,7 @@ class Engine:
         )
 
     def reset_cache(self) -> None:
-        """Forget cached prefixes and take over the runner's present KV cache."""
+        """Forget cached prefixes: the KV cache's memory is gone, and comes back with anything."""
         assert not self._in_flight, "launched batches would write to the new cache"
         self._blocks = self._new_blocks()
         self._scheduler.replace_blocks(self._blocks)

@@ -214,7 +214,7 @@ class FakeEngine:
         )
 
     def reset_cache(self) -> None:
-        assert self._runner.kv_cache_bytes, "a cache is taken over once there is one"
+        assert not self._runner.kv_cache_bytes, "it is forgotten when its memory is gone"
 
 
 class FakeEngineFactory:
