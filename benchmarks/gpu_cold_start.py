@@ -34,6 +34,8 @@ GOALS_S = {
 }
 MAX_TOKENS = 400
 """More than the GPU generates in the second after the first token."""
+IDLE_S = 1.0
+"""Before each request. For a third of a second after memory was freed, the driver clears it."""
 MIB = 1 << 20
 
 
@@ -57,7 +59,9 @@ def main() -> None:
             num_standbys=num_standbys,
             park=park,
         ) as controller:
-            found = measure_tiers(controller, NAME, arguments.runs, tiers, max_tokens=MAX_TOKENS)
+            found = measure_tiers(
+                controller, NAME, arguments.runs, tiers, max_tokens=MAX_TOKENS, idle_s=IDLE_S
+            )
             waits |= {f"parked {park}" if tier == "parked" else tier: found[tier] for tier in found}
             _print_phases(controller, 2 * arguments.runs)
             if "parked" in tiers:
@@ -80,7 +84,10 @@ def _print_phases(controller: Controller, limit: int) -> None:
 
 
 def _print_parking(controller: Controller, park: str, num_runs: int) -> None:
-    """Print how long parking takes, until the memory is free, and what stays on the GPU."""
+    """Print how long parking takes, until the memory is free, and what stays on the GPU.
+
+    What stays is told by the driver twice: for all processes, and in use without its own reserve.
+    """
     pynvml.nvmlInit()
     gpu = pynvml.nvmlDeviceGetHandleByIndex(0)
     seconds, kept_mib = [], []
@@ -91,17 +98,16 @@ def _print_parking(controller: Controller, park: str, num_runs: int) -> None:
         seconds.append(time.perf_counter() - began)
         processes = pynvml.nvmlDeviceGetComputeRunningProcesses(gpu)
         kept_mib.append(sum(process.usedGpuMemory or 0 for process in processes) / MIB)
-    table = Table(f"to parked {park}", "p50 s", "worst s", "MiB kept, all processes", "in use MiB")
-    in_use = pynvml.nvmlDeviceGetMemoryInfo(gpu).used / MIB
+    table = Table(f"to parked {park}, runs", "p50 s", "worst s", "kept MiB", "in use MiB")
+    memory = pynvml.nvmlDeviceGetMemoryInfo(gpu, version=pynvml.nvmlMemory_v2)
     table.add_row(
         str(num_runs),
         f"{statistics.median(seconds):.3f}",
         f"{max(seconds):.3f}",
         f"{max(kept_mib):.0f}",
-        f"{in_use:.0f}",
+        f"{memory.used / MIB:.0f}",
     )
     Console().print(table)
-    print(controller.view(NAME)["replicas"])
 
 
 def _medians_ms(by_name: Mapping[str, list[float]]) -> str:

@@ -164,6 +164,9 @@ class ScriptedEngine:
 class ScriptedFactory:
     """Builds scripted engines; implements `runtime.engine_api.EngineFactory`."""
 
+    def prepare(self) -> None:
+        """Do nothing."""
+
     def open_runner(self, snapshot: Path, config: EngineConfig) -> ScriptedRunner:
         """Open nothing."""
         return ScriptedRunner(config)

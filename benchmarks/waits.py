@@ -32,9 +32,15 @@ Goals = Mapping[str, float | None]
 
 
 def measure_tiers(
-    controller: Controller, name: str, num_runs: int, tiers: Sequence[str], *, max_tokens: int = 4
+    controller: Controller,
+    name: str,
+    num_runs: int,
+    tiers: Sequence[str],
+    *,
+    max_tokens: int = 4,
+    idle_s: float = 0.0,
 ) -> Waits:
-    """Return the client's waits, `num_runs` from each tier.
+    """Return the client's waits, `num_runs` from each tier, each after it was idle for a while.
 
     From "stopped" means that nothing runs: the controller must keep no standby then.
     """
@@ -49,6 +55,7 @@ def measure_tiers(
     for tier in tiers:
         for _ in range(num_runs):
             prepare[tier]()
+            time.sleep(idle_s)
             waits[tier].append(_first_token(client, name, max_tokens))
     return waits
 

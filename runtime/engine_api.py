@@ -105,6 +105,9 @@ RunnerT = TypeVar("RunnerT", bound=Runner)
 class EngineFactory(Protocol[RunnerT]):
     """Builds an engine in the forked process; importing its module is the zygote's work."""
 
+    def prepare(self) -> None:
+        """Do what makes every later start faster, in the zygote, once it has a moment."""
+
     def open_runner(self, snapshot: Path, config: EngineConfig) -> RunnerT:
         """Read a snapshot's configuration; weights come later."""
 

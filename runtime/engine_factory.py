@@ -2,6 +2,7 @@
 
 import importlib
 import os
+import sys
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -24,11 +25,15 @@ EMBED = "embed"
 GPU_RUNNER = "runtime.gpu.runner"
 if torch.version.cuda is not None and Path("/dev/nvidiactl").exists():
     importlib.import_module(GPU_RUNNER)
-    importlib.import_module("runtime.kernels.launch").prepare_compiler()
 
 
 class TorchEngineFactory:
     """Builds engines over tensors; implements `runtime.engine_api.EngineFactory`."""
+
+    def prepare(self) -> None:
+        """Do what Triton does before its first kernel, where there is a GPU."""
+        if GPU_RUNNER in sys.modules:
+            importlib.import_module("runtime.kernels.launch").prepare_compiler()
 
     def open_runner(
         self, snapshot: Path, config: EngineConfig

@@ -34,6 +34,9 @@ from runtime.zygote_messages import (
     encode_message,
 )
 
+PREPARE_AFTER_S = 0.25
+"""A zygote that was started for a request gets it before; the engine then prepares itself."""
+
 log = structlog.get_logger()
 
 
@@ -61,9 +64,13 @@ class Zygote:
             signal.set_wakeup_fd(wake_writer.fileno())
             selector.register(self._control, selectors.EVENT_READ)
             selector.register(wake_reader, selectors.EVENT_READ)
-            is_open = True
+            is_open, is_prepared = True, False
             while is_open:
-                ready = {key.fileobj for key, _ in selector.select()}
+                timeout_s = None if is_prepared else PREPARE_AFTER_S
+                ready = {key.fileobj for key, _ in selector.select(timeout_s)}
+                if not ready and not is_prepared:
+                    self._factory.prepare()
+                    is_prepared = True
                 if wake_reader in ready:
                     wake_reader.recv(4096)
                     self._reap()

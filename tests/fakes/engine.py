@@ -220,6 +220,9 @@ class FakeEngine:
 class FakeEngineFactory:
     """What the zygote is told to build engines with."""
 
+    def prepare(self) -> None:
+        pass
+
     def open_runner(self, snapshot: Path, config: EngineConfig) -> FakeRunner:
         return FakeRunner(Script(**json.loads((snapshot / "script.json").read_text())), config)
 
