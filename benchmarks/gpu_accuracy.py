@@ -6,7 +6,7 @@ Both compute the same random weights and tokens. Ours runs the first half of eac
 and the rest token by token, in one batch with the other prompts, so that both attentions and all
 shapes of products are used. Prints the Kullback-Leibler divergence per position, in nats: between
 the two, and of each from transformers in fp32, which says how much of it is mere rounding. Exits
-with 1 if ours is over the goal.
+with 1 if ours rounds worse than transformers, or is over the goal in fp16.
 """
 
 import argparse
@@ -30,6 +30,9 @@ from runtime.gpu.runner import GpuRunner
 from runtime.model.config import ModelConfig
 
 GOAL_KL = 1e-3
+"""From transformers in fp16, per position; bf16 is by itself further from fp32 than that."""
+MORE_ROUNDING = 1.05
+"""How much further than transformers ours may be from fp32 on average."""
 CHUNK = 512
 BLOCK_SIZE = 64
 PROMPT_LENS = (37, 300, 700, 1500)
@@ -61,8 +64,13 @@ def main() -> None:
         "transformers_from_fp32": _summary(theirs, exact),
     }
     print(json.dumps(figures, indent=2))
-    if figures["ours_from_transformers"]["max"] > GOAL_KL:
+    if dtype == torch.float16 and figures["ours_from_transformers"]["max"] > GOAL_KL:
         sys.exit(f"the divergence is over {GOAL_KL} at some position")
+    rounding, theirs_mean = (
+        figures[f"{who}_from_fp32"]["mean"] for who in ("ours", "transformers")
+    )
+    if rounding > MORE_ROUNDING * theirs_mean:
+        sys.exit(f"ours is {rounding:.1e} from fp32, transformers only {theirs_mean:.1e}")
 
 
 def run_ours(

@@ -69,13 +69,22 @@ class Zygote:
                 timeout_s = None if is_prepared else PREPARE_AFTER_S
                 ready = {key.fileobj for key, _ in selector.select(timeout_s)}
                 if not ready and not is_prepared:
-                    self._factory.prepare()
+                    self._prepare()
                     is_prepared = True
                 if wake_reader in ready:
                     wake_reader.recv(4096)
                     self._reap()
                 if self._control in ready:
                     is_open = self._answer()
+
+    def _prepare(self) -> None:
+        started = time.monotonic()
+        try:
+            self._factory.prepare()
+        except Exception:
+            log.exception("not_prepared")  # an engine will meet it, and say so to somebody
+        else:
+            log.info("prepared", seconds=round(time.monotonic() - started, 3))
 
     def _answer(self) -> bool:
         """Handle one request; return whether the server is still there."""

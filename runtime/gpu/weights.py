@@ -4,21 +4,16 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Protocol
 
-import structlog
 import torch
 from torch import Tensor
 
 from runtime.errors import SnapshotDamaged
-from runtime.gpu.buffered_stream import BufferedStream
-from runtime.gpu.mapped_stream import CannotMap, MappedStream, is_cached
 from runtime.gpu.memory import allocate_slab
 from runtime.gpu.weight_stream import WeightStream
 from runtime.memory.slab import Slab
 from runtime.memory.weights import OnProgress, Weights, checked_rank, dtype_of
 from snapshots.errors import SnapshotCorrupted
 from snapshots.loader import LoadReport, views
-
-log = structlog.get_logger()
 
 
 class StreamedWeights(Weights, Protocol):
@@ -61,12 +56,8 @@ class GpuWeights:
         return self._slab.num_bytes if self._slab is not None and self._slab.is_mapped else 0
 
     def prefetch(self) -> None:
-        """Begin to read a file that is not in memory yet, as far as buffers go.
-
-        Needs no device yet.
-        """
-        stream = MappedStream if is_cached(self._rank) else BufferedStream
-        self._stream = stream(self._rank).begin()
+        """Begin to read into host memory, as far as buffers go; needs no device yet."""
+        self._stream = WeightStream(self._rank)
 
     def start(self) -> Mapping[str, Tensor]:
         """Begin to read and copy; return views into the slab, their content undefined.
@@ -103,13 +94,7 @@ class GpuWeights:
         assert self._stream is not None, "started"
         assert self._slab is not None, "started"
         try:
-            try:
-                report = self._stream.finish(on_progress)
-            except CannotMap as error:
-                log.warning("file_not_mapped", path=str(self._rank.path), reason=str(error))
-                self._stream = BufferedStream(self._rank).begin()
-                self._stream.start_copy(self._slab.tensor)
-                report = self._stream.finish(on_progress)
+            report = self._stream.finish(on_progress)
         except SnapshotCorrupted as error:
             self.release()
             raise SnapshotDamaged(str(error)) from error
