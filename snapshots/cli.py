@@ -19,7 +19,7 @@ from snapshots.output import OutputFormat, OutputOption, print_json, print_table
 from snapshots.progress import Phase, Progress
 from snapshots.reporters import ProgressStyle, print_event, reporter
 from snapshots.sources.resolve import resolve_source
-from snapshots.store import DAY_S, Snapshot, SnapshotStore
+from snapshots.store import DAY_S, BrokenSnapshot, Snapshot, SnapshotStore
 
 EPILOG = "Exit codes: " + "; ".join(f"{code.value} {what}" for code, what in EXIT_CODES.items())
 
@@ -181,11 +181,16 @@ def list_command(store: StoreOption, output: OutputOption = OutputFormat.TABLE) 
     snapshots = SnapshotStore(store)
     found = snapshots.list()
     pins = [list(snapshots.pins(snapshot.ref)) for snapshot in found]
-    broken = snapshots.broken()
+    broken, quarantined = snapshots.broken(), snapshots.quarantined()
     if output is OutputFormat.JSON:
         rows = [_summary(snapshot) | {"pins": p} for snapshot, p in zip(found, pins, strict=True)]
-        failures = [{"snapshot": entry.ref, "reason": entry.reason} for entry in broken]
-        print_json({"snapshots": rows, "broken": failures})
+        print_json(
+            {
+                "snapshots": rows,
+                "broken": [_unusable(entry) for entry in broken],
+                "quarantined": [_unusable(entry) for entry in quarantined],
+            }
+        )
         return
     print_table(
         ["snapshot", "dtype", "ranks", "size", "pins", "source"],
@@ -203,6 +208,8 @@ def list_command(store: StoreOption, output: OutputOption = OutputFormat.TABLE) 
     )
     for entry in broken:
         typer.echo(f"broken: {entry.ref}: {entry.reason}", err=True)
+    for entry in quarantined:
+        typer.echo(f"quarantined: {entry.ref}: {entry.reason}", err=True)
 
 
 @app.command(epilog=EPILOG)
@@ -284,6 +291,10 @@ def _print_built(report: BuildReport, progress: ProgressStyle, output: OutputFor
     else:
         typer.echo(ref)
         typer.echo("found it built" if report.is_reused else f"built {path}", err=True)
+
+
+def _unusable(entry: BrokenSnapshot) -> dict[str, str]:
+    return {"snapshot": entry.ref, "reason": entry.reason}
 
 
 def _summary(snapshot: Snapshot) -> dict[str, Any]:

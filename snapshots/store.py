@@ -82,6 +82,13 @@ class SnapshotStore:
         """Return what lies in the store and cannot be used."""
         return [entry for entry in self._scan() if isinstance(entry, BrokenSnapshot)]
 
+    def quarantined(self) -> Sequence[BrokenSnapshot]:
+        """Return what was taken out of use, with the reasons, until a collection removes it."""
+        return [
+            BrokenSnapshot(ref=path.name, path=path, reason=_reason(path))
+            for path in _entries(self.root / ".quarantine")
+        ]
+
     def get(self, ref: str) -> Snapshot:
         """Return the snapshot that `name`, `name@digest12` or `name@start` stands for.
 
@@ -331,6 +338,13 @@ def _published_ns(snapshot: Snapshot) -> int:
 
 def _matches(ref: str, wanted: str) -> bool:
     return ref.startswith(wanted) if "@" in wanted else ref.partition("@")[0] == wanted
+
+
+def _reason(path: Path) -> str:
+    try:
+        return (path / REASON_FILE).read_text(encoding="utf-8").strip()
+    except OSError:
+        return "unknown"
 
 
 def _entries(directory: Path) -> list[Path]:

@@ -23,7 +23,7 @@ from controller.scaling.replica_log import replica_log
 from controller.scaling.standby import Standby
 from functions.spec import ParkMode
 from runtime.rpc import inference_pb2 as pb
-from runtime.rpc.client import RuntimeRefused, RuntimeRpcError
+from runtime.rpc.client import RuntimeRefused, RuntimeRpcError, SnapshotUnusable
 
 if TYPE_CHECKING:
     from controller.scaling.function import Function
@@ -332,7 +332,8 @@ class Effects:
             async for status in link.connection.watch():
                 link.status = status
                 self._function.engines.update(replica.id, status.load)
-                if status.state == pb.RUNTIME_STATE_FAILED:
+                # The call of an effect that is under way fails too, and says more.
+                if status.state == pb.RUNTIME_STATE_FAILED and replica.id not in self._tasks:
                     self._function.lost(replica, f"the engine died: {status.error}")
             reason = "the runtime closed its connection"
         except RuntimeRpcError as error:
@@ -352,6 +353,9 @@ class Effects:
         try:
             async with asyncio.timeout(limit_s):
                 yield
+        except SnapshotUnusable as error:
+            self._function.snapshot_unusable(str(error))
+            raise ReplicaLost(str(error)) from error
         except RuntimeRefused as error:
             if replica.state is ReplicaState.PARKING:
                 raise _Refused(str(error)) from error

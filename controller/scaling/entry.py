@@ -29,9 +29,16 @@ class Entry:
     snapshot_state: SnapshotState = SnapshotState.BUILDING
     build: BuildProgress | None = None
     error: str = ""
+    unusable_at: float | None = None  # monotonic seconds, the last time its snapshot was
     function: Function | None = None
     builder: asyncio.Task[None] | None = None
     owner: asyncio.Task[None] | None = None
+
+    def snapshot_failed(self, reason: str) -> None:
+        """Note that there is no snapshot, and none will come by itself."""
+        self.snapshot_state, self.error = SnapshotState.FAILED, reason
+        if self.function is not None and self.function.set.is_held:
+            self.function.hold(reason)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

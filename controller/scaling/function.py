@@ -7,7 +7,7 @@ replica that is being reaped. Starting, waking, parking and stopping run as task
 
 import asyncio
 import secrets
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from pathlib import Path
 
 import structlog
@@ -52,16 +52,24 @@ class Function:
         backend: Starts and stops its runtimes.
         node: What it shares with the others.
         created: Unix seconds of the first deployment.
+        on_snapshot_unusable: Told (snapshot, why) when a runtime could not load it.
     """
 
     def __init__(
-        self, deployment: Deployment, backend: RuntimeBackend, node: Node, *, created: int
+        self,
+        deployment: Deployment,
+        backend: RuntimeBackend,
+        node: Node,
+        *,
+        created: int,
+        on_snapshot_unusable: Callable[[str, str], None] = lambda _snapshot, _reason: None,
     ) -> None:
         self.deployment = deployment
         self.backend = backend
         self.created = created
         self.node = node
         self.clock = node.clock
+        self._on_snapshot_unusable = on_snapshot_unusable
         self.links: dict[str, RuntimeLink] = {}
         self.homes: dict[str, Home] = {}
         self.set = ReplicaSet(deployment.spec, deployment.runtime_hash, new_id=self._new_replica_id)
@@ -348,6 +356,14 @@ class Function:
         self.set.update(deployment.spec, deployment.runtime_hash)
         self._known_floor = None
         self.poke()
+
+    def hold(self, reason: str) -> None:
+        """Bring no replica up until `update`; requests that only that could serve fail."""
+        self._notify(self.set.hold(reason))
+
+    def snapshot_unusable(self, reason: str) -> None:
+        """Note that a runtime found the snapshot missing or damaged."""
+        self._on_snapshot_unusable(self.deployment.snapshot, reason)
 
     def adopt(
         self,

@@ -35,6 +35,7 @@ from controller.scaling.preparation import (
     build_snapshot,
 )
 from controller.scaling.reaper import Reaper
+from controller.scaling.rebuilds import Rebuilds
 from controller.scaling.reconcile import (
     Found,
     adopted_claims,
@@ -88,6 +89,13 @@ class ControlPlane:
         self._closing: set[Function] = set()  # deleted, and some request still runs
         self._unseen = list(backends.values())  # what runs there is still to be taken over
         self._background = Background()
+        self._rebuilds = Rebuilds(
+            self._snapshots,
+            node.clock,
+            entries=self._entries.values,
+            prepare=self._prepare_again,
+            background=self._background,
+        )
         self._deploying = asyncio.Lock()
         node.memory.on_release(self.poke_all)
         node.contention.among(lambda: (one.tenancy for one in self._all_functions()))
@@ -412,6 +420,10 @@ class ControlPlane:
         self._reaper.follow_schedules(spec, _poker(entry))
         entry.builder = self._prepare_in_background(entry)
 
+    def _prepare_again(self, entry: Entry) -> None:
+        if self._entries.get(entry.spec.name) is entry:
+            entry.builder = self._prepare_in_background(entry)
+
     def _prepare_in_background(self, entry: Entry) -> asyncio.Task[None]:
         return self._background.start(self._prepare(entry), f"prepare {entry.spec.name}")
 
@@ -425,12 +437,12 @@ class ControlPlane:
             deployment = await asyncio.to_thread(deployment_of, entry.spec, entry.backend, path)
             self._install(entry, deployment)
         except (PreparationFailed, ApiError) as error:
-            entry.snapshot_state, entry.error = SnapshotState.FAILED, str(error)
+            entry.snapshot_failed(str(error))
             log.error("no snapshot", function=entry.spec.name, error=str(error))
             return
         except Exception as error:
             # The root of the build: nobody else could say that it is over.
-            entry.snapshot_state, entry.error = SnapshotState.FAILED, f"{error!r}; see the log"
+            entry.snapshot_failed(f"{error!r}; see the log")
             log.exception("no snapshot", function=entry.spec.name)
             return
         finally:
@@ -443,10 +455,17 @@ class ControlPlane:
         if entry.snapshot not in (None, deployment.snapshot):
             self._snapshots.unpin(entry.snapshot, owner=deployment.spec.name)
         entry.snapshot, entry.snapshot_state = deployment.snapshot, SnapshotState.READY
+        entry.error = ""
         backend = self._backends[deployment.backend]
         if entry.function is None:
             created = entry.created_us // 1_000_000
-            entry.function = Function(deployment, backend, self.node, created=created)
+            entry.function = Function(
+                deployment,
+                backend,
+                self.node,
+                created=created,
+                on_snapshot_unusable=self._rebuilds.unusable,
+            )
         else:
             entry.function.update(deployment, backend)
         self._on_servable(entry.function.snapshot_path)

@@ -37,6 +37,9 @@ STABLE_S = 5.0
 _ROUTABLE = frozenset({ReplicaState.READY})
 
 
+HOLD_RETRY_AFTER_S = 10.0
+
+
 @dataclass(slots=True, kw_only=True)
 class _Queue:
     waiters: deque[Waiter] = field(default_factory=deque)
@@ -59,6 +62,7 @@ class ReplicaSet:
         self.floor = 0
         self.is_closing = False
         self.backoff = Backoff()
+        self._hold_reason = ""
         self._early_losses = Backoff()
         self.replicas: dict[str, Replica] = {}
         self.transitions: list[tuple[Replica, Transition]] = []
@@ -100,21 +104,40 @@ class ReplicaSet:
         return Tier.STOPPED
 
     def update(self, spec: FunctionSpec, runtime_hash: str) -> None:
-        """Take a new revision; replicas it does not fit are put away once they are idle."""
+        """Take a new revision; replicas it does not fit are put away once they are idle.
+
+        This ends a `hold`.
+        """
+        self._hold_reason = ""
         self.spec = spec
         self.runtime_hash = runtime_hash
         self.backoff = self._early_losses = Backoff()
+
+    @property
+    def is_held(self) -> bool:
+        """Whether `hold` keeps replicas from being brought up."""
+        return bool(self._hold_reason)
+
+    def hold(self, reason: str) -> list[Waiter]:
+        """Bring no replica up until there is a new revision; those that are up serve on.
+
+        Returns:
+            The requests that fail by it.
+        """
+        self._hold_reason = reason
+        return [] if self._has_hope() else self.fail_waiters(self._failure(0.0))
 
     def admit(self, waiter: Waiter, *, now: float) -> None:
         """Give a request a lease at once, or a place in the queue.
 
         Raises:
             QueueFull: No place is left, by count or bytes.
-            ActivationFailed: Nothing is ready and the last start failed a moment ago.
+            ActivationFailed: Nothing is ready, and the last start failed a moment ago or none may
+                be tried.
         """
         if self.num_queued == 0 and self._lease(waiter):
             return
-        if self.backoff.holds(now) and not self._has_hope():
+        if (self._hold_reason or self.backoff.holds(now)) and not self._has_hope():
             raise self._failure(now)
         limits = self.spec.queue
         if self.num_queued >= limits.max_requests:
@@ -200,8 +223,9 @@ class ReplicaSet:
             replica: The lost one.
             now: Monotonic seconds.
             reason: What happened, for the history and the waiting clients.
-            is_start: Whether it was lost while starting. Then waiting requests fail at once
-                unless another replica could serve them, and the next start waits for a back-off.
+            is_start: Whether it was lost while starting. Then, or while none may be brought up,
+                waiting requests fail at once unless another replica could serve them, and the next
+                start waits for a back-off.
                 Otherwise a new replica takes its place; it waits too, from the second time on, if
                 they are lost as soon as they are ready.
         """
@@ -211,7 +235,7 @@ class ReplicaSet:
             self.backoff = self.backoff.after_failed_start(now, reason)
         elif is_early:
             self.backoff = self._early_losses = self._early_losses.after_early_loss(now, reason)
-        if not is_start or self._has_hope():
+        if self._has_hope() or not (is_start or self._hold_reason):
             return []
         return self.fail_waiters(self._failure(now))
 
@@ -279,9 +303,15 @@ class ReplicaSet:
         return True
 
     def _has_hope(self) -> bool:
-        return any(replica.state not in ENDING for replica in self._current())
+        hopeful = COMING | {ReplicaState.READY} if self._hold_reason else set(ReplicaState) - ENDING
+        return any(replica.state in hopeful for replica in self._current())
 
     def _failure(self, now: float) -> ActivationFailed:
+        if self._hold_reason:
+            return ActivationFailed(
+                f"{self.spec.name!r} cannot be started: {self._hold_reason}",
+                retry_after_s=HOLD_RETRY_AFTER_S,
+            )
         wait_s = max(self.backoff.retry_at - now, 0.0)
         return ActivationFailed(
             f"{self.spec.name!r} could not be started: {self.backoff.reason}; the next attempt is "
@@ -306,7 +336,7 @@ class ReplicaSet:
         return needed_replicas(self.spec.scaling, load=load, floor=self.floor)
 
     def _bring_up(self, now: float) -> list[Instruction]:
-        if self.is_closing or self.backoff.holds(now):
+        if self.is_closing or self._hold_reason or self.backoff.holds(now):
             return []
         current = list(self._current())
         up = [r for r in current if r.state in COMING | {ReplicaState.READY}]

@@ -51,6 +51,10 @@ class RuntimeRefused(RuntimeRpcError):
     """The runtime will not do this; the same call would be refused again."""
 
 
+class SnapshotUnusable(RuntimeRefused):
+    """The runtime found a snapshot missing or damaged: no other runtime can load it either."""
+
+
 class RuntimeTimedOut(RuntimeRpcError):
     """No answer came in time; the runtime may still be at it."""
 
@@ -58,7 +62,7 @@ class RuntimeTimedOut(RuntimeRpcError):
 _ERRORS: dict[grpc.StatusCode, type[RuntimeRpcError]] = {
     grpc.StatusCode.DEADLINE_EXCEEDED: RuntimeTimedOut,
     grpc.StatusCode.INVALID_ARGUMENT: RuntimeRefused,
-    grpc.StatusCode.NOT_FOUND: RuntimeRefused,
+    grpc.StatusCode.NOT_FOUND: SnapshotUnusable,
     grpc.StatusCode.FAILED_PRECONDITION: RuntimeRefused,
     grpc.StatusCode.OUT_OF_RANGE: RuntimeRefused,
     grpc.StatusCode.RESOURCE_EXHAUSTED: RuntimeRefused,
@@ -66,7 +70,7 @@ _ERRORS: dict[grpc.StatusCode, type[RuntimeRpcError]] = {
     grpc.StatusCode.PERMISSION_DENIED: RuntimeRefused,
     grpc.StatusCode.UNAUTHENTICATED: RuntimeRefused,
     grpc.StatusCode.ALREADY_EXISTS: RuntimeRefused,
-    grpc.StatusCode.DATA_LOSS: RuntimeRefused,
+    grpc.StatusCode.DATA_LOSS: SnapshotUnusable,
     grpc.StatusCode.ABORTED: RuntimeRefused,
 }
 

@@ -1,12 +1,14 @@
 """Real controllers and runtimes on loopback, with the small real model."""
 
 import os
+import shutil
 import signal
 import subprocess
 import sys
 import tempfile
 import time
 from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -157,16 +159,33 @@ def wait_for(is_done: Callable[[], Any], what: str, timeout_s: float = SETTLE_TI
 
 @pytest.fixture
 def node(smollm2_snapshot: Path) -> Iterator[Node]:
-    """A running controller whose store already has the real model."""
-    with tempfile.TemporaryDirectory(prefix="cs-") as directory:
-        home = Path(directory)
+    """A running controller whose store, shared with other tests, already has the real model."""
+    with _home() as home:
         (home / "snapshots").symlink_to(smollm2_snapshot.parent)
-        node = Node(home)
-        try:
-            node.start()
-            yield node
-        finally:
-            node.clean_up()
+        yield from _running(home)
+
+
+@pytest.fixture
+def node_with_own_store(smollm2_snapshot: Path) -> Iterator[Node]:
+    """A running controller whose store has the real model and may be damaged; no file is shared."""
+    with _home() as home:
+        shutil.copytree(smollm2_snapshot, home / "snapshots" / smollm2_snapshot.name)
+        yield from _running(home)
+
+
+@contextmanager
+def _home() -> Iterator[Path]:
+    with tempfile.TemporaryDirectory(prefix="cs-") as directory:
+        yield Path(directory)
+
+
+def _running(home: Path) -> Iterator[Node]:
+    node = Node(home)
+    try:
+        node.start()
+        yield node
+    finally:
+        node.clean_up()
 
 
 @pytest.fixture

@@ -1,6 +1,7 @@
 """The life of a function with real processes: the main job, and what happens when parts die."""
 
 import json
+import os
 import signal
 import sqlite3
 import threading
@@ -63,6 +64,27 @@ def test_the_timeline_explains_the_clients_wait(
     assert list(timeline)[:2] == ["gateway", "queue"]
     assert "weights_read" in timeline
     assert 0.8 * waited_s <= sum(timeline.values()) <= waited_s, "benchmarks/waits.py has the share"
+
+
+def test_a_snapshot_damaged_on_disk_is_built_anew(
+    node_with_own_store: Node, spec: FunctionSpec
+) -> None:
+    node, store = node_with_own_store, node_with_own_store.home / "snapshots"
+    node.deploy(spec)
+    ref = node.view()["snapshot"]
+    weights = next((store / ref).rglob("*.safetensors"))
+    with weights.open("r+b") as file:
+        file.seek(weights.stat().st_size // 2)
+        (byte,) = file.read(1)
+        file.seek(-1, os.SEEK_CUR)
+        file.write(bytes([byte ^ 1]))
+    with pytest.raises(openai.InternalServerError, match="being built anew") as told:
+        node.ask()
+    assert told.value.status_code == 503
+    assert "tensors: " in str(told.value), "the message names what is damaged"
+    wait_for(lambda: node.view()["snapshot_state"] == "ready", "the new build")
+    assert node.ask() == PARIS
+    assert (store / ".quarantine" / ref / "quarantine.txt").exists()
 
 
 def test_a_stream_and_its_whole_answer_agree(node: Node, spec: FunctionSpec) -> None:

@@ -7,7 +7,13 @@ from dataclasses import dataclass, field
 from importlib.metadata import version
 
 from runtime.rpc import inference_pb2 as pb
-from runtime.rpc.client import RuntimeRefused, RuntimeTimedOut, RuntimeUnavailable, SequenceSink
+from runtime.rpc.client import (
+    RuntimeRefused,
+    RuntimeTimedOut,
+    RuntimeUnavailable,
+    SequenceSink,
+    SnapshotUnusable,
+)
 
 WEIGHTS_BYTES = 1 << 20
 
@@ -22,6 +28,7 @@ class FakeRuntime:
     step_s: float = 0.01
     embed_s: float = 0.05
     fails: set[str] = field(default_factory=set)  # of "load", "park", "wake", "unload"
+    damage: str = ""  # what it finds wrong with the snapshot whenever it reads it
     state: int = pb.RUNTIME_STATE_STANDBY
     calls: list[str] = field(default_factory=list)
     sequences: dict[int, asyncio.Task[None]] = field(default_factory=dict)
@@ -74,6 +81,8 @@ class FakeRuntime:
             raise RuntimeUnavailable("the runtime is gone")
         if name in self.fails:
             raise RuntimeRefused(f"told to refuse {name}")
+        if self.damage and name in {"load", "wake"}:
+            raise SnapshotUnusable(self.damage)
 
 
 class FakeAttachment:

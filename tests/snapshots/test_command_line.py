@@ -98,6 +98,7 @@ def test_verify_names_the_tensor_and_fails(tiny_llama: Path, store: SnapshotStor
     taken = run("verify", "tiny-llama", *where, "--quarantine")
     assert taken.code == ExitCode.CORRUPTED
     assert ".quarantine" in taken.stderr
+    assert "quarantined: tiny-llama" in run("list", *where[:2]).stderr
     assert store.list() == []
     assert run("build", tiny_llama, *where).code == ExitCode.OK
     assert run("verify", "tiny-llama", *where, "--quarantine").code == ExitCode.OK

@@ -196,6 +196,8 @@ def test_quarantined_snapshot_is_out_of_use_until_collected(store: SnapshotStore
     alpha = store.get("alpha")
     place = store.quarantine("alpha", "chunk 3 is wrong")
     assert (place / "quarantine.txt").read_text() == "chunk 3 is wrong\n"
+    (listed,) = store.quarantined()
+    assert (listed.ref, listed.reason) == (alpha.ref, "chunk 3 is wrong")
     assert [snapshot.manifest.name for snapshot in store.list()] == ["beta"]
     store.pin("beta", "a")
     assert [entry.ref for entry in store.collect()] == [f".quarantine/{alpha.ref}"]
