@@ -20,6 +20,7 @@ from controller.gateway.reader import AnswerReader
 from controller.gateway.reply import ReplyPlan, ReplyReader
 from controller.gateway.sampling import sampling_params, seeded
 from controller.gateway.schemas.common import PromptLogprobs
+from controller.gateway.schemas.generation import GenerationBody
 from controller.gateway.schemas.sampling import SamplingBody
 from controller.gateway.schemas.tools import FunctionCall, ToolCall
 from controller.gateway.text import ModelText, ModelTexts
@@ -152,7 +153,7 @@ class Call:
         return LogprobWriter(self.text.token_bytes, as_ids=bool(body.return_tokens_as_token_ids))
 
     def prompt_logprobs(
-        self, body: SamplingBody, tokens: Sequence[TokenReport]
+        self, body: GenerationBody, tokens: Sequence[TokenReport]
     ) -> PromptLogprobs | None:
         """Return how likely a prompt's tokens were, if the request asks for it."""
         if body.prompt_logprobs is None:
@@ -218,7 +219,7 @@ class Call:
             StopFilter(body.stop, is_kept=bool(body.include_stop_str_in_output)),
             stop_token_ids=frozenset(body.stop_token_ids or ()),
             min_tokens=body.min_tokens or 0,
-            reports_tokens=body.num_logprobs is not None or bool(body.return_token_ids),
+            reports_tokens=body.reports_tokens,
             echo=echo,
         )
         return reader if plan is None or plan.is_plain else plan.reader(reader)
@@ -241,7 +242,7 @@ class Call:
             raise ContextLengthExceeded(
                 f"the prompt has {num_prompt} tokens and the context of {self.function.name!r} is "
                 f"{limit} tokens, prompt and answer together; shorten the prompt to {limit - 1}",
-                param="messages" if "messages" in type(body).model_fields else "prompt",
+                param=body.prompt_field,
             )
         if wanted is None:
             wanted = room if default is None else min(room, default)
@@ -266,8 +267,8 @@ async def requested_grammar(body: SamplingBody) -> str:
     Raises:
         InvalidRequest: It cannot be followed.
     """
-    param = "response_format" if body.structured_outputs is None else "structured_outputs"
-    structure = body.structured_outputs or body.response_format
+    param = body.format_field if body.structured_outputs is None else "structured_outputs"
+    structure = body.structured_outputs or body.formatted
     if structure is None:
         return ""
     try:

@@ -27,7 +27,7 @@ async def create_chat_completion(
 ) -> Response:
     """Continue a conversation; the first call of an idle function wakes it."""
     call = await Call.open(gateway, request, body.model)
-    answer = await answer_turn(call, body)
+    answer = await answer_turn(call, body, body.turn)
     chat_id = f"chatcmpl-{body.request_id or uuid.uuid4().hex}"
     created = int(gateway.clock.now().timestamp())
     logprobs = call.logprob_writer(body).chat if body.logprobs else None

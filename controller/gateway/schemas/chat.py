@@ -20,11 +20,11 @@ from controller.gateway.schemas.common import (
     PromptLogprobs,
     Usage,
 )
+from controller.gateway.schemas.generation import GenerationBody
 from controller.gateway.schemas.sampling import (
     INT64_MAX,
     MAX_LOGPROBS,
     UNSUPPORTED,
-    SamplingBody,
 )
 from controller.gateway.schemas.tools import (
     MAX_CALLS,
@@ -35,6 +35,7 @@ from controller.gateway.schemas.tools import (
     ToolCall,
     ToolChoice,
 )
+from controller.gateway.schemas.turn import Turn
 
 MAX_MESSAGES = 10_000  # validated on the event loop, so a body of nothing else must stay cheap
 
@@ -112,7 +113,7 @@ class ChatMessage(ApiBody):
         return {"role": role, "content": content, **fields}
 
 
-class ChatCompletionRequest(SamplingBody):
+class ChatCompletionRequest(GenerationBody):
     """A conversation to continue."""
 
     unsupported: ClassVar[dict[str, Neutral]] = {
@@ -126,6 +127,7 @@ class ChatCompletionRequest(SamplingBody):
         "chat_template": (),
         "echo": (False,),
     }
+    prompt_field: ClassVar[str] = "messages"
 
     messages: Annotated[
         list[ChatMessage],
@@ -192,10 +194,26 @@ class ChatCompletionRequest(SamplingBody):
 
     @model_validator(mode="after")
     def _check_tools(self) -> "ChatCompletionRequest":
-        is_formatted = self.response_format is not None and self.response_format.type != "text"
-        if self.offered.is_required and (is_formatted or self.structured_outputs is not None):
+        if self.offered.is_required and (self.is_formatted or self.structured_outputs is not None):
             raise wrong_field("a required call excludes a form of the text", field="tool_choice")
         return self
+
+    @property
+    def turn(self) -> Turn:
+        """The conversation, and how it goes on."""
+        variables: dict[str, Any] = {
+            "documents": self.documents,
+            "reasoning_effort": self.reasoning_effort,
+        }
+        known = {name: value for name, value in variables.items() if value is not None}
+        return Turn(
+            messages=[message.variables() for message in self.messages],
+            offered=self.offered,
+            variables={**known, **(self.chat_template_kwargs or {})},
+            is_continued=bool(self.continue_final_message),
+            is_prompted=self.add_generation_prompt is not False,
+            has_special_tokens=bool(self.add_special_tokens),
+        )
 
     @property
     def num_logprobs(self) -> int | None:

@@ -11,18 +11,18 @@ from controller.gateway.schemas.common import (
     PromptLogprobs,
     Usage,
 )
+from controller.gateway.schemas.generation import GenerationBody
 from controller.gateway.schemas.sampling import (
     INT64_MAX,
     MAX_CHOICES,
     MAX_LOGPROBS,
     UNSUPPORTED,
-    SamplingBody,
 )
 
 Prompt = str | list[int]
 
 
-class CompletionRequest(SamplingBody):
+class CompletionRequest(GenerationBody):
     """Prompts to continue, as text or as token ids."""
 
     unsupported: ClassVar[dict[str, Neutral]] = {

@@ -1,4 +1,4 @@
-"""Fields that steer generation, common to chat and text completions."""
+"""Fields that steer generation, common to all bodies that ask for it."""
 
 from typing import Annotated, Any, ClassVar, Literal
 
@@ -43,29 +43,15 @@ Penalty = Annotated[float, Field(ge=-2, le=2, allow_inf_nan=False)]
 TokenId = Annotated[int, Field(ge=0, le=(1 << 32) - 1)]
 
 
-class StreamOptions(ApiBody):
-    """What a stream carries besides text."""
-
-    ignored: ClassVar[frozenset[str]] = frozenset({"include_obfuscation"})
-
-    continuous_usage_stats: bool | None = Field(
-        default=None, description="Send the usage so far with every chunk."
-    )
-    include_usage: bool | None = Field(
-        default=None, description="Send one more chunk at the end, with the usage and no choices."
-    )
-
-
 class SamplingBody(ApiBody):
     """A request for generated tokens."""
 
     ignored: ClassVar[frozenset[str]] = IGNORED
     unsupported: ClassVar[dict[str, Neutral]] = UNSUPPORTED
+    prompt_field: ClassVar[str] = "prompt"
+    format_field: ClassVar[str] = "response_format"
 
     model: str = Field(min_length=1, max_length=256, description="A function's served name.")
-    max_tokens: int | None = Field(
-        default=None, ge=1, le=INT64_MAX, description="Most tokens to generate."
-    )
     temperature: float | None = Field(
         default=None,
         ge=0,
@@ -92,9 +78,6 @@ class SamplingBody(ApiBody):
         le=1,
         allow_inf_nan=False,
         description="Drop tokens less probable than this share of the most probable one.",
-    )
-    n: int | None = Field(
-        default=None, ge=1, le=MAX_CHOICES, description="Answers to each prompt; 1 by default."
     )
     seed: int | None = Field(
         default=None,
@@ -155,18 +138,8 @@ class SamplingBody(ApiBody):
     truncation_side: Literal["left", "right"] | None = Field(
         default=None, description="Where a prompt is cut; `left`, its beginning, by default."
     )
-    return_token_ids: bool | None = Field(
-        default=None, description="Return the ids of prompt and answer too."
-    )
     return_tokens_as_token_ids: bool | None = Field(
         default=None, description="Write tokens as `token_id:42` in log-probabilities."
-    )
-    prompt_logprobs: int | None = Field(
-        default=None,
-        ge=0,
-        le=MAX_LOGPROBS,
-        description="Tell how likely the prompt's tokens were, beside so many of the likeliest; "
-        "not in streams.",
     )
     priority: int | None = Field(
         default=None,
@@ -190,16 +163,11 @@ class SamplingBody(ApiBody):
     ignore_eos: bool | None = Field(
         default=None, description="Generate on after the end-of-sequence token."
     )
-    response_format: ResponseFormat | None = Field(
-        default=None, description="Text by default; or JSON, valid under a schema."
-    )
     structured_outputs: StructuredOutputs | None = Field(
-        default=None, description="What the answer must match, if `response_format` leaves it free."
+        default=None,
+        description="What the answer must match: JSON, a regular expression, a choice, a grammar.",
     )
     stream: bool | None = Field(default=None, description="Answer with server-sent events.")
-    stream_options: StreamOptions | None = Field(
-        default=None, description="Only with `stream: true`."
-    )
 
     @field_validator("stop", mode="plain", json_schema_input_type=str | list[str] | None)
     @classmethod
@@ -222,12 +190,6 @@ class SamplingBody(ApiBody):
             raise wrong_field(f"has {len(value)} ids; at most {most} are allowed")
         return value
 
-    @model_validator(mode="after")
-    def _check_stream_options(self) -> "SamplingBody":
-        if self.stream_options is not None and not self.stream:
-            raise wrong_field("only allowed with 'stream': true", field="stream_options")
-        return self
-
     @field_validator("logit_bias")
     @classmethod
     def _check_logit_bias(cls, value: dict[str, float] | None) -> dict[str, float] | None:
@@ -246,22 +208,25 @@ class SamplingBody(ApiBody):
         return value
 
     @model_validator(mode="after")
-    def _check_prompt_logprobs(self) -> "SamplingBody":
-        if self.prompt_logprobs is not None and self.stream:
-            raise wrong_field("cannot be streamed", field="prompt_logprobs")
+    def _check_structure(self) -> "SamplingBody":
+        if self.is_formatted and self.structured_outputs:
+            raise wrong_field(f"excludes {self.format_field}", field="structured_outputs")
         return self
 
-    @model_validator(mode="after")
-    def _check_structure(self) -> "SamplingBody":
-        formatted = self.response_format
-        if formatted and formatted.type != "text" and self.structured_outputs:
-            raise wrong_field("excludes a response_format", field="structured_outputs")
-        return self
+    @property
+    def formatted(self) -> ResponseFormat | None:
+        """The form of the answer, as OpenAI's fields ask for it."""
+        return None
+
+    @property
+    def is_formatted(self) -> bool:
+        """Whether those fields ask for anything but text."""
+        return self.formatted is not None and self.formatted.type != "text"
 
     @property
     def max_new_tokens(self) -> int | None:
         """The limit the client asked for, if it did."""
-        return self.max_tokens
+        return None
 
     @property
     def limit_field(self) -> str:
@@ -271,7 +236,7 @@ class SamplingBody(ApiBody):
     @property
     def num_choices(self) -> int:
         """How many answers are generated to each prompt."""
-        return self.n or 1
+        return 1
 
     @property
     def num_logprobs(self) -> int | None:
@@ -281,7 +246,7 @@ class SamplingBody(ApiBody):
     @property
     def num_prompt_logprobs(self) -> int | None:
         """How many of the likeliest tokens to know beside each of the prompt's; None for none."""
-        return self.prompt_logprobs
+        return None
 
     @property
     def echoes_prompt(self) -> bool:
@@ -289,11 +254,6 @@ class SamplingBody(ApiBody):
         return False
 
     @property
-    def includes_usage(self) -> bool:
-        """Whether a stream ends with a usage chunk."""
-        return self.stream_options is not None and bool(self.stream_options.include_usage)
-
-    @property
-    def continues_usage(self) -> bool:
-        """Whether every chunk of a stream carries the usage so far."""
-        return self.stream_options is not None and bool(self.stream_options.continuous_usage_stats)
+    def reports_tokens(self) -> bool:
+        """Whether something is to be told of the answer's tokens."""
+        return self.num_logprobs is not None

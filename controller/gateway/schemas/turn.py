@@ -1,0 +1,30 @@
+"""The next turn of a conversation, whichever endpoint it was asked of."""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+from controller.gateway.schemas.tools import OfferedTools
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Turn:
+    """A conversation, and how it goes on.
+
+    Attributes:
+        messages: As chat templates read them; calls' arguments are JSON text.
+        offered: The tools that may be called.
+        variables: What else the template may read.
+        is_continued: Whether the last message is left open: the answer goes on with it.
+        is_prompted: Whether the prompt ends with what opens an answer.
+        has_special_tokens: Whether the tokenizer adds its own special tokens.
+        is_cut: Whether the oldest turns are left out if there is no room for all.
+    """
+
+    messages: Sequence[Mapping[str, Any]]
+    offered: OfferedTools
+    variables: Mapping[str, Any] = field(default_factory=dict)
+    is_continued: bool = False
+    is_prompted: bool = True
+    has_special_tokens: bool = False
+    is_cut: bool = False
