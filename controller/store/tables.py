@@ -208,6 +208,17 @@ async_requests = Table(
     Index(None, "key_id", "created_us"),
 )
 
+responses = Table(
+    "responses",
+    metadata,
+    Column("id", String(64), primary_key=True),
+    Column("key_id", String(64)),
+    Column("created_us", BigInteger, nullable=False, index=True),
+    Column("body", LargeBinary, nullable=False),
+    Column("conversation", LargeBinary, nullable=False),
+    Column("num_bytes", BigInteger, nullable=False),
+)
+
 intervals = Table(
     "intervals",
     metadata,
