@@ -2,7 +2,8 @@
 
 ApiError
 ├── InvalidRequest            400  the body or a field is wrong; says what to change
-│   └── ContextLengthExceeded 400
+│   ├── ContextLengthExceeded 400
+│   └── PreviousResponseNotFound  400
 ├── Unauthorized              401
 ├── Forbidden                 403  a web page of another site has made a browser call
 ├── NotFound                  404
@@ -65,6 +66,12 @@ class ContextLengthExceeded(InvalidRequest):
     """Prompt and requested tokens do not fit the model's context."""
 
     code = "context_length_exceeded"
+
+
+class PreviousResponseNotFound(InvalidRequest):
+    """The response that a new one is to follow is not kept."""
+
+    code = "previous_response_not_found"
 
 
 class Unauthorized(ApiError):

@@ -1,4 +1,4 @@
-"""Work that nobody's connection waits for: files, batches, asynchronous requests."""
+"""What outlives a connection: files, batches, asynchronous requests, responses."""
 
 import secrets
 from collections.abc import Sequence
@@ -13,9 +13,11 @@ from controller.batches.service import BatchService
 from controller.clock import Clock
 from controller.gateway.calls import Gateway
 from controller.gateway.inner import InnerCalls, KeyCheck
+from controller.gateway.response_store import ResponseStore
 from controller.gateway.routes.batches import batches_router
 from controller.gateway.routes.files import files_router
 from controller.gateway.routes.requests import requests_router
+from controller.gateway.routes.responses import responses_router
 from controller.requests.service import RequestNode, RequestService
 from controller.scaling.reaper import Reaper
 from controller.settings import Settings
@@ -26,7 +28,7 @@ PRUNE_S = 3600.0
 
 
 class Jobs:
-    """All such work of one controller.
+    """All of it in one controller.
 
     Args:
         settings: Limits and directories.
@@ -53,7 +55,8 @@ class Jobs:
             max_file_bytes=settings.max_file_bytes,
             max_total_bytes=settings.max_files_bytes,
         )
-        call = InnerCalls(gateway, keys)
+        self._responses = ResponseStore(database=database, clock=clock)
+        call = InnerCalls(gateway, keys, [responses_router(self._responses)])
         self._requests = RequestService(
             RequestNode(
                 database=database,
@@ -77,7 +80,12 @@ class Jobs:
     def routers(self) -> Sequence[APIRouter]:
         """Return the endpoints."""
         files = files_router(self._files, self._batches, self._settings, self._clock)
-        return (files, batches_router(self._batches), requests_router(self._requests))
+        return (
+            responses_router(self._responses),
+            files,
+            batches_router(self._batches),
+            requests_router(self._requests),
+        )
 
     async def start(self, reaper: Reaper) -> None:
         """Take up what an earlier controller has left, and register what is done on a tick."""
@@ -90,6 +98,12 @@ class Jobs:
         reaper.every(SWEEP_S, "sweep files", partial(self._files.sweep, self._batches.is_used))
         retention_s = self._settings.async_retention_s
         reaper.every(SWEEP_S, "prune requests", partial(self._requests.prune, retention_s))
+        sweep = partial(
+            self._responses.sweep,
+            retention_s=self._settings.response_retention_s,
+            max_bytes=self._settings.max_responses_bytes,
+        )
+        reaper.every(SWEEP_S, "sweep responses", sweep)
         reaper.every(PRUNE_S, "prune batches", partial(self._batches.prune, history_days))
 
     async def stop(self) -> None:

@@ -51,6 +51,16 @@ class Settings(BaseSettings):
         gt=0,
         description="Seconds that answers to asynchronous requests are kept for their callers.",
     )
+    response_retention_s: float = Field(
+        default=30 * 86_400.0,
+        gt=0,
+        description="Seconds that responses are kept for their callers.",
+    )
+    max_responses_bytes: int = Field(
+        default=1 << 30,
+        ge=1024,
+        description="Bytes of all kept responses together; the oldest go first.",
+    )
     max_prompts: int = Field(default=256, ge=1, description="Most prompts in one completion call.")
     heartbeat_s: float = Field(
         default=2.0, gt=0, description="Silence before a waiting stream gets an SSE comment."

@@ -20,6 +20,7 @@ from controller.cli.app import app
 from controller.cli.errors import EXIT_CODES
 from controller.gateway.schemas.chat import ChatCompletionRequest
 from controller.gateway.schemas.completions import CompletionRequest
+from controller.gateway.schemas.responses import ResponseRequest
 from controller.gateway.schemas.sampling import SamplingBody
 from controller.settings import PREFIX, Settings
 from functions.schema import json_schema
@@ -131,38 +132,50 @@ def _bounds(part: Schema) -> Iterator[str]:
         yield f"`{part['pattern']}`"
 
 
+BODIES: Mapping[str, type[SamplingBody]] = {
+    "chat": ChatCompletionRequest,
+    "completions": CompletionRequest,
+    "responses": ResponseRequest,
+}
+
+
 def request_fields_page() -> str:
-    """Return the page of every field of the two bodies that generate text."""
-    bodies: tuple[type[SamplingBody], ...] = (ChatCompletionRequest, CompletionRequest)
+    """Return the page of every field of the bodies that generate text."""
     lines = [
         "# Request fields",
         GENERATED,
-        "What `/v1/chat/completions` and `/v1/completions` do with each field. A field that is in "
-        "none of these lists is refused with the nearest known name, so nothing is dropped "
-        "silently. `null` always means that the field is left out.",
+        "What `/v1/chat/completions`, `/v1/completions` and `/v1/responses` do with each field. A "
+        "field that is in none of these lists is refused with the nearest known name, so nothing "
+        "is dropped silently. `null` always means that the field is left out.",
         "",
         "## Honoured",
         "",
         "| field | of | meaning |",
         "|---|---|---|",
     ]
-    for name in dict.fromkeys(name for body in bodies for name in body.model_fields):
-        meanings: dict[str, list[type[SamplingBody]]] = {}
-        for body in bodies:
+    for name in dict.fromkeys(name for body in BODIES.values() for name in body.model_fields):
+        meanings: dict[str, list[str]] = {}
+        for kind, body in BODIES.items():
             if name in body.model_fields:
                 meaning = _cell(body.model_fields[name].description)
-                meanings.setdefault(meaning, []).append(body)
+                meanings.setdefault(meaning, []).append(kind)
         lines += [f"| `{name}` | {_bodies(having)} | {text} |" for text, having in meanings.items()]
     lines += [
         "",
-        "`response_format` and `structured_outputs`: see "
+        "`response_format`, `text.format` and `structured_outputs`: see "
         "[structured outputs](../guides/structured-outputs.md).",
         "",
         "## Ignored",
         "",
-        "Clients send these, and they cannot change the answer: "
-        + ", ".join(f"`{name}`" for name in sorted(SamplingBody.ignored))
-        + ".",
+        "Clients send these, and they cannot change the answer.",
+        "",
+        "| field | of |",
+        "|---|---|",
+    ]
+    for name in sorted({name for body in BODIES.values() for name in body.ignored}):
+        having = [kind for kind, body in BODIES.items() if name in body.ignored]
+        lines.append(f"| `{name}` | {_bodies(having)} |")
+    lines += [
         "",
         "## Refused",
         "",
@@ -171,18 +184,17 @@ def request_fields_page() -> str:
         "| field | of | accepted values |",
         "|---|---|---|",
     ]
-    for name in dict.fromkeys(name for body in bodies for name in body.unsupported):
-        having = [body for body in bodies if name in body.unsupported]
-        values = " ".join(f"`{json.dumps(value)}`" for value in having[0].unsupported[name])
+    for name in dict.fromkeys(name for body in BODIES.values() for name in body.unsupported):
+        having = [kind for kind, body in BODIES.items() if name in body.unsupported]
+        neutral = BODIES[having[0]].unsupported[name]
+        values = " ".join(f"`{json.dumps(value)}`" for value in neutral)
         lines.append(f"| `{name}` | {_bodies(having)} | {values or '—'} |")
     return "\n".join(lines) + "\n"
 
 
-def _bodies(having: Sequence[type[SamplingBody]]) -> str:
-    """Return which of the two bodies have something, in words."""
-    if len(having) == 2:
-        return "both"
-    return "chat" if having[0] is ChatCompletionRequest else "completions"
+def _bodies(having: Sequence[str]) -> str:
+    """Return which of the bodies have something, in words."""
+    return "all" if len(having) == len(BODIES) else ", ".join(having)
 
 
 def settings_page() -> str:
@@ -229,7 +241,7 @@ def errors_page() -> str:
         "",
         "`message` says what failed, the value, and what to do. `param` names the field, where "
         "there is one. Errors that can pass carry `Retry-After`. In a stream that has begun, the "
-        "error is an event, and the stream ends without `[DONE]`.",
+        "error is an event, and the stream ends without `[DONE]`; a response's ends with `response.failed`.",
         "",
         "| status | code | type | when |",
         "|---|---|---|---|",

@@ -7,10 +7,11 @@ once more before each call.
 
 import asyncio
 import json
+from collections.abc import Iterable
 from typing import Protocol
 
 import structlog
-from fastapi import FastAPI
+from fastapi import APIRouter, FastAPI
 from starlette.types import Message
 
 from controller.batches.calls import InnerAnswer, InnerCall
@@ -35,15 +36,17 @@ class InnerCalls:
     Args:
         gateway: What the routes work with.
         keys: Asked before every call that a key pays for: it may have been revoked since.
+        routers: More endpoints.
     """
 
-    def __init__(self, gateway: Gateway, keys: KeyCheck) -> None:
+    def __init__(self, gateway: Gateway, keys: KeyCheck, routers: Iterable[APIRouter] = ()) -> None:
         self._keys = keys
         self._app = FastAPI(docs_url=None, redoc_url=None, openapi_url=None)
         self._app.state.gateway = gateway
         add_error_handlers(self._app)
-        for route in (chat, completions, embeddings):
-            self._app.include_router(route.router)
+        openai = (chat.router, completions.router, embeddings.router)
+        for router in (*openai, *routers):
+            self._app.include_router(router)
 
     async def __call__(self, call: InnerCall) -> InnerAnswer:
         """Make a call and return its whole answer, whatever its status."""

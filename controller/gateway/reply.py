@@ -70,10 +70,10 @@ class ReplyReader:
         deltas: tuple[CallDelta, ...] = ()
         reason = piece.finish_reason
         if self._calls is not None:
-            content, deltas = self._calls.feed(content)
+            said = self._calls.feed(content)
             if is_last:
-                rest = self._calls.finish()
-                content, deltas = content + rest.content, deltas + rest.calls
+                said = said.then(self._calls.finish())
+            content, deltas = said
             if self._calls.is_complete or (reason == "stop" and self._calls.num_calls):
                 reason = "tool_calls"
         self._tokens += piece.tokens

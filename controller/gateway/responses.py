@@ -109,6 +109,7 @@ def _explain(details: Mapping[str, Any]) -> InvalidRequest:
 
 
 def _dotted(path: Sequence[str | int]) -> str | None:
-    """Write a path as `messages[0].content`, names cut to a sane length."""
-    steps = (f"[{step}]" if isinstance(step, int) else f".{step[:64]}" for step in path)
+    """Write a path as `messages[0].content`, names cut to a sane length, tags of unions left out."""
+    named = (step for step in path if not str(step).startswith("<"))
+    steps = (f"[{step}]" if isinstance(step, int) else f".{step[:64]}" for step in named)
     return "".join(steps).removeprefix(".") or None

@@ -1,6 +1,6 @@
 """Answers as server-sent events: chunks of text, comments while nothing comes, errors in line.
 
-A token's event is a concatenation of strings prepared once per call and the escaped text.
+A token's chunk is a concatenation of strings prepared once per call and the escaped text.
 """
 
 import asyncio
@@ -8,7 +8,7 @@ import json
 from collections.abc import AsyncIterator, Callable, Iterable, Mapping, Sequence
 from contextlib import asynccontextmanager
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Protocol
 
 import structlog
 from starlette.responses import Response
@@ -58,14 +58,31 @@ TEXT_CHUNK = ChunkShape(
 Logprobs = Callable[[Sequence[TokenReport]], dict[str, Any]]
 
 
+class EventWriter(Protocol):
+    """Makes the events of one streamed answer."""
+
+    def opening(self, index: int) -> bytes:
+        """Return what comes before a choice's first piece; may be nothing."""
+
+    def piece(self, index: int, piece: Piece) -> bytes:
+        """Return what tells of a piece of a choice."""
+
+    async def closing(self) -> bytes:
+        """Return what ends the stream of a whole answer."""
+
+    def error(self, error: ApiError) -> bytes:
+        """Return what ends a stream that failed."""
+
+
 class ChunkWriter:
-    """Events of one streamed answer.
+    """Chunks of one streamed answer.
 
     Args:
         shape: The endpoint's.
         identity: The fields every chunk repeats: id, created and model.
+        usage: Returns the usage so far.
         includes_usage: Whether the stream ends with a usage chunk; then the others say null.
-        usage_so_far: Returns the usage to put into every chunk, if it is to be there.
+        continues_usage: Whether every chunk carries the usage so far.
         logprobs: Writes a piece's log-probabilities, if they are asked for.
         returns_token_ids: Whether chunks name their tokens.
     """
@@ -75,17 +92,19 @@ class ChunkWriter:
         shape: ChunkShape,
         identity: Mapping[str, object],
         *,
+        usage: Callable[[], Usage],
         includes_usage: bool,
-        usage_so_far: Callable[[], Usage] | None = None,
+        continues_usage: bool = False,
         logprobs: Logprobs | None = None,
         returns_token_ids: bool = False,
     ) -> None:
-        self.includes_usage = includes_usage
         self._shape = shape
-        self._usage_so_far = usage_so_far
+        self._usage = usage
+        self._includes_usage = includes_usage
+        self._continues_usage = continues_usage
         self._logprobs = logprobs
         self._returns_token_ids = returns_token_ids
-        self._is_plain = not (usage_so_far or logprobs or returns_token_ids)
+        self._is_plain = not (continues_usage or logprobs or returns_token_ids)
         head = _escape({**identity, "object": shape.object})
         self._head = f"data: {head[:-1]},"
         self._choice_head = f'{self._head}"choices":[{{"index":'
@@ -115,9 +134,12 @@ class ChunkWriter:
         body = f"{shape.before_text}{_escape(text)}{shape.after_text}" if text else shape.no_text
         return self._event(index, body, piece)
 
-    def usage(self, usage: Usage) -> bytes:
-        """Return the chunk that carries the usage."""
-        return f'{self._head}"choices":[],"usage":{usage.model_dump_json()}}}\n\n'.encode()
+    async def closing(self) -> bytes:
+        """Return the chunk that carries the usage, if that is asked for, and the end."""
+        if not self._includes_usage:
+            return DONE
+        usage = self._usage().model_dump_json()
+        return f'{self._head}"choices":[],"usage":{usage}}}\n\n'.encode() + DONE
 
     def error(self, error: ApiError) -> bytes:
         """Return the event that ends a stream that failed."""
@@ -132,8 +154,8 @@ class ChunkWriter:
         if self._returns_token_ids:
             fields["token_ids"] = [token.token_id for token in piece.tokens]
         tail = self._tail
-        if self._usage_so_far is not None:
-            tail = f',"usage":{self._usage_so_far().model_dump_json()}}}\n\n'
+        if self._continues_usage:
+            tail = f',"usage":{self._usage().model_dump_json()}}}\n\n'
         return f"{self._choice_head}{index},{body},{_escape(fields)[1:]}]{tail}".encode()
 
 
@@ -141,7 +163,7 @@ class EventStream(Response):
     """Runs an answer and streams it.
 
     Admission, and whatever fails before the first event or heartbeat, is raised and becomes a
-    proper status. After that a failure is an event, and the stream ends without `[DONE]`. A client
+    proper status. After that a failure is an event, and the stream has no other end. A client
     that stops reading holds the engine back, until the stall is noticed.
 
     Args:
@@ -152,7 +174,7 @@ class EventStream(Response):
 
     media_type = "text/event-stream"
 
-    def __init__(self, answer: Answer, writer: ChunkWriter, *, heartbeat_s: float) -> None:
+    def __init__(self, answer: Answer, writer: EventWriter, *, heartbeat_s: float) -> None:
         super().__init__(headers={"cache-control": "no-store", "x-accel-buffering": "no"})
         del self.headers["content-length"]
         self._answer = answer
@@ -177,9 +199,7 @@ class EventStream(Response):
         try:
             async with self._answer, self._heartbeat():
                 await self._answer.run(self._emit)
-            if self._writer.includes_usage:
-                await self._write(self._writer.usage(self._answer.usage))
-            await self._write(DONE, is_last=True)
+            await self._write(await self._writer.closing(), is_last=True)
         except ApiError as error:
             await self._fail(error, scope)
         except Exception:  # a defect of ours must still end the stream in good order
@@ -190,14 +210,14 @@ class EventStream(Response):
             await self._fail(failure, scope)
 
     async def _emit(self, index: int, piece: Piece) -> None:
-        event = self._writer.piece(index, piece)
+        opening = b""
         if index not in self._opened:
             if not self._opened and self._is_started and self._answer.timeline:
                 # The headers went out with a heartbeat, before there was anything to tell.
                 await self._write(f": timing {server_timing(self._answer.timeline)}\n\n".encode())
             self._opened.add(index)
-            event = self._writer.opening(index) + event
-        await self._write(event)
+            opening = self._writer.opening(index)
+        await self._write(opening + self._writer.piece(index, piece))
 
     async def _fail(self, error: ApiError, scope: Scope) -> None:
         if not self._is_started:

@@ -53,8 +53,9 @@ async def create_completion(
         writer = ChunkWriter(
             TEXT_CHUNK,
             {"id": completion_id, "created": created, "model": body.model},
+            usage=lambda: answer.usage,
             includes_usage=body.includes_usage,
-            usage_so_far=(lambda: answer.usage) if body.continues_usage else None,
+            continues_usage=body.continues_usage,
             logprobs=logprobs,
             returns_token_ids=bool(body.return_token_ids),
         )

@@ -23,12 +23,14 @@ class CallDelta(NamedTuple):
         call_id: Only with its first part.
         name: Only with its first part.
         arguments: JSON text that follows the parts before.
+        after: With its first part: how many characters of the content that is new too come before.
     """
 
     number: int
     call_id: str | None
     name: str | None
     arguments: str
+    after: int = 0
 
 
 class Said(NamedTuple):
@@ -36,6 +38,12 @@ class Said(NamedTuple):
 
     content: str
     calls: tuple[CallDelta, ...]
+
+    def then(self, rest: "Said") -> "Said":
+        """Return this with what came later."""
+        shift = len(self.content)
+        calls = (call._replace(after=call.after + shift) for call in rest.calls)
+        return Said(self.content + rest.content, (*self.calls, *calls))
 
 
 class ToolCallParser(ABC):
@@ -110,7 +118,8 @@ class ToolCallParser(ABC):
     def _begin(self, name: str, arguments: str = "") -> None:
         """Begin a call; what its text was preceded by is content as it stands."""
         self._trim = Trim()
-        self._deltas.append(CallDelta(self.num_calls, self._new_id(), name, arguments))
+        after = sum(map(len, self._content))
+        self._deltas.append(CallDelta(self.num_calls, self._new_id(), name, arguments, after))
         self.num_calls += 1
 
     def _go_on(self, arguments: str) -> None:
