@@ -23,6 +23,7 @@ import uvloop
 
 from controller.backends.base import RuntimeBackend
 from controller.backends.docker import DockerBackend
+from controller.backends.gpu_access import GpuAccess, gpu_device_files
 from controller.backends.process import ProcessBackend
 from controller.clock import SystemClock, unix_us
 from controller.dashboard.views import dashboard_router
@@ -264,7 +265,16 @@ def open_backends(settings: Settings) -> Sequence[RuntimeBackend]:
     """Return every backend; none is contacted yet."""
     return (
         ProcessBackend(settings.runtimes_dir, cluster=settings.cluster),
-        DockerBackend(settings.runtimes_dir, cluster=settings.cluster, image=settings.docker_image),
+        DockerBackend(
+            settings.runtimes_dir,
+            cluster=settings.cluster,
+            image=settings.docker_image,
+            gpu_access=GpuAccess(
+                device_files=gpu_device_files if settings.docker_gpu_access == "devices" else None,
+                mounts=settings.docker_gpu_mounts,
+                kernel_cache=settings.container_kernels_dir,
+            ),
+        ),
     )
 
 

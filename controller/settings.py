@@ -7,6 +7,7 @@ import os
 import socket
 from decimal import Decimal
 from pathlib import Path
+from typing import Literal
 
 from pydantic import Field
 from pydantic_settings import BaseSettings, SettingsConfigDict
@@ -98,6 +99,16 @@ class Settings(BaseSettings):
     docker_image: str = Field(
         default="coldspark-runtime:latest", description="Image of the docker backend."
     )
+    docker_gpu_access: Literal["toolkit", "devices"] = Field(
+        default="toolkit",
+        description="How containers get GPUs: from the engine with the NVIDIA Container Toolkit, or "
+        "as device files, with the driver's libraries from `docker_gpu_mounts`.",
+    )
+    docker_gpu_mounts: tuple[Path, ...] = Field(
+        default=(),
+        description="Directories of this machine, as a JSON list, that containers with GPUs see "
+        "read-only at the same place.",
+    )
 
     @property
     def snapshot_store(self) -> Path:
@@ -118,6 +129,11 @@ class Settings(BaseSettings):
     def webhook_secret_path(self) -> Path:
         """What the secrets of webhooks are derived from; made at the first start."""
         return self.home / "webhook.secret"
+
+    @property
+    def container_kernels_dir(self) -> Path:
+        """Compiled kernels of runtimes in containers, which run as another user."""
+        return self.home / "kernel-cache-containers"
 
     @property
     def last_logs_dir(self) -> Path:

@@ -11,11 +11,13 @@ from docker.types import DeviceRequest, LogConfig, Mount
 
 from controller.backends.base import RuntimeInfo, RuntimePhase, RuntimeSpec
 from controller.backends.directories import SOCKET_NAME
+from controller.backends.gpu_access import GpuAccess
 
 LABEL_PREFIX = "io.coldspark."
 RUNTIME_ID_LABEL = f"{LABEL_PREFIX}runtime-id"
 RUNTIME_MOUNT = "/run/coldspark"
 STORE_MOUNT = "/snapshots"
+KERNEL_MOUNT = "/kernel-cache"
 UNPRIVILEGED_ID = 65532
 CPU_PERIOD_US = 100_000
 MAX_PROCESSES = 4096  # threads count, and a library starts one for each core
@@ -46,7 +48,9 @@ def owner_ids() -> tuple[int, int]:
     return os.getuid(), os.getgid()
 
 
-def container_options(spec: RuntimeSpec, *, cluster: str, directory: Path) -> dict[str, Any]:
+def container_options(
+    spec: RuntimeSpec, *, cluster: str, directory: Path, gpu_access: GpuAccess
+) -> dict[str, Any]:
     """Return the arguments of `containers.create`, but for the image and its entry point."""
     uid, gid = owner_ids()
     options: dict[str, Any] = {
@@ -72,8 +76,9 @@ def container_options(spec: RuntimeSpec, *, cluster: str, directory: Path) -> di
             Mount(RUNTIME_MOUNT, str(directory), type="bind"),
             Mount(STORE_MOUNT, str(spec.snapshot_store), type="bind", read_only=True),
         ],
-        "device_requests": _device_requests(spec.device_uuids),
     }
+    if spec.device_uuids:
+        _add_gpus(options, spec.device_uuids, gpu_access)
     if spec.memory_bytes is not None:
         options |= {"mem_limit": spec.memory_bytes, "memswap_limit": spec.memory_bytes}
     if spec.cpu is not None:
@@ -150,8 +155,15 @@ def _environment(spec: RuntimeSpec) -> dict[str, str]:
     return own | dict(spec.env)
 
 
-def _device_requests(uuids: Sequence[str]) -> list[DeviceRequest]:
-    if not uuids:
-        return []
-    capabilities = [["gpu", "compute", "utility"]]
-    return [DeviceRequest(driver="nvidia", device_ids=list(uuids), capabilities=capabilities)]
+def _add_gpus(options: dict[str, Any], uuids: Sequence[str], access: GpuAccess) -> None:
+    if access.device_files is None:
+        capabilities = [["gpu", "compute", "utility"]]
+        request = DeviceRequest(driver="nvidia", device_ids=list(uuids), capabilities=capabilities)
+        options["device_requests"] = [request]
+    else:
+        options["devices"] = [f"{file}:{file}:rw" for file in access.device_files(uuids)]
+    for path in access.mounts:
+        options["mounts"].append(Mount(str(path), str(path), type="bind", read_only=True))
+    if access.kernel_cache is not None:
+        options["mounts"].append(Mount(KERNEL_MOUNT, str(access.kernel_cache), type="bind"))
+        options["environment"]["TRITON_CACHE_DIR"] = KERNEL_MOUNT

@@ -36,6 +36,7 @@ from controller.backends.container import (
 from controller.backends.directories import RUNTIME_ID, RuntimeDirectories
 from controller.backends.docker_engine import DockerEngine
 from controller.backends.exit_tracker import ExitTracker
+from controller.backends.gpu_access import GpuAccess
 from controller.backends.lines import LineSplitter
 from controller.backends.serial import SerialOperations
 
@@ -68,12 +69,14 @@ class DockerBackend:
         image: str,
         entrypoint: Sequence[str] | None = None,
         engine: DockerEngine | None = None,
+        gpu_access: GpuAccess | None = None,
     ) -> None:
         self._directories = RuntimeDirectories(runtimes_dir, backend=self.name, cluster=cluster)
         self._cluster = cluster
         self._image = image
         self._entrypoint = list(entrypoint) if entrypoint is not None else None
         self._engine = engine or DockerEngine()
+        self._gpu_access = gpu_access or GpuAccess()
         self._serial = SerialOperations()
         self._is_tidy = False
 
@@ -131,6 +134,8 @@ class DockerBackend:
         directory = await asyncio.to_thread(self._directories.create, record)
         try:
             await asyncio.to_thread(os.chown, directory, *owner_ids())
+            if spec.device_uuids and self._gpu_access.kernel_cache is not None:
+                await asyncio.to_thread(_give_away, self._gpu_access.kernel_cache)
             container = await self._engine.call(lambda client: self._start(client, spec, directory))
         except BackendUnavailable:
             raise  # it may have been created: what is left is found by name
@@ -140,7 +145,9 @@ class DockerBackend:
         return container.info
 
     def _start(self, client: docker.DockerClient, spec: RuntimeSpec, directory: Path) -> Container:
-        options = container_options(spec, cluster=self._cluster, directory=directory)
+        options = container_options(
+            spec, cluster=self._cluster, directory=directory, gpu_access=self._gpu_access
+        )
         try:
             client.containers.create(self._image, entrypoint=self._entrypoint, **options)
             # One of the same id, removed behind our back, has left it.
@@ -168,7 +175,8 @@ class DockerBackend:
             if "device driver" in reason:
                 reason = (
                     f"the engine cannot hand out GPUs {list(spec.device_uuids)} ({reason});"
-                    " install the NVIDIA Container Toolkit"
+                    " install the NVIDIA Container Toolkit, or hand out the device files with "
+                    "COLDSPARK_DOCKER_GPU_ACCESS=devices"
                 )
             raise BackendError(f"cannot start {spec.runtime_id!r}: {reason}") from error
 
@@ -284,3 +292,9 @@ class DockerBackend:
             yield await self._engine.call(self._containers)
             async for _ in events:
                 yield await self._engine.call(self._containers)
+
+
+def _give_away(directory: Path) -> None:
+    """Make a directory that runtimes may write to."""
+    directory.mkdir(parents=True, exist_ok=True)
+    os.chown(directory, *owner_ids())

@@ -6,9 +6,10 @@ from datetime import UTC, datetime, timedelta
 from pathlib import Path
 from typing import Any
 
+import pynvml
 import pytest
 
-from controller.backends.base import RuntimeInfo, RuntimePhase, RuntimeSpec
+from controller.backends.base import BackendError, RuntimeInfo, RuntimePhase, RuntimeSpec
 from controller.backends.container import (
     Container,
     container_name,
@@ -17,13 +18,19 @@ from controller.backends.container import (
     is_labelled,
 )
 from controller.backends.exit_tracker import ExitTracker
+from controller.backends.gpu_access import GpuAccess, gpu_device_files
 from tests.contracts.harnesses import spec
 
 NOW = datetime(2026, 3, 2, 12, 0, tzinfo=UTC)
 
 
-def options_of(runtime: RuntimeSpec) -> dict[str, Any]:
-    return container_options(runtime, cluster="test", directory=Path("/home/r-1"))
+def options_of(runtime: RuntimeSpec, gpu_access: GpuAccess | None = None) -> dict[str, Any]:
+    return container_options(
+        runtime,
+        cluster="test",
+        directory=Path("/home/r-1"),
+        gpu_access=gpu_access or GpuAccess(),
+    )
 
 
 def test_gpus_are_asked_for_by_uuid() -> None:
@@ -36,9 +43,40 @@ def test_gpus_are_asked_for_by_uuid() -> None:
     assert "NVIDIA_VISIBLE_DEVICES" not in options["environment"]
 
 
+def test_gpus_are_handed_over_as_files_where_the_engine_cannot() -> None:
+    access = GpuAccess(
+        device_files=lambda uuids: [f"/dev/{uuid}" for uuid in uuids] + ["/dev/nvidiactl"],
+        mounts=(Path("/usr/local/nvidia"),),
+        kernel_cache=Path("/home/kernels"),
+    )
+    options = options_of(replace(spec(), device_uuids=("GPU-1",)), access)
+    assert options["devices"] == ["/dev/GPU-1:/dev/GPU-1:rw", "/dev/nvidiactl:/dev/nvidiactl:rw"]
+    assert "device_requests" not in options
+    driver, kernels = options["mounts"][-2:]
+    assert (driver["Source"], driver["Target"]) == ("/usr/local/nvidia", "/usr/local/nvidia")
+    assert driver["ReadOnly"]
+    assert (kernels["Source"], kernels["ReadOnly"]) == ("/home/kernels", False)
+    assert options["environment"]["TRITON_CACHE_DIR"] == kernels["Target"]
+    assert "devices" not in options_of(spec(), access), "only containers that use GPUs get any"
+    assert len(options_of(spec(), access)["mounts"]) == 2
+
+
+def test_the_files_of_a_gpu_go_by_the_driver_s_number(monkeypatch: pytest.MonkeyPatch) -> None:
+    minors = {"GPU-a": 3}
+    monkeypatch.setattr(pynvml, "nvmlInit", lambda: None)
+    monkeypatch.setattr(pynvml, "nvmlDeviceGetHandleByUUID", lambda uuid: uuid)
+    monkeypatch.setattr(pynvml, "nvmlDeviceGetMinorNumber", lambda handle: minors[handle])
+    assert gpu_device_files(["GPU-a"])[0] == "/dev/nvidia3"
+
+
+def test_a_gpu_that_the_driver_does_not_know_is_named() -> None:
+    with pytest.raises(BackendError, match="GPU-nowhere"):
+        gpu_device_files(["GPU-nowhere"])
+
+
 def test_no_gpu_means_none_whatever_the_engine_s_default() -> None:
     options = options_of(spec())
-    assert options["device_requests"] == []
+    assert not {"device_requests", "devices"} & set(options)
     assert options["environment"]["CUDA_VISIBLE_DEVICES"] == ""
     assert options["environment"]["NVIDIA_VISIBLE_DEVICES"] == "void"
 
@@ -138,7 +176,9 @@ def container(name: str, *, ended_at: datetime | None = None) -> Container:
 
 
 def container_options_labels(cluster: str, runtime_id: str) -> dict[str, str]:
-    options = container_options(spec(runtime_id), cluster=cluster, directory=Path("/d"))
+    options = container_options(
+        spec(runtime_id), cluster=cluster, directory=Path("/d"), gpu_access=GpuAccess()
+    )
     return dict(options["labels"])
 
 
