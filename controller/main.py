@@ -35,6 +35,7 @@ from controller.jobs import Jobs
 from controller.ledger.intervals import WHOLE_PPM, Interval
 from controller.ledger.ledger import Ledger
 from controller.metrics import Metrics
+from controller.page_cache.page_cache import PageCache
 from controller.records import Records
 from controller.scaling.contention import Contention
 from controller.scaling.devices import find_devices
@@ -102,6 +103,9 @@ async def run(settings: Settings, backends: Sequence[RuntimeBackend] | None = No
         stack.push_async_callback(journal.flush)
         epoch = unix_us(clock.now()) // 1_000_000
         memory = MemoryLedger(devices)
+        page_cache = PageCache(settings.host_cache_bytes)
+        page_cache.start()
+        stack.push_async_callback(page_cache.close)
         node = Node(
             clock=clock,
             connect=RuntimeClient,
@@ -124,6 +128,7 @@ async def run(settings: Settings, backends: Sequence[RuntimeBackend] | None = No
             metrics=metrics,
             snapshot_store=settings.snapshot_store,
             last_logs=LastLogs(settings.last_logs_dir),
+            page_cache=page_cache,
             gpu_hour_usd=settings.gpu_hour_usd,
             epoch=epoch,
         )

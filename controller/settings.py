@@ -86,6 +86,12 @@ class Settings(BaseSettings):
         le=64,
         description="Runtimes kept without a model, imports done, for each backend in use.",
     )
+    host_cache_bytes: int = Field(
+        default=0,
+        ge=0,
+        description="Memory in which weights of deployed functions are locked, so that starts need "
+        "not read the disk.",
+    )
     min_residency_s: float = Field(
         default=1.0,
         ge=0,

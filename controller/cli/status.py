@@ -1,6 +1,8 @@
 """`coldspark status` and `coldspark version`."""
 
 import platform
+from collections.abc import Mapping
+from typing import Any
 
 import typer
 
@@ -34,6 +36,7 @@ def status(context: typer.Context, output: OutputOption = OutputFormat.TABLE) ->
                 for backend, counts in view["standbys"].items()
             )
             or "none",
+            "weights in memory": _held(view["page_cache"]),
         }
         print_fields(fields)
         typer.echo("\nDevices")
@@ -48,6 +51,14 @@ def status(context: typer.Context, output: OutputOption = OutputFormat.TABLE) ->
             for device in view["devices"]
         ]
         print_table(("ID", "KIND", ">USED", ">PROMISED", ">MEMORY"), rows)
+
+
+def _held(cache: Mapping[str, Any]) -> str:
+    if not cache["budget_bytes"]:
+        return "as the page cache has them (COLDSPARK_HOST_CACHE_BYTES)"
+    held, budget = human_bytes(cache["held_bytes"]), human_bytes(cache["budget_bytes"])
+    reason = f"; {cache['reason']}" if cache["reason"] else ""
+    return f"{held} locked of {budget}{reason}"
 
 
 def version(output: OutputOption = OutputFormat.TABLE) -> None:

@@ -2,7 +2,8 @@
 
 import hashlib
 import json
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, field
 from pathlib import Path
 
 from controller.errors import InvalidSpec
@@ -10,7 +11,7 @@ from controller.scaling.embedding import Pooling, pooling_of
 from controller.scaling.placement import Demand, demand_of
 from functions.spec import FunctionSpec, revision
 from snapshots.errors import SnapshotError
-from snapshots.manifest import Manifest
+from snapshots.manifest import Manifest, rank_path
 from snapshots.store import MANIFEST_FILE
 
 
@@ -27,6 +28,7 @@ class Deployment:
         max_model_len: Longest prompt plus output, in tokens.
         pooling: How it embeds; None for one that generates.
         demand: What each replica needs of its devices.
+        weight_files: Size of each file that a load reads, in bytes, by path.
     """
 
     spec: FunctionSpec
@@ -37,6 +39,7 @@ class Deployment:
     max_model_len: int
     demand: Demand
     pooling: Pooling | None = None
+    weight_files: Mapping[str, int] = field(default_factory=dict)
 
 
 def deployment_of(spec: FunctionSpec, backend: str, snapshot: Path) -> Deployment:
@@ -68,7 +71,13 @@ def deployment_of(spec: FunctionSpec, backend: str, snapshot: Path) -> Deploymen
             lambda: _weights_bytes(snapshot),
             working_bytes=None if pooling is None else _working_bytes(spec, pooling, max_model_len),
         ),
+        weight_files=_weight_files(snapshot, spec.engine.tensor_parallel_size),
     )
+
+
+def _weight_files(snapshot: Path, tensor_parallel_size: int) -> dict[str, int]:
+    paths = [snapshot / rank_path(tensor_parallel_size, n) for n in range(tensor_parallel_size)]
+    return {str(path): path.stat().st_size for path in paths if path.exists()}
 
 
 def _working_bytes(spec: FunctionSpec, pooling: Pooling, max_model_len: int) -> int:

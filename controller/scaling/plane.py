@@ -21,6 +21,7 @@ from controller.errors import (
     ModelNotFound,
     NotFound,
 )
+from controller.page_cache.choice import Candidate
 from controller.scaling.background import Background
 from controller.scaling.deployment import Deployment, deployment_of
 from controller.scaling.devices import used_bytes
@@ -179,6 +180,7 @@ class ControlPlane:
     async def sweep(self) -> None:
         """Have every function look at its deadlines."""
         self.node.metrics.set_standbys(self.node.standbys.counts())
+        self.node.page_cache.want(self._cacheable())
         for function in self._all_functions():
             function.sweep()
 
@@ -306,6 +308,7 @@ class ControlPlane:
                 for device in self.node.memory.devices.values()
             ],
             "standbys": self.node.standbys.counts(),
+            "page_cache": self.node.page_cache.view(),
             "functions": len(self._entries),
             "replicas": sum(len(function.set.replicas) for function in functions),
         }
@@ -323,6 +326,19 @@ class ControlPlane:
     def _all_functions(self) -> list[Function]:
         """Return every function with an owner, those included that are being deleted."""
         return [*self._functions().values(), *self._closing]
+
+    def _cacheable(self) -> list[Candidate]:
+        """Return the files that starts would read."""
+        return [
+            Candidate(
+                path=path,
+                num_bytes=num_bytes,
+                reuse_probability=entry.function.tenancy.reuse_probability,
+            )
+            for entry in self._entries.values()
+            if entry.function is not None and entry.snapshot_state is SnapshotState.READY
+            for path, num_bytes in entry.function.deployment.weight_files.items()
+        ]
 
     async def _find_adoptable(self, *, is_first: bool) -> list[Found]:
         """Return what to take over of the backends that have not been seen yet."""

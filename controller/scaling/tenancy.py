@@ -84,10 +84,15 @@ class Tenancy:
         gpus = [self._node.memory.devices[gpu] for gpu in home.gpus]
         return min((self._function.deployment.demand.bytes_on(gpu) for gpu in gpus), default=0)
 
+    @property
+    def reuse_probability(self) -> float:
+        """How likely the function is to be called within a minute."""
+        return self._calls.reuse_probability(self._function.clock.monotonic())
+
     def tenants(self) -> dict[str, Tenant]:
         """Return its replicas that hold device memory, by id."""
         function, now = self._function, self._function.clock.monotonic()
-        reuse = self._calls.reuse_probability(now)
+        reuse = self.reuse_probability
         has_queue = function.set.num_queued > 0
         return {
             replica.id: Tenant(

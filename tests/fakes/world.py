@@ -11,6 +11,7 @@ from typing import Any
 from controller.ledger.ledger import Batch, LastKnown, Ledger
 from controller.ledger.report import Figures
 from controller.metrics import Metrics
+from controller.page_cache.page_cache import PageCache
 from controller.scaling.contention import Contention
 from controller.scaling.deployment import Deployment
 from controller.scaling.function import Function
@@ -148,6 +149,7 @@ class World:
             metrics=Metrics(),
             snapshot_store=Path("/nowhere"),
             last_logs=MemoryLogs(),
+            page_cache=PageCache(0),
             gpu_hour_usd=Decimal("2.50"),
             epoch=1,
         )

@@ -1,0 +1,114 @@
+"""The holder as a real process, and what it locks as the kernel counts it."""
+
+import asyncio
+import sys
+from collections.abc import AsyncIterator, Callable
+from contextlib import asynccontextmanager
+from pathlib import Path
+
+import psutil
+import pytest
+
+from controller.page_cache import page_cache as page_cache_module
+from controller.page_cache.choice import Candidate
+from controller.page_cache.page_cache import PageCache
+
+pytestmark = pytest.mark.timeout(60)
+
+SIZE = 1 << 20
+REFUSING = """
+import ctypes, sys
+from controller.page_cache import holder
+holder._libc.mlock = lambda address, size: ctypes.set_errno(12) or -1
+holder.main()
+"""
+
+
+def make_file(path: Path, size: int = SIZE) -> Candidate:
+    path.write_bytes(b"x" * size)
+    return Candidate(path=str(path), num_bytes=size, reuse_probability=0.0)
+
+
+@asynccontextmanager
+async def holding(cache: PageCache) -> AsyncIterator[PageCache]:
+    cache.start()
+    try:
+        yield cache
+    finally:
+        await cache.close()
+
+
+async def until(is_done: Callable[[], bool]) -> None:
+    async with asyncio.timeout(30.0):
+        while not is_done():  # noqa: ASYNC110  # nothing tells
+            await asyncio.sleep(0.01)
+
+
+def holder() -> psutil.Process:
+    (process,) = (
+        child
+        for child in psutil.Process().children()
+        if "controller.page_cache.holder" in " ".join(child.cmdline())
+    )
+    return process
+
+
+def locked_bytes() -> int:
+    status = Path(f"/proc/{holder().pid}/status").read_text()
+    return 1024 * int(status.split("VmLck:")[1].split()[0])
+
+
+async def test_wanted_files_are_locked_and_others_let_go(tmp_path: Path) -> None:
+    first, second = make_file(tmp_path / "first"), make_file(tmp_path / "second")
+    async with holding(PageCache(2 * SIZE)) as cache:
+        cache.want([first, second])
+        await until(lambda: cache.view()["held_bytes"] == 2 * SIZE)
+        assert locked_bytes() == 2 * SIZE
+        cache.want([second])
+        await until(lambda: cache.view()["held_bytes"] == SIZE)
+        assert locked_bytes() == SIZE
+        held_by = holder()
+    assert not held_by.is_running()
+
+
+async def test_a_file_that_is_gone_is_told_and_others_are_held(tmp_path: Path) -> None:
+    there = make_file(tmp_path / "there")
+    gone = Candidate(path=str(tmp_path / "gone"), num_bytes=SIZE, reuse_probability=1.0)
+    async with holding(PageCache(2 * SIZE)) as cache:
+        cache.want([gone])
+        await until(lambda: cache.view()["reason"] is not None)
+        assert "gone: No such file" in cache.view()["reason"]
+        cache.want([gone, there])
+        await until(lambda: cache.view()["held_bytes"] == SIZE)
+
+
+async def test_where_locking_is_refused_the_reason_is_told(tmp_path: Path) -> None:
+    file = make_file(tmp_path / "file")
+    async with holding(PageCache(SIZE, (sys.executable, "-c", REFUSING))) as cache:
+        cache.want([file])
+        await until(lambda: cache.view()["reason"] is not None)
+        assert "mlock" in cache.view()["reason"]
+        assert cache.view()["held_bytes"] == 0
+
+
+async def test_a_holder_that_dies_is_replaced(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(page_cache_module, "RESTART_DELAY_S", 0.01)
+    file = make_file(tmp_path / "file")
+    async with holding(PageCache(2 * SIZE)) as cache:
+        cache.want([file])
+        await until(lambda: cache.view()["held_bytes"] == SIZE)
+        holder().kill()
+        await until(lambda: "ended" in (cache.view()["reason"] or ""))
+        assert cache.view()["held_bytes"] == 0
+        await until(lambda: cache.view()["held_bytes"] == SIZE)
+        assert cache.view()["reason"] is None
+
+
+async def test_without_a_budget_no_process_is_started(tmp_path: Path) -> None:
+    async with holding(PageCache(0)) as cache:
+        cache.want([make_file(tmp_path / "file")])
+        await asyncio.sleep(0.05)
+        assert not psutil.Process().children()
+        assert cache.view()["held_bytes"] == 0
