@@ -94,11 +94,18 @@ class WeightStream:
             self.close()
         copied = time.perf_counter()
         verify(self._rank, self._slab)
-        return LoadReport(
+        report = LoadReport(
             num_bytes=self._rank.data_bytes,
             read_s=copied - self._began,
             verify_s=time.perf_counter() - copied,
         )
+        log.info(
+            "weights_loaded",
+            num_bytes=report.num_bytes,
+            read_gb_per_s=round(report.num_bytes / 1e9 / report.read_s, 1),
+            verify_gb_per_s=round(report.num_bytes / 1e9 / report.verify_s, 1),
+        )
+        return report
 
     def close(self) -> None:
         """Stop reading and give the buffers back; harmless when all is done."""
