@@ -4,7 +4,7 @@ from typing import Any
 
 import httpx
 import pytest
-from fastapi import FastAPI
+from fastapi import APIRouter, FastAPI
 from tokenizers import Tokenizer
 
 from controller.clock import SystemClock
@@ -86,6 +86,7 @@ def make_app(function: FakeFunction, metrics: Metrics) -> AppMaker:
         *functions: FakeFunction,
         keys: tuple[ApiKey, ...] = (),
         is_ready: bool = True,
+        extra_routers: Iterable[APIRouter] = (),
         **changes: Any,
     ) -> FastAPI:
         return create_app(
@@ -95,6 +96,7 @@ def make_app(function: FakeFunction, metrics: Metrics) -> AppMaker:
             SystemClock(),
             metrics=metrics,
             is_ready=lambda: is_ready,
+            extra_routers=extra_routers,
         )
 
     return make

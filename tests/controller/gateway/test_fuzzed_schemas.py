@@ -12,6 +12,7 @@ from controller.gateway.schemas.base import ApiBody
 from controller.gateway.schemas.batches import BatchRequest
 from controller.gateway.schemas.embeddings import EmbeddingsRequest
 from controller.gateway.schemas.requests import AsyncRequestBody
+from controller.gateway.schemas.responses import ResponseRequest
 from controller.gateway.schemas.tokens import DetokenizeRequest, TokenizeRequest
 
 GOOD: dict[type[ApiBody], dict[str, Any]] = {
@@ -24,6 +25,14 @@ GOOD: dict[type[ApiBody], dict[str, Any]] = {
     EmbeddingsRequest: {"model": "tiny", "input": "a"},
     TokenizeRequest: {"prompt": "a"},
     DetokenizeRequest: {"tokens": [1]},
+    ResponseRequest: {
+        "model": "tiny",
+        "input": [
+            {"role": "user", "content": "a"},
+            {"type": "function_call", "call_id": "c", "name": "f", "arguments": "{}"},
+            {"type": "function_call_output", "call_id": "c", "output": "1"},
+        ],
+    },
 }
 SCALARS = (
     st.none()
@@ -31,13 +40,15 @@ SCALARS = (
     | st.integers()
     | st.floats(allow_nan=False, allow_infinity=False)
     | st.text(max_size=20)
-    | st.sampled_from(["24h", "1e9d", "model", "user", "/v1/embeddings", "-1s", "float"])
+    | st.sampled_from(["24h", "1e9d", "model", "user", "/v1/embeddings", "-1s", "float", "message"])
 )
 VALUES = st.recursive(
     SCALARS,
     lambda inner: (
         st.lists(inner, max_size=4)
-        | st.dictionaries(st.sampled_from(["role", "content", "model", "stream", "x"]), inner)
+        | st.dictionaries(
+            st.sampled_from(["role", "content", "type", "model", "stream", "x"]), inner
+        )
     ),
     max_leaves=8,
 )

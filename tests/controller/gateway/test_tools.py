@@ -51,11 +51,12 @@ class Speaker(FakeFunction):
     """Says `text`, a token a step."""
 
     def __init__(self, snapshot: Path, tokenizer: Tokenizer, text: str = CALL) -> None:
-        super().__init__(snapshot, self._play, max_model_len=4096)
+        super().__init__(snapshot, self.play, max_model_len=4096)
         self.text = text
         self.tokenizer = tokenizer
 
-    def _play(self, request: GenerationRequest) -> Iterable[Step]:
+    def play(self, request: GenerationRequest) -> Iterable[Step]:
+        """Say it."""
         for token_id in self.tokenizer.encode(self.text).ids:
             yield TokenChunk([token_id])
         yield TokenChunk([2], finish_reason="stop")

@@ -1,11 +1,12 @@
 """An application with files, batches and asynchronous requests, over functions that play scripts."""
 
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Iterator
 from pathlib import Path
 
 import httpx
 import openai
 import pytest
+from fastapi import FastAPI
 
 from controller.clock import SystemClock
 from controller.gateway.app import create_app
@@ -28,16 +29,22 @@ def key_store() -> FakeKeyStore:
 
 
 @pytest.fixture
-async def client(
-    tmp_path: Path, function: FakeFunction, key_store: FakeKeyStore
-) -> AsyncIterator[httpx.AsyncClient]:
-    """A client of an application with files and batches, looked at twenty times a second."""
+def database(tmp_path: Path) -> Iterator[Database]:
+    opened = Database.open(f"sqlite:///{tmp_path / 'coldspark.db'}")
+    yield opened
+    opened.close()
+
+
+@pytest.fixture
+async def app(
+    tmp_path: Path, function: FakeFunction, key_store: FakeKeyStore, database: Database
+) -> AsyncIterator[FastAPI]:
+    """An application with files, batches and the like, looked at twenty times a second."""
     encoder = FakeFunction(function.snapshot_path, lambda _: [], name="encoder")
     encoder.pooling = Pooling(mode="mean", normalize=True, size=4, shorter=(), max_tokens=None)
     registry, metrics, clock = FakeRegistry(function, encoder), Metrics(), SystemClock()
     changes = {"home": tmp_path, "tick_s": 0.05, "require_api_keys": bool(key_store.keys)}
     settings = Settings.model_validate(changes)
-    database = Database.open(settings.database_url)
     texts = ModelTexts(clock)
     gateway = Gateway(
         registry=registry,
@@ -59,11 +66,15 @@ async def client(
         texts=texts,
         extra_routers=jobs.routers(),
     )
-    async with client_of(app) as client:
-        yield client
+    yield app
     reaper.stop()
     await jobs.stop()
-    database.close()
+
+
+@pytest.fixture
+async def client(app: FastAPI) -> AsyncIterator[httpx.AsyncClient]:
+    async with client_of(app) as client:
+        yield client
 
 
 @pytest.fixture

@@ -1,0 +1,94 @@
+"""The Responses API from the official SDK to the small real model and back."""
+
+import openai
+import pytest
+from pydantic import BaseModel
+
+from functions.spec import FunctionSpec
+from tests.e2e.conftest import Node
+
+pytestmark = [pytest.mark.e2e, pytest.mark.model, pytest.mark.timeout(180)]
+QUESTION = "What is the capital of France?"
+
+
+class City(BaseModel):
+    """What the model is to fill in."""
+
+    name: str
+    is_capital: bool
+
+
+async def test_responses(node: Node, spec: FunctionSpec) -> None:
+    node.deploy(spec)
+    with node.client() as client:
+        first = client.responses.create(
+            model="smollm2", input=QUESTION, max_output_tokens=20, temperature=0
+        )
+        assert "Paris" in first.output_text
+        assert first.output_text == node.ask(QUESTION, max_tokens=20)
+
+        with client.responses.stream(
+            model="smollm2", input=QUESTION, max_output_tokens=20, temperature=0
+        ) as stream:
+            deltas = [event.delta for event in stream if event.type == "response.output_text.delta"]
+        assert "".join(deltas) == first.output_text
+
+        second = client.responses.create(
+            model="smollm2",
+            input="And of Italy?",
+            previous_response_id=first.id,
+            max_output_tokens=20,
+            temperature=0,
+        )
+        assert second.usage is not None
+        assert first.usage is not None
+        assert second.usage.input_tokens > first.usage.input_tokens
+        assert second.usage.input_tokens_details.cached_tokens > 0
+        same = client.chat.completions.create(
+            model="smollm2",
+            messages=[
+                {"role": "user", "content": QUESTION},
+                {"role": "assistant", "content": first.output_text},
+                {"role": "user", "content": "And of Italy?"},
+            ],
+            max_tokens=20,
+            temperature=0,
+        )
+        assert second.output_text == same.choices[0].message.content
+
+        parsed = client.responses.parse(
+            model="smollm2", input="Describe Paris.", text_format=City, max_output_tokens=64
+        )
+        assert parsed.output_parsed is not None or parsed.status == "incomplete"
+
+        tool = openai.pydantic_function_tool(City, name="note")["function"]
+        called = client.responses.create(
+            model="smollm2",
+            input="Note that Paris is the capital.",
+            tools=[
+                {
+                    "type": "function",
+                    "name": "note",
+                    "parameters": tool["parameters"],
+                    "strict": True,
+                }
+            ],
+            tool_choice="required",
+            parallel_tool_calls=False,
+            max_output_tokens=96,
+        )
+        call = called.output[0]
+        assert call.type == "function_call"
+        if called.status == "completed":
+            City.model_validate_json(call.arguments)
+
+    node.terminate()
+    node.start()
+    async with openai.AsyncOpenAI(base_url=f"{node.url}/v1", api_key="unused") as later:
+        kept = await later.responses.retrieve(second.id)
+        assert kept.output_text == second.output_text
+        items = await later.responses.input_items.list(second.id, order="asc")
+        assert len(items.data) == 3
+        await later.responses.delete(second.id)
+        with pytest.raises(openai.NotFoundError):
+            await later.responses.retrieve(second.id)
