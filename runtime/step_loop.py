@@ -125,6 +125,7 @@ class StepLoop:
             case FrameKind.WAKE:
                 request = pb.WakeRequest.FromString(frame.payload)
                 self._answer(frame, lambda: self._residency.wake(request, self._report_progress))
+                self._busy_at = time.monotonic()  # a request is about to come
             case FrameKind.DRAIN:
                 drain = pb.DrainRequest.FromString(frame.payload)
                 self._drains.start(frame.id, drain.timeout_s)

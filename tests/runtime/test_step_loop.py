@@ -1,0 +1,87 @@
+"""The loop of an engine process, driven over its socket from another thread."""
+
+import socket
+import threading
+import time
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+
+import pytest
+
+from runtime.config import EngineConfig
+from runtime.ipc import Frame, FrameKind, FrameSocket, PeerClosed
+from runtime.rpc import inference_pb2 as pb
+from runtime.step_loop import IDLE_AFTER_S, StepLoop
+from tests.fakes.engine import FakeEngine, FakeRunner, Script
+
+pytestmark = pytest.mark.timeout(30)
+
+
+class PatientEngine(FakeEngine):
+    """Takes every moment of idle time, and notes when."""
+
+    def __init__(self, runner: FakeRunner) -> None:
+        super().__init__(runner)
+        self.idle_at: list[float] = []
+
+    def use_idle_time(self) -> bool:
+        self.idle_at.append(time.monotonic())
+        return True
+
+
+@dataclass
+class Peer:
+    """The server's end of the socket, and the engine at the other."""
+
+    connection: FrameSocket
+    engine: PatientEngine
+    replies: list[Frame] = field(default_factory=list)
+
+    def call(self, kind: FrameKind, payload: bytes = b"") -> float:
+        """Make a call; return when its answer came, in monotonic seconds."""
+        self.connection.send([Frame(kind, 1, payload)])
+        while True:
+            for frame in self.connection.receive(5.0):
+                if frame.kind is FrameKind.REPLY:
+                    return time.monotonic()
+                assert frame.kind is FrameKind.STATUS, frame
+
+
+@pytest.fixture
+def peer() -> Iterator[Peer]:
+    ours, theirs = socket.socketpair()
+    config = EngineConfig(max_model_len=128)
+    runner = FakeRunner(Script(), config)
+    runner.load_weights()
+    runner.allocate_kv()
+    engine = PatientEngine(runner)
+
+    def serve() -> None:
+        loop = StepLoop(FrameSocket(theirs), engine=engine, runner=runner, device_uuids=())
+        with pytest.raises(PeerClosed):
+            loop.run()
+
+    thread = threading.Thread(target=serve)
+    thread.start()
+    yield Peer(FrameSocket(ours), engine)
+    ours.close()
+    thread.join()
+    theirs.close()
+
+
+def test_who_has_woken_it_hears_of_it_before_idle_time_is_used(peer: Peer) -> None:
+    peer.call(FrameKind.PARK, pb.ParkRequest().SerializeToString())
+    time.sleep(2 * IDLE_AFTER_S)
+    num_before = len(peer.engine.idle_at)
+    woken_at = peer.call(FrameKind.WAKE, pb.WakeRequest().SerializeToString())
+    assert len(peer.engine.idle_at) == num_before, "the first request is on its way"
+    time.sleep(2 * IDLE_AFTER_S)
+    assert peer.engine.idle_at[num_before] >= woken_at
+
+
+def test_idle_time_is_left_alone_while_the_memory_is_away(peer: Peer) -> None:
+    time.sleep(2 * IDLE_AFTER_S)
+    assert peer.engine.idle_at
+    parked_at = peer.call(FrameKind.PARK, pb.ParkRequest().SerializeToString())
+    time.sleep(2 * IDLE_AFTER_S)
+    assert peer.engine.idle_at[-1] <= parked_at
