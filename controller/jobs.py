@@ -11,13 +11,14 @@ from controller.batches.files import FileStore
 from controller.batches.run import BatchNode
 from controller.batches.service import BatchService
 from controller.clock import Clock
+from controller.gateway.background import BackgroundResponses
 from controller.gateway.calls import Gateway
 from controller.gateway.inner import InnerCalls, KeyCheck
 from controller.gateway.response_store import ResponseStore
 from controller.gateway.routes.batches import batches_router
 from controller.gateway.routes.files import files_router
 from controller.gateway.routes.requests import requests_router
-from controller.gateway.routes.responses import responses_router
+from controller.gateway.routes.responses import kept_responses_router, response_making_router
 from controller.requests.service import RequestNode, RequestService
 from controller.scaling.reaper import Reaper
 from controller.settings import Settings
@@ -56,7 +57,7 @@ class Jobs:
             max_total_bytes=settings.max_files_bytes,
         )
         self._responses = ResponseStore(database=database, clock=clock)
-        call = InnerCalls(gateway, keys, [responses_router(self._responses)])
+        call = InnerCalls(gateway, keys, [response_making_router(self._responses)])
         self._requests = RequestService(
             RequestNode(
                 database=database,
@@ -80,8 +81,10 @@ class Jobs:
     def routers(self) -> Sequence[APIRouter]:
         """Return the endpoints."""
         files = files_router(self._files, self._batches, self._settings, self._clock)
+        background = BackgroundResponses(self._responses, self._requests)
         return (
-            responses_router(self._responses),
+            response_making_router(self._responses, background),
+            kept_responses_router(self._responses, background),
             files,
             batches_router(self._batches),
             requests_router(self._requests),

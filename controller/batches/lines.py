@@ -144,6 +144,8 @@ def _checked(line: bytes | None, endpoint: str, number: int) -> dict[str, Any]:
         raise _BadLine("missing_model", "body.model must be a string", number, "body.model")
     if body.get("stream"):
         raise _BadLine("invalid_body", "a batch does not stream", number, "body.stream")
+    if body.get("background"):
+        raise _BadLine("invalid_body", "a batch is background", number, "body.background")
     return request
 
 

@@ -4,6 +4,7 @@ The items are the same however the answer is cut into pieces; the events between
 last of an item are as many as its pieces.
 """
 
+import json
 import uuid
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Sequence
@@ -21,6 +22,7 @@ from controller.gateway.schemas.response_object import (
     ReasoningText,
 )
 
+_encode = json.JSONEncoder(ensure_ascii=False, separators=(",", ":")).encode
 Logprobs = Callable[[Sequence[TokenReport]], list[dict[str, Any]]]
 
 
@@ -29,6 +31,26 @@ class Event(NamedTuple):
 
     type: str
     fields: dict[str, Any]
+
+    def written(self, number: int) -> str:
+        """Return it as a server-sent event with its place in the stream."""
+        data = {"type": self.type, **self.fields, "sequence_number": number}
+        return f"event: {self.type}\ndata: {_encode(data)}\n\n"
+
+
+class Delta(NamedTuple):
+    """Text that an item has grown by: what comes with every token, so most of it is prepared."""
+
+    head: str
+    text: str
+    tail: str = ""
+
+    def written(self, number: int) -> str:
+        """Return it as a server-sent event with its place in the stream."""
+        return f'{self.head}{_encode(self.text)}{self.tail},"sequence_number":{number}}}\n\n'
+
+
+Happening = Event | Delta
 
 
 class _OpenItem(ABC):
@@ -39,12 +61,17 @@ class _OpenItem(ABC):
     """
 
     prefix: ClassVar[str]
+    events: ClassVar[str]
+    part_index: ClassVar[dict[str, int]] = {}
 
     def __init__(self, index: int) -> None:
         self._id = f"{self.prefix}_{uuid.uuid4().hex}"
-        self._place = {"item_id": self._id, "output_index": index}
+        self._place = {"item_id": self._id, "output_index": index, **self.part_index}
         self._index = index
         self._texts: list[str] = []
+        kind = f"{self.events}.delta"
+        opening = _encode({"type": kind, **self._place})[:-1]
+        self._delta_head = f'event: {kind}\ndata: {opening},"delta":'
 
     @property
     def text(self) -> str:
@@ -69,11 +96,7 @@ class _OpenItem(ABC):
 class _TextItem(_OpenItem):
     """An item whose content is one part of text."""
 
-    events: ClassVar[str]
-
-    def __init__(self, index: int) -> None:
-        super().__init__(index)
-        self._place["content_index"] = 0
+    part_index: ClassVar[dict[str, int]] = {"content_index": 0}
 
     @abstractmethod
     def part(self) -> OutputText | ReasoningText:
@@ -103,13 +126,12 @@ class _Message(_TextItem):
         super().__init__(index)
         self._logprobs: list[dict[str, Any]] = []
 
-    def add(self, text: str, logprobs: list[dict[str, Any]]) -> Event:
+    def add(self, text: str, logprobs: list[dict[str, Any]]) -> Delta:
         """Add text; return what tells of it."""
         self._texts.append(text)
         self._logprobs += logprobs
-        return Event(
-            "response.output_text.delta", {**self._place, "delta": text, "logprobs": logprobs}
-        )
+        tail = f',"logprobs":{_encode(logprobs)}' if logprobs else ',"logprobs":[]'
+        return Delta(self._delta_head, text, tail)
 
     def part(self) -> OutputText:
         """Return the text as it is now."""
@@ -125,10 +147,10 @@ class _Thought(_TextItem):
     prefix = "rs"
     events = "response.reasoning_text"
 
-    def add(self, text: str) -> Event:
+    def add(self, text: str) -> Delta:
         """Add text; return what tells of it."""
         self._texts.append(text)
-        return Event("response.reasoning_text.delta", {**self._place, "delta": text})
+        return Delta(self._delta_head, text)
 
     def part(self) -> ReasoningText:
         """Return the text as it is now."""
@@ -141,21 +163,22 @@ class _Thought(_TextItem):
 
 class _Call(_OpenItem):
     prefix = "fc"
+    events = "response.function_call_arguments"
 
     def __init__(self, index: int, *, call_id: str, name: str) -> None:
         super().__init__(index)
         self._call_id = call_id
         self._name = name
 
-    def add(self, arguments: str) -> Event:
+    def add(self, arguments: str) -> Delta:
         """Add to the arguments; return what tells of it."""
         self._texts.append(arguments)
-        return Event("response.function_call_arguments.delta", {**self._place, "delta": arguments})
+        return Delta(self._delta_head, arguments)
 
     def end(self, status: ItemStatus) -> Iterator[Event]:
         """Yield what tells that the arguments are over, and the item."""
         told = {**self._place, "name": self._name, "arguments": self.text}
-        yield Event("response.function_call_arguments.done", told)
+        yield Event(f"{self.events}.done", told)
         yield from super().end(status)
 
     def item(self, status: ItemStatus) -> OutputCall:
@@ -184,7 +207,7 @@ class OutputItems:
         self._logprobs = logprobs
         self._open: _OpenItem | None = None
 
-    def add(self, piece: Piece) -> Iterator[Event]:
+    def add(self, piece: Piece) -> Iterator[Happening]:
         """Take what is new of the answer; yield what happens by it. To be read to its end."""
         if piece.reasoning:
             if not isinstance(self._open, _Thought):
@@ -214,7 +237,7 @@ class OutputItems:
     def _next(self) -> int:
         return len(self.done) + (self._open is not None)
 
-    def _say(self, piece: Piece, start: int, end: int) -> Iterator[Event]:
+    def _say(self, piece: Piece, start: int, end: int) -> Iterator[Happening]:
         """Add a part of a piece's text; its tokens go with the last."""
         if start == end:
             return

@@ -1,12 +1,11 @@
 """One response from its beginning to its end, and the events that tell of it."""
 
-import json
-from collections.abc import Awaitable, Callable, Iterator
+from collections.abc import Awaitable, Callable, Iterable, Iterator
 from itertools import count
 
 from controller.clock import Clock
 from controller.errors import ApiError, InvalidRequest, QueueFull
-from controller.gateway.output_items import Event, OutputItems
+from controller.gateway.output_items import Event, Happening, OutputItems
 from controller.gateway.pieces import Piece
 from controller.gateway.schemas.common import Usage
 from controller.gateway.schemas.response_object import (
@@ -16,7 +15,6 @@ from controller.gateway.schemas.response_object import (
     ResponseUsage,
 )
 
-_encode = json.JSONEncoder(ensure_ascii=False, separators=(",", ":")).encode
 Keep = Callable[[ResponseObject], Awaitable[bool]]
 """Keeps a response that is over; returns whether that was possible."""
 
@@ -53,7 +51,7 @@ class ResponseDraft:
         yield self._event("created")
         yield self._event("in_progress")
 
-    def add(self, piece: Piece) -> Iterator[Event]:
+    def add(self, piece: Piece) -> Iterator[Happening]:
         """Take what is new of the answer; yield what happens by it. To be read to its end."""
         self._finish_reason = piece.finish_reason or self._finish_reason
         return self._output.add(piece)
@@ -113,19 +111,15 @@ class ResponseWriter:
 
     async def closing(self) -> bytes:
         """Return the events that end the stream."""
-        return self._written(iter(await self._draft.end()))
+        return self._written(await self._draft.end())
 
     def error(self, error: ApiError) -> bytes:
         """Return the events that end a stream that failed."""
         opening = b"" if self._is_begun else self.opening(0)
-        return opening + self._written(iter([self._draft.fail(error)]))
+        return opening + self._written([self._draft.fail(error)])
 
-    def _written(self, events: Iterator[Event]) -> bytes:
-        return "".join(
-            f"event: {event.type}\ndata: "
-            f"{_encode({'type': event.type, **event.fields, 'sequence_number': number})}\n\n"
-            for event, number in zip(events, self._numbers, strict=False)
-        ).encode()
+    def _written(self, events: Iterable[Happening]) -> bytes:
+        return "".join([event.written(next(self._numbers)) for event in events]).encode()
 
 
 def _failure_code(error: ApiError) -> str:

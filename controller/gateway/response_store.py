@@ -29,7 +29,7 @@ class ResponseStore:
     async def keep(
         self, response_id: str, *, key_id: str | None, body: bytes, conversation: bytes
     ) -> None:
-        """Keep a response.
+        """Keep a response, or keep it anew.
 
         Raises:
             StoreUnavailable: The database is away.
@@ -41,7 +41,7 @@ class ResponseStore:
             body=body,
             conversation=conversation,
         )
-        await transact(self.database, lambda c: Responses(c).add(response))
+        await transact(self.database, lambda c: Responses(c).put(response))
 
     async def get(self, response_id: str, *, key_id: str | None) -> StoredResponse:
         """Return a response of a key.

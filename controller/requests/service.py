@@ -135,8 +135,18 @@ class RequestService:
         timeout_s: float,
         webhook_url: str | None,
         metadata: Mapping[str, str] | None,
+        request_id: str | None = None,
     ) -> StoredRequest:
         """Accept a request.
+
+        Args:
+            key_id: Whose it is.
+            endpoint: What is to answer it.
+            body: What that is asked.
+            timeout_s: Seconds until it has failed.
+            webhook_url: Told of the answer; None if nobody is.
+            metadata: Shown with it.
+            request_id: A new id; None makes one.
 
         Raises:
             ModelNotFound: No function serves its model.
@@ -157,7 +167,7 @@ class RequestService:
             )
         now_us = self._now_us()
         request = StoredRequest(
-            id=PREFIX + secrets.token_hex(12),
+            id=request_id or PREFIX + secrets.token_hex(12),
             key_id=key_id,
             endpoint=endpoint,
             model=model,

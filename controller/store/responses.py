@@ -34,8 +34,9 @@ class Responses:
     def __init__(self, connection: Connection) -> None:
         self._connection = connection
 
-    def add(self, response: StoredResponse) -> None:
-        """Add a response."""
+    def put(self, response: StoredResponse) -> None:
+        """Add a response, or replace it."""
+        self._connection.execute(delete(responses).where(responses.c.id == response.id))
         num_bytes = len(response.body) + len(response.conversation)
         values = {**asdict(response), "num_bytes": num_bytes}
         self._connection.execute(insert(responses).values(values))

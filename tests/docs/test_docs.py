@@ -60,7 +60,8 @@ def routes() -> list[APIRoute]:
     routers: list[APIRouter] = [chat.router, completions.router, models.router, health.router]
     routers += [tokens.router, embeddings.router]
     routers += [files.files_router(*[nothing] * 4), batches.batches_router(nothing)]
-    routers += [requests.requests_router(nothing), responses.responses_router(nothing)]
+    routers += [requests.requests_router(nothing), responses.response_making_router(nothing)]
+    routers.append(responses.kept_responses_router(nothing, nothing))
     routers.append(admin.admin_router(nothing, nothing, nothing, SystemClock()))
     return [route for router in routers for route in router.routes if isinstance(route, APIRoute)]
 

@@ -46,6 +46,8 @@ class AsyncRequestBody(ApiBody):
             raise wrong_field("required, as text", field="model")
         if body.get("stream"):
             raise wrong_field("must be false: nobody is there to read a stream", field="stream")
+        if body.get("background"):
+            raise wrong_field("must be false: it is that already", field="background")
         return body
 
     @field_validator("metadata")

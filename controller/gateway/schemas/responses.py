@@ -149,7 +149,6 @@ class ResponseRequest(SamplingBody):
     unsupported: ClassVar[dict[str, Neutral]] = {
         **UNSUPPORTED,
         "access_programs": (),
-        "background": (False,),
         "background_options": (),
         "context_management": ([],),
         "conversation": (),
@@ -173,6 +172,10 @@ class ResponseRequest(SamplingBody):
     )
     store: bool | None = Field(
         default=None, description="Whether the response is kept for its caller; true by default."
+    )
+    background: bool | None = Field(
+        default=None,
+        description="Accept the request now and answer it later; fetch the response by its id.",
     )
     metadata: dict[str, str] | None = Field(
         default=None, description="Up to 16 pairs of text, kept and shown."
@@ -227,6 +230,15 @@ class ResponseRequest(SamplingBody):
         return checked_metadata(metadata)
 
     @model_validator(mode="after")
+    def _check_background(self) -> "ResponseRequest":
+        if self.background and (self.stream or not self.is_kept):
+            raise wrong_field(
+                "excludes 'stream': true and 'store': false: the response is fetched by its id",
+                field="background",
+            )
+        return self
+
+    @model_validator(mode="after")
     def _check_stream_options(self) -> "ResponseRequest":
         if self.stream_options is not None and not self.stream:
             raise wrong_field("only allowed with 'stream': true", field="stream_options")
@@ -247,16 +259,21 @@ class ResponseRequest(SamplingBody):
             raise wrong_field("a required call excludes a form of the text", field="tool_choice")
         return self
 
-    def turn_after(self, earlier: Iterable[Item]) -> Turn:
-        """Return the turn that follows earlier items."""
+    def turn_of(self, items: Iterable[Item]) -> Turn:
+        """Return the turn that follows a conversation, this request's own items included."""
         effort = self.reasoning and self.reasoning.effort
         known = {} if effort is None else {"reasoning_effort": effort}
         return Turn(
-            messages=messages_of(self.instructions, [*earlier, *self.input]),
+            messages=messages_of(self.instructions, items),
             offered=self.offered,
             variables={**known, **(self.chat_template_kwargs or {})},
             is_cut=self.truncation == "auto",
         )
+
+    @property
+    def is_kept(self) -> bool:
+        """Whether the response can be fetched later."""
+        return self.store is not False
 
     @property
     def formatted(self) -> ResponseFormat | None:

@@ -47,6 +47,7 @@ def test_bodies_are_found_again_by_their_place(tmp_path: Path) -> None:
         (request(body="text"), "invalid_body", "body"),
         (request(body={}), "missing_model", "body.model"),
         (request(body={"model": "tiny", "stream": True}), "invalid_body", "body.stream"),
+        (request(body={"model": "tiny", "background": True}), "invalid_body", "body.background"),
         (request("first"), "duplicate_custom_id", "custom_id"),
         (request(body={"model": "other"}), "mismatched_model", "body.model"),
         (b"x" * 300_000, "line_too_long", None),

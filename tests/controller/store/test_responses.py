@@ -24,8 +24,8 @@ def kept(connection: Connection, *ids: str) -> list[str]:
 
 def test_response_comes_back_to_its_key_alone(connection: Connection) -> None:
     table = Responses(connection)
-    table.add(RESPONSE)
-    table.add(replace(RESPONSE, id="resp_2", key_id=None))
+    table.put(RESPONSE)
+    table.put(replace(RESPONSE, id="resp_2", key_id=None))
     assert table.get("resp_1", key_id="k1") == RESPONSE
     assert table.get("resp_2", key_id=None).key_id is None
     for response_id, key_id in (("resp_1", "k2"), ("resp_1", None), ("resp_2", "k1")):
@@ -40,8 +40,8 @@ def test_response_comes_back_to_its_key_alone(connection: Connection) -> None:
 
 def test_old_responses_are_pruned(connection: Connection) -> None:
     table = Responses(connection)
-    table.add(RESPONSE)
-    table.add(replace(RESPONSE, id="resp_2", created_us=20))
+    table.put(RESPONSE)
+    table.put(replace(RESPONSE, id="resp_2", created_us=20))
     table.prune(20)
     assert kept(connection, "resp_1", "resp_2") == ["resp_2"]
 
@@ -54,7 +54,7 @@ def test_oldest_responses_go_when_there_is_too_much(
 ) -> None:
     table = Responses(connection)
     for created_us, response_id in enumerate("abc"):
-        table.add(replace(RESPONSE, id=response_id, created_us=created_us))
+        table.put(replace(RESPONSE, id=response_id, created_us=created_us))
     assert table.evict(max_bytes) == 3 - len(left)
     assert kept(connection, "a", "b", "c") == left
 
@@ -63,7 +63,7 @@ def test_more_than_one_round_of_responses_goes(connection: Connection) -> None:
     table = Responses(connection)
     num_responses = 2 * EVICTED_AT_ONCE + 1
     for number in range(num_responses):
-        table.add(replace(RESPONSE, id=f"r{number}", created_us=number))
+        table.put(replace(RESPONSE, id=f"r{number}", created_us=number))
     assert table.evict(100) == num_responses - 1
     assert kept(connection, f"r{num_responses - 1}") == [f"r{num_responses - 1}"]
     assert table.evict(100) == 0

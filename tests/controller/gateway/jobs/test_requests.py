@@ -67,6 +67,7 @@ async def test_cancelled(client: httpx.AsyncClient, function: FakeFunction) -> N
         ({"endpoint": "http://169.254.169.254/"}, 400, "endpoint"),
         ({"body": {}}, 400, "body.model"),
         ({"body": {**BODY, "stream": True}}, 400, "body.stream"),
+        ({"body": {**BODY, "background": True}}, 400, "body.background"),
         ({"body": {**BODY, "model": "other"}}, 404, "model"),
         ({"timeout_s": 0}, 400, "timeout_s"),
         ({"timeout_s": 1e9}, 400, "timeout_s"),

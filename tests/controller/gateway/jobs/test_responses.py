@@ -16,17 +16,21 @@ from hypothesis import strategies as st
 from llguidance import LLMatcher, LLTokenizer
 from openai.types.responses import Response, ResponseStreamEvent
 from pydantic import BaseModel, TypeAdapter
+from sqlalchemy import func, select
 from structlog.testing import capture_logs
 from tokenizers import Tokenizer
 
-from controller.errors import QueueFull, RuntimeDied
+from controller.errors import ContextLengthExceeded, QueueFull, RuntimeDied
+from controller.gateway import response_turns
 from controller.gateway.auth import ApiKey, hash_key
 from controller.gateway.grammars import json_grammar
 from controller.gateway.routes import responses
+from controller.requests import service
 from controller.scaling.generation import GenerationRequest, TokenChunk
 from controller.store.database import Database
 from controller.store.errors import DatabaseUnavailable, NotStored
 from controller.store.responses import Responses
+from controller.store.tables import responses as responses_table
 from runtime.rpc import inference_pb2 as pb
 from tests.controller.gateway.conftest import AppMaker, FakeKeyStore, client_of
 from tests.controller.gateway.jobs.test_requests import ended
@@ -49,6 +53,7 @@ TOOL: Any = {
         "additionalProperties": False,
     },
 }
+SAME: Any = {"model": "tiny"}
 HELLO: dict[str, Any] = {"model": "tiny", "input": "hello"}
 EVENT: TypeAdapter[Any] = TypeAdapter(ResponseStreamEvent)
 
@@ -168,7 +173,7 @@ async def test_answer_says_that_it_could_not_be_kept(
     def away(*_: object) -> None:
         raise DatabaseUnavailable("its disk is full")
 
-    monkeypatch.setattr(Responses, "add", away)
+    monkeypatch.setattr(Responses, "put", away)
     with capture_logs() as logs:
         response = await post(client)
     assert (response["status"], response["store"]) == ("completed", False)
@@ -179,9 +184,106 @@ async def test_conversation_that_has_become_too_long_is_refused(
     client: httpx.AsyncClient, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     first = await post(client)
-    monkeypatch.setattr(responses, "MAX_MESSAGES", 2)
+    monkeypatch.setattr(response_turns, "MAX_MESSAGES", 2)
     answer = await client.post(PATH, json={**HELLO, "previous_response_id": first["id"]})
     assert (answer.status_code, answer.json()["error"]["param"]) == (400, "previous_response_id")
+
+
+async def test_ids_of_a_conversation_are_its_own(client: httpx.AsyncClient) -> None:
+    first = await post(client, input=[{"role": "user", "content": "x", "id": "msg_1"}])
+    again = [*first["output"], {"role": "user", "content": "y", "id": "msg_1"}]
+    second = await post(client, input=again, previous_response_id=first["id"])
+    listed = (await client.get(f"{PATH}/{second['id']}/input_items?order=asc")).json()
+    ids = [item["id"] for item in listed["data"]]
+    assert len(set(ids)) == len(ids) == 4
+    assert ids[:2] == ["msg_1", first["output"][0]["id"]]
+    assert [one.partition("_")[0] for one in ids] == ["msg"] * 4
+
+
+# In the background.
+
+
+async def over(sdk: openai.AsyncOpenAI, response_id: str) -> Response:
+    async with asyncio.timeout(30):
+        while True:
+            found = await sdk.responses.retrieve(response_id)
+            if found.status != "in_progress":
+                return found
+            await asyncio.sleep(0.02)
+
+
+async def test_response_is_made_in_the_background(
+    sdk: openai.AsyncOpenAI, function: Speaker
+) -> None:
+    go_on = asyncio.Event()
+    function.script = lambda request: [go_on, *function.play(request)]
+    accepted = await sdk.responses.create(model="tiny", input="hello", background=True)
+    assert (accepted.status, accepted.background, accepted.output) == ("queued", True, [])
+    await function.entered.wait()
+    waiting = await sdk.responses.retrieve(accepted.id)
+    assert waiting.status == "in_progress"
+    with pytest.raises(openai.BadRequestError, match="no answer to go on from"):
+        await sdk.responses.create(model="tiny", input="x", previous_response_id=accepted.id)
+    with pytest.raises(openai.ConflictError, match="cancel it first"):
+        await sdk.responses.delete(accepted.id)
+    items = (await sdk.responses.input_items.list(accepted.id)).data
+    go_on.set()
+    done = await over(sdk, accepted.id)
+    assert (done.status, done.output_text) == ("completed", function.text)
+    assert (done.id, done.created_at) == (accepted.id, accepted.created_at)
+    assert (await sdk.responses.input_items.list(accepted.id)).data == items
+    assert await sdk.responses.cancel(accepted.id) == done
+    await sdk.responses.create(model="tiny", input="x", previous_response_id=done.id)
+    assert f"<|im_start|>assistant\n{function.text}<|im_end|>" in function.prompt
+    await sdk.responses.delete(done.id)
+    with pytest.raises(openai.NotFoundError):
+        await sdk.responses.retrieve(done.id)
+    listed = await sdk.get("/requests", cast_to=object)
+    assert cast("Any", listed)["data"] == []
+
+
+async def test_response_in_the_background_is_cancelled(
+    sdk: openai.AsyncOpenAI, function: Speaker
+) -> None:
+    function.script = lambda request: [asyncio.Event()]
+    accepted = await sdk.responses.create(model="tiny", input="hello", background=True)
+    await function.entered.wait()
+    assert (await sdk.responses.cancel(accepted.id)).status == "cancelled"
+    assert function.num_running == 0
+    assert (await sdk.responses.retrieve(accepted.id)).status == "cancelled"
+    assert (await sdk.responses.cancel(accepted.id)).status == "cancelled"
+    function.script = function.play
+    made = await sdk.responses.create(model="tiny", input="x")
+    with pytest.raises(openai.BadRequestError, match="not made in the background"):
+        await sdk.responses.cancel(made.id)
+
+
+async def test_response_in_the_background_fails_with_its_reason(
+    sdk: openai.AsyncOpenAI, function: Speaker
+) -> None:
+    function.script = lambda request: [ContextLengthExceeded("too long after all")]
+    accepted = await sdk.responses.create(model="tiny", input="hello", background=True)
+    failed = await over(sdk, accepted.id)
+    assert failed.status == "failed"
+    assert failed.error is not None
+    assert (failed.error.code, failed.error.message) == ("invalid_prompt", "too long after all")
+    request_id = accepted.id.replace("resp_", "req_")
+    await sdk.delete(f"/requests/{request_id}", cast_to=object)
+    assert (await sdk.responses.retrieve(accepted.id)).status == "failed"
+
+
+async def test_response_in_the_background_is_refused_at_once_if_it_can_be(
+    sdk: openai.AsyncOpenAI, monkeypatch: pytest.MonkeyPatch, database: Database
+) -> None:
+    with pytest.raises(openai.BadRequestError, match="shorten the prompt"):
+        await sdk.responses.create(model="tiny", input="x" * 50_000, background=True)
+    monkeypatch.setattr(service, "MAX_LIVE", 0)
+    with pytest.raises(openai.RateLimitError):
+        await sdk.responses.create(model="tiny", input="x", background=True)
+    count = await database.run(
+        lambda c: c.execute(select(func.count(responses_table.c.id))).scalar()
+    )
+    assert count == 0
 
 
 # Streams.
@@ -422,9 +524,6 @@ async def test_typed_text_is_parsed(sdk: openai.AsyncOpenAI, function: Speaker) 
     assert again.type == "message"
 
 
-SAME: Any = {"model": "tiny"}
-
-
 async def test_any_object(client: httpx.AsyncClient, function: Speaker) -> None:
     response = await post(client, text={"format": {"type": "json_object"}})
     assert function.grammar == json_grammar({"type": "object"})
@@ -547,7 +646,8 @@ async def test_fields_reach_the_engine(
             {"input": [{"type": "reasoning", "summary": [], "encrypted_content": "x"}]},
             "input[0].encrypted_content",
         ),
-        ({"background": True}, "background"),
+        ({"background": True, "stream": True}, "background"),
+        ({"background": True, "store": False}, "background"),
         ({"conversation": "conv_1"}, "conversation"),
         ({"prompt": {"id": "pmpt_1"}}, "prompt"),
         ({"tools": [{"type": "web_search"}]}, "tools[0]"),
@@ -641,7 +741,9 @@ def test_stream_tells_the_same_as_the_whole_however_it_is_cut(
         yield TokenChunk([2], finish_reason="stop")
 
     async def ask() -> None:
-        app = make_app(function, extra_routers=[responses.responses_router(cast("Any", None))])
+        app = make_app(
+            function, extra_routers=[responses.response_making_router(cast("Any", None))]
+        )
         async with client_of(app) as client:
             whole = await post(client, tools=[TOOL], store=False)
             function.script = cut
