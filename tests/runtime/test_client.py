@@ -13,6 +13,7 @@ from runtime.rpc.client import (
     RuntimeRpcError,
     RuntimeTimedOut,
     RuntimeUnavailable,
+    SnapshotUnusable,
 )
 from tests.runtime.conftest import ENDLESS, TIMEOUT_S, Process, Recorder, submit
 
@@ -25,7 +26,7 @@ TRANSLATIONS = {
     "INTERNAL": RuntimeUnavailable,
     "UNAVAILABLE": RuntimeUnavailable,
     "INVALID_ARGUMENT": RuntimeRefused,
-    "NOT_FOUND": RuntimeRefused,
+    "NOT_FOUND": SnapshotUnusable,
     "ALREADY_EXISTS": RuntimeRefused,
     "PERMISSION_DENIED": RuntimeRefused,
     "UNAUTHENTICATED": RuntimeRefused,
@@ -33,7 +34,7 @@ TRANSLATIONS = {
     "FAILED_PRECONDITION": RuntimeRefused,
     "OUT_OF_RANGE": RuntimeRefused,
     "UNIMPLEMENTED": RuntimeRefused,
-    "DATA_LOSS": RuntimeRefused,
+    "DATA_LOSS": SnapshotUnusable,
 }
 
 
