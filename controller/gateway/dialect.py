@@ -127,6 +127,6 @@ def _object(function: Mapping[str, Any]) -> Any:
         return json.loads(function["arguments"] or "{}")
     except (ValueError, RecursionError) as error:
         raise InvalidRequest(
-            f"messages: the arguments of an earlier call of {function['name']!r} are not JSON",
+            f"the arguments of an earlier call of {function['name']!r} are not JSON",
             param="messages",
         ) from error

@@ -2,6 +2,7 @@
 
 import json
 import uuid
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -9,7 +10,12 @@ from controller.errors import InvalidRequest, NotFound, PreviousResponseNotFound
 from controller.gateway.calls import Call
 from controller.gateway.response_store import ResponseStore
 from controller.gateway.schemas.chat import MAX_MESSAGES
-from controller.gateway.schemas.response_input import STORED_ITEMS
+from controller.gateway.schemas.response_input import (
+    STORED_ITEMS,
+    FunctionCallItem,
+    FunctionCallOutputItem,
+    Item,
+)
 from controller.gateway.schemas.response_object import ResponseObject, ResponseReasoning
 from controller.gateway.schemas.responses import ResponseRequest
 from controller.gateway.schemas.turn import Turn
@@ -41,6 +47,7 @@ async def begin(store: ResponseStore, call: Call, body: ResponseRequest) -> Resp
     """
     earlier = await _earlier(store, call, body)
     items = [*STORED_ITEMS.validate_python(earlier), *body.input]
+    _check_calls(items)
     conversation = _encoded([*earlier, *(item.to_json() for item in body.input)])
     if earlier:
         _check_size(len(items), len(conversation), call.gateway.settings.max_body_bytes)
@@ -109,6 +116,24 @@ async def _earlier(store: ResponseStore, call: Call, body: ResponseRequest) -> l
             param="previous_response_id",
         )
     return [*json.loads(found.conversation), *previous["output"]]
+
+
+def _check_calls(items: Sequence[Item]) -> None:
+    """Refuse the result of a call that nobody has made, which templates would drop or garble.
+
+    Raises:
+        InvalidRequest: There is one.
+    """
+    made: set[str] = set()
+    for item in items:
+        if isinstance(item, FunctionCallItem):
+            made.add(item.call_id)
+        elif isinstance(item, FunctionCallOutputItem) and item.call_id not in made:
+            raise InvalidRequest(
+                f"input: no function_call with the call_id {item.call_id[:64]!r} comes before its "
+                "output; send the call too, or the previous_response_id of the response with it",
+                param="input",
+            )
 
 
 def _encoded(items: list[dict[str, Any]]) -> bytes:

@@ -18,7 +18,7 @@ Json = dict[str, Any]
 class InputText(BaseModel):
     """Text that the model reads."""
 
-    type: Literal["input_text", "output_text", "text"]
+    type: Literal["input_text", "output_text", "text", "reasoning_text"]
     text: str
 
 

@@ -642,6 +642,7 @@ async def test_fields_reach_the_engine(
             "input[0].content",
         ),
         ({"input": [{"type": "function_call_output", "output": "x"}]}, "input[0].call_id"),
+        ({"input": [{"type": "function_call_output", "call_id": "c", "output": "x"}]}, "input"),
         (
             {"input": [{"type": "reasoning", "summary": [], "encrypted_content": "x"}]},
             "input[0].encrypted_content",
