@@ -32,12 +32,7 @@ async def answer_turn(call: Call, body: SamplingBody, turn: Turn) -> Answer:
     """
     grammar = await requested_grammar(body)
     dialect = call.dialect
-    try:
-        prompt = await _fitting(call, body, turn) if turn.is_cut else await render(call, turn)
-    except InvalidRequest as error:
-        if error.param == "messages":  # what templates call a conversation
-            error.param = body.prompt_field
-        raise
+    prompt = await _fitting(call, body, turn) if turn.is_cut else await render(call, turn)
     offered, is_open = turn.offered, bool(prompt.is_thought_open)
     if offered.is_required:
         grammar = dialect.calls_grammar(
@@ -61,16 +56,25 @@ async def answer_turn(call: Call, body: SamplingBody, turn: Turn) -> Answer:
 
 
 async def render(call: Call, turn: Turn) -> Rendered:
-    """Return the prompt of a conversation, by the model's chat template."""
+    """Return the prompt of a conversation, by the model's chat template.
+
+    Raises:
+        InvalidRequest: The template cannot write it.
+    """
     dialect = call.dialect
-    messages, variables = dialect.conversation(turn.messages, turn.offered.descriptions)
-    token_ids = await call.text.encode_chat(
-        messages,
-        add_generation_prompt=turn.is_prompted and not turn.is_continued,
-        continue_final_message=turn.is_continued,
-        add_special_tokens=turn.has_special_tokens,
-        variables={**variables, **turn.variables},
-    )
+    try:
+        messages, variables = dialect.conversation(turn.messages, turn.offered.descriptions)
+        token_ids = await call.text.encode_chat(
+            messages,
+            add_generation_prompt=turn.is_prompted and not turn.is_continued,
+            continue_final_message=turn.is_continued,
+            add_special_tokens=turn.has_special_tokens,
+            variables={**variables, **turn.variables},
+        )
+    except InvalidRequest as error:
+        if error.param == "messages":  # which is what templates call a conversation
+            error.param = turn.field
+        raise
     if not dialect.reasons:
         return Rendered(token_ids=token_ids, is_thought_open=None)
     tail = await call.text.decode(token_ids[-TAIL_TOKENS:])

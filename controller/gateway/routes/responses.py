@@ -21,12 +21,13 @@ from controller.gateway.response_turns import ResponseTurn, begin, resume
 from controller.gateway.responses import ANSWER_RESPONSES, ERROR_RESPONSES
 from controller.gateway.schemas.response_object import (
     InputItemList,
+    InputTokens,
     ResponseDeleted,
     ResponseObject,
 )
 from controller.gateway.schemas.responses import ResponseRequest
 from controller.gateway.streaming import EventStream, answer_headers
-from controller.gateway.turns import answer_turn
+from controller.gateway.turns import answer_turn, render
 
 JSON = "application/json"
 Limit = Annotated[int, Query(ge=1, le=100)]
@@ -76,6 +77,16 @@ def kept_responses_router(store: ResponseStore, background: BackgroundResponses)
     router = APIRouter(
         route_class=JsonRoute, prefix="/v1/responses", tags=["openai"], responses=ERROR_RESPONSES
     )
+
+    @router.post("/input_tokens")
+    async def count_input_tokens(
+        body: ResponseRequest, request: Request, gateway: GatewayDependency
+    ) -> InputTokens:
+        """Count what a response would have as its input; wakes nothing."""
+        call = await Call.open(gateway, request, body.model)
+        begun = await begin(store, call, body)
+        prompt = await render(call, begun.turn)
+        return InputTokens(input_tokens=len(prompt.token_ids))
 
     @router.get("/{response_id}", response_model=ResponseObject)
     async def get_response(response_id: str, request: Request, stream: bool = False) -> Response:

@@ -12,6 +12,7 @@ from controller.gateway.schemas.tokens import (
     TokenizeRequest,
     Tokens,
 )
+from controller.gateway.turns import render
 
 router = APIRouter(route_class=JsonRoute, tags=["openai"], responses=ERROR_RESPONSES)
 
@@ -25,16 +26,7 @@ async def tokenize(body: TokenizeRequest, request: Request, gateway: GatewayDepe
             [body.prompt or ""], add_special_tokens=body.add_special_tokens is not False
         )
     else:
-        messages, variables = call.dialect.conversation(
-            [message.variables() for message in body.messages],
-            [tool.model_dump(exclude_none=True) for tool in body.tools or ()],
-        )
-        tokens = await call.text.encode_chat(
-            messages,
-            variables=variables,
-            add_generation_prompt=body.add_generation_prompt,
-            add_special_tokens=bool(body.add_special_tokens),
-        )
+        tokens = (await render(call, body.turn)).token_ids
     answer = Tokens(count=len(tokens), max_model_len=call.function.max_model_len, tokens=tokens)
     if body.return_token_strs:
         answer.token_strs = call.text.spell(tokens)

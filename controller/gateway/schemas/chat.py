@@ -209,6 +209,7 @@ class ChatCompletionRequest(GenerationBody):
         return Turn(
             messages=[message.variables() for message in self.messages],
             offered=self.offered,
+            field=self.prompt_field,
             variables={**known, **(self.chat_template_kwargs or {})},
             is_continued=bool(self.continue_final_message),
             is_prompted=self.add_generation_prompt is not False,

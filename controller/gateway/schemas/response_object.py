@@ -146,6 +146,13 @@ class ResponseObject(BaseModel):
     usage: ResponseUsage | None = None
 
 
+class InputTokens(BaseModel):
+    """How many tokens a response's input has."""
+
+    object: Literal["response.input_tokens"] = "response.input_tokens"
+    input_tokens: int
+
+
 class ResponseDeleted(BaseModel):
     """That a response is forgotten."""
 

@@ -266,6 +266,7 @@ class ResponseRequest(SamplingBody):
         return Turn(
             messages=messages_of(self.instructions, items),
             offered=self.offered,
+            field=self.prompt_field,
             variables={**known, **(self.chat_template_kwargs or {})},
             is_cut=self.truncation == "auto",
         )

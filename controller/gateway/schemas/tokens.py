@@ -1,12 +1,14 @@
 """Bodies of /tokenize and /detokenize, in vLLM's shapes."""
 
+from functools import cached_property
 from typing import Annotated, Any, ClassVar
 
 from pydantic import BaseModel, FailFast, Field, model_validator
 
 from controller.gateway.schemas.base import ApiBody, Neutral, wrong_field
 from controller.gateway.schemas.chat import MAX_MESSAGES, ChatMessage
-from controller.gateway.schemas.tools import MAX_TOOLS, Tool
+from controller.gateway.schemas.tools import MAX_TOOLS, OfferedTools, Tool
+from controller.gateway.schemas.turn import Turn
 
 MAX_TOKENS = 1 << 20
 OptionalModel = Annotated[
@@ -57,6 +59,28 @@ class TokenizeRequest(ApiBody):
         if (self.prompt is None) == (self.messages is None):
             raise wrong_field("send either `prompt` or `messages`")
         return self
+
+    @cached_property
+    def offered(self) -> OfferedTools:
+        """The tools."""
+        return OfferedTools(self.tools or (), None, is_parallel=True)
+
+    @model_validator(mode="after")
+    def _check_tools(self) -> "TokenizeRequest":
+        _ = self.offered  # raises what is wrong with them
+        return self
+
+    @property
+    def turn(self) -> Turn:
+        """The conversation."""
+        return Turn(
+            messages=[message.variables() for message in self.messages or ()],
+            offered=self.offered,
+            field="messages",
+            variables={},
+            is_prompted=self.add_generation_prompt,
+            has_special_tokens=bool(self.add_special_tokens),
+        )
 
 
 class Tokens(BaseModel):

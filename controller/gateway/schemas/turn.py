@@ -1,7 +1,7 @@
 """The next turn of a conversation, whichever endpoint it was asked of."""
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any
 
 from controller.gateway.schemas.tools import OfferedTools
@@ -14,6 +14,7 @@ class Turn:
     Attributes:
         messages: As chat templates read them; calls' arguments are JSON text.
         offered: The tools that may be called.
+        field: Of the request, that the conversation is in.
         variables: What else the template may read.
         is_continued: Whether the last message is left open: the answer goes on with it.
         is_prompted: Whether the prompt ends with what opens an answer.
@@ -23,7 +24,8 @@ class Turn:
 
     messages: Sequence[Mapping[str, Any]]
     offered: OfferedTools
-    variables: Mapping[str, Any] = field(default_factory=dict)
+    field: str
+    variables: Mapping[str, Any]
     is_continued: bool = False
     is_prompted: bool = True
     has_special_tokens: bool = False

@@ -79,6 +79,9 @@ async def test_nothing_is_woken(client: httpx.AsyncClient, function: FakeFunctio
     assert function.generations == []
 
 
+TOOL = {"type": "function", "function": {"name": "weather"}}
+
+
 @pytest.mark.parametrize(
     ("path", "body", "param", "words"),
     [
@@ -87,6 +90,7 @@ async def test_nothing_is_woken(client: httpx.AsyncClient, function: FakeFunctio
         ("/tokenize", {"prompt": 1}, "prompt", "string"),
         ("/tokenize", {"prompt": "a", "promptt": "b"}, "promptt", "did you mean 'prompt'"),
         ("/tokenize", {"messages": []}, "messages", "at least 1"),
+        ("/tokenize", {"messages": MESSAGES, "tools": [TOOL, TOOL]}, "tools", "two functions"),
         ("/detokenize", {"tokens": [1, -1]}, "tokens", "is not a token"),
         ("/detokenize", {"tokens": [10**30]}, "tokens", "huge"),
         ("/detokenize", {"tokens": [1] * ((1 << 20) + 1)}, "tokens", "at most"),

@@ -709,6 +709,37 @@ async def test_response_can_be_asked_for_later(client: httpx.AsyncClient) -> Non
     assert (await client.get(f"{PATH}/{response['id']}")).json() == response
 
 
+async def test_input_tokens_are_counted_without_waking(
+    sdk: openai.AsyncOpenAI, function: Speaker
+) -> None:
+    first = await sdk.responses.create(model="tiny", input="hello")
+    asked: Any = {
+        "model": "tiny",
+        "input": "and then?",
+        "instructions": "Be brief.",
+        "previous_response_id": first.id,
+        "tools": [TOOL],
+    }
+    counted = await sdk.responses.input_tokens.count(**asked)
+    assert len(function.generations) == 1
+    made = await sdk.responses.create(**asked)
+    assert made.usage is not None
+    assert counted.input_tokens == made.usage.input_tokens
+
+
+async def test_error_of_the_template_names_the_input(
+    client: httpx.AsyncClient, function: Speaker, tmp_path: Path
+) -> None:
+    refusing = "{{ raise_exception('no such talk') }}"
+    function.snapshot_path = write_snapshot(
+        tmp_path / "no@0", function.tokenizer, eos_token="<|im_end|>", chat_template=refusing
+    )
+    for path in (PATH, f"{PATH}/input_tokens"):
+        error = (await client.post(path, json=HELLO)).json()["error"]
+        assert (error["param"], error["code"]) == ("input", None)
+        assert "no such talk" in error["message"]
+
+
 # Properties.
 
 
