@@ -141,7 +141,13 @@ def run_engine(engine: Engine, workload: Workload) -> Figures:
 
 @contextmanager
 def serving_8b(
-    work: Path, tokenizer: Path, num_layers: int = 32, *, num_standbys: int = 0, park: str = "deep"
+    work: Path,
+    tokenizer: Path,
+    num_layers: int = 32,
+    *,
+    backend: str = "process",
+    num_standbys: int = 0,
+    park: str = "deep",
 ) -> Iterator[Controller]:
     """Run a controller with the 8B shape deployed and ready."""
     checkpoint = work / f"checkpoint-{num_layers}"
@@ -163,7 +169,7 @@ def serving_8b(
     )
     with running_controller(work / "home", num_standbys=num_standbys) as controller:
         began = time.perf_counter()
-        controller.deploy(spec)
+        controller.deploy(spec, backend)
         deployed = time.perf_counter()
         controller.operate(NAME, "warm")
         print(

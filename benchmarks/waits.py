@@ -37,6 +37,7 @@ def measure_tiers(
     num_runs: int,
     tiers: Sequence[str],
     *,
+    backend: str = "process",
     max_tokens: int = 4,
     idle_s: float = 0.0,
 ) -> Waits:
@@ -46,7 +47,7 @@ def measure_tiers(
     """
     prepare: Mapping[str, Callable[[], object]] = {
         "stopped": lambda: controller.operate(name, "stop"),
-        "standby": lambda: _stop_to_standby(controller, name),
+        "standby": lambda: _stop_to_standby(controller, name, backend),
         "parked": lambda: _park(controller, name),
         "ready": lambda: None,
     }
@@ -121,9 +122,9 @@ def _first_token(client: openai.OpenAI, model: str, max_tokens: int) -> Wait:
     )
 
 
-def _stop_to_standby(controller: Controller, name: str) -> None:
+def _stop_to_standby(controller: Controller, name: str, backend: str) -> None:
     controller.operate(name, "stop")
-    controller.wait_for_standby()
+    controller.wait_for_standby(backend)
 
 
 def _park(controller: Controller, name: str) -> None:
