@@ -89,7 +89,7 @@ def adopted_claims(found: Iterable[Found]) -> dict[str, AdoptedClaim]:
 
 
 async def replace_silent(function: Function) -> None:
-    """Replace ready replicas whose runtime does not answer or whose engine no longer reports."""
+    """Replace ready replicas whose runtime does not answer, or whose engine died or is silent."""
     for replica in list(function.set.replicas.values()):
         link = function.links.get(replica.id)
         if link is None or replica.state is not ReplicaState.READY:
@@ -100,7 +100,9 @@ async def replace_silent(function: Function) -> None:
             function.lost(replica, f"the runtime does not answer: {error}")
             continue
         link.status = status
-        if status.heartbeat_age_s > LIVENESS_LIMIT_S:
+        if status.state == pb.RUNTIME_STATE_FAILED:
+            function.lost(replica, f"the engine died: {status.error}")
+        elif status.heartbeat_age_s > LIVENESS_LIMIT_S:
             function.lost(replica, f"the engine was silent for {status.heartbeat_age_s:.0f} s")
 
 

@@ -25,6 +25,7 @@ from controller.scaling.preparation import BuildProgress, PreparationFailed
 from controller.scaling.reaper import Reaper
 from controller.scaling.standby import REFILL_DELAY_S
 from functions.spec import FunctionSpec
+from runtime.rpc import inference_pb2 as pb
 from snapshots.store import SnapshotStore
 from tests.fakes.runtime import FakeRuntime
 from tests.fakes.world import World, collect, spec_of
@@ -264,6 +265,19 @@ async def test_a_silent_engine_is_replaced(smollm2_snapshot: Path) -> None:
         await until_built(plane)
         await collect(plane.resolve("tiny"))
         machine.world.runtime.heartbeat_age_s = 60.0
+        await plane.reconcile()
+        await asyncio.sleep(0.1)
+        assert await collect(plane.resolve("tiny")) == [3, 4, 5, 6]
+        assert len(machine.world.backend.created) == 2
+
+
+async def test_a_dead_engine_nobody_told_of_is_replaced(smollm2_snapshot: Path) -> None:
+    machine = Machine(smollm2_snapshot)
+    async with machine.controller() as plane:
+        await plane.deploy(spec_of(), "fake")
+        await until_built(plane)
+        await collect(plane.resolve("tiny"))
+        machine.world.runtime.state = pb.RUNTIME_STATE_FAILED
         await plane.reconcile()
         await asyncio.sleep(0.1)
         assert await collect(plane.resolve("tiny")) == [3, 4, 5, 6]
