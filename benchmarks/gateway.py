@@ -1,9 +1,9 @@
 """How many streamed tokens a second one core of the controller carries.
 
-    python -m benchmarks.gateway [--streams 256] [--steps-per-s 50] [--tokens 256]
+    python -m benchmarks.gateway [--streams 256] [--steps-per-s 50] [--tokens 256] [--responses]
 
 The whole product without the model: a controller, a runtime whose engine only pretends, and so
-many streaming calls of /v1/completions at once over HTTP, repeated. Prints tokens a second as
+many streaming calls of /v1/completions, or of /v1/responses, at once over HTTP, repeated. Prints tokens a second as
 received, and what each process spent on a token; the inverse of the controller's is what one core
 carries.
 """
@@ -15,6 +15,9 @@ import os
 import sys
 import tempfile
 import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 import psutil
@@ -32,12 +35,44 @@ FACTORY = "benchmarks.scripted_engine:ScriptedFactory"
 SERVE = "serve"
 
 
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Endpoint:
+    """How one is called: its own fields, what its stream ends with, and what counts tokens."""
+
+    path: str
+    fields: Callable[[int, int], dict[str, object]]
+    end: bytes
+    count: bytes
+
+
+COMPLETIONS = Endpoint(
+    path="/v1/completions",
+    fields=lambda index, num_tokens: {
+        "prompt": [300 + index % 1000] * NUM_PROMPT_TOKENS,
+        "max_tokens": num_tokens,
+        "stream_options": {"include_usage": True},
+    },
+    end=b"data: [DONE]",
+    count=b'"completion_tokens":',
+)
+RESPONSES = Endpoint(
+    path="/v1/responses",
+    fields=lambda index, num_tokens: {
+        "input": f"{index}" + " tea" * NUM_PROMPT_TOKENS,
+        "max_output_tokens": num_tokens,
+    },
+    end=b'"usage":{"input_tokens":',
+    count=b'"output_tokens":',
+)
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--streams", type=int, default=256)
     parser.add_argument("--steps-per-s", type=float, default=50.0)
     parser.add_argument("--tokens", type=int, default=256, help="length of an answer")
     parser.add_argument("--rounds", type=int, default=4)
+    parser.add_argument("--responses", action="store_true", help="call /v1/responses, each kept")
     parser.add_argument("--home", type=Path, help="home directory, to reuse its snapshot")
     parser.add_argument("--profile", action="store_true", help="profile the controller")
     arguments = parser.parse_args()
@@ -70,12 +105,13 @@ def _spec(num_streams: int) -> FunctionSpec:
 
 def _measure(controller: Controller, arguments: argparse.Namespace) -> None:
     processes = _processes(controller)
-    asyncio.run(_load(controller.url, arguments.streams, 8))
+    load = partial(_load, controller.url, RESPONSES if arguments.responses else COMPLETIONS)
+    asyncio.run(load(arguments.streams, 8))
     before = {name: _cpu_s(processes[name]) for name in processes}
     own_before, began = time.process_time(), time.perf_counter()
     num_tokens = 0
     for _ in range(arguments.rounds):
-        num_tokens += asyncio.run(_load(controller.url, arguments.streams, arguments.tokens))
+        num_tokens += asyncio.run(load(arguments.streams, arguments.tokens))
     seconds = time.perf_counter() - began
     spent = {name: _cpu_s(processes[name]) - before[name] for name in processes}
     figures: dict[str, object] = {
@@ -105,29 +141,20 @@ def _cpu_s(process: psutil.Process) -> float:
     return times.user + times.system
 
 
-async def _load(url: str, num_streams: int, num_tokens: int) -> int:
-    """Run so many calls at once; return the tokens that the usage chunks count."""
+async def _load(url: str, endpoint: Endpoint, num_streams: int, num_tokens: int) -> int:
+    """Run so many calls at once; return the tokens that the usages count."""
     host, port = url.removeprefix("http://").split(":")
-    calls = [_call(host, int(port), index, num_tokens) for index in range(num_streams)]
+    calls = [_call(host, int(port), endpoint, index, num_tokens) for index in range(num_streams)]
     return sum(await asyncio.gather(*calls))
 
 
-async def _call(host: str, port: int, index: int, num_tokens: int) -> int:
+async def _call(host: str, port: int, endpoint: Endpoint, index: int, num_tokens: int) -> int:
     """Stream one answer, parsing nothing but its end: the client must not be the bottleneck."""
     reader, writer = await asyncio.open_connection(host, port)
-    body = json.dumps(
-        {
-            "model": "smollm2",
-            "prompt": [300 + index % 1000] * NUM_PROMPT_TOKENS,
-            "max_tokens": num_tokens,
-            "temperature": 0,
-            "ignore_eos": True,
-            "stream": True,
-            "stream_options": {"include_usage": True},
-        }
-    ).encode()
+    common = {"model": "smollm2", "temperature": 0, "ignore_eos": True, "stream": True}
+    body = json.dumps({**common, **endpoint.fields(index, num_tokens)}).encode()
     head = (
-        f"POST /v1/completions HTTP/1.1\r\nHost: {host}\r\nContent-Type: application/json\r\n"
+        f"POST {endpoint.path} HTTP/1.1\r\nHost: {host}\r\nContent-Type: application/json\r\n"
         f"Content-Length: {len(body)}\r\nConnection: close\r\n\r\n"
     )
     writer.write(head.encode() + body)
@@ -135,9 +162,9 @@ async def _call(host: str, port: int, index: int, num_tokens: int) -> int:
     while piece := await reader.read(1 << 16):
         tail = (tail + piece)[-2048:]
     writer.close()
-    if b"data: [DONE]" not in tail:
+    if endpoint.end not in tail:
         raise RuntimeError(f"a stream ended early: {tail.decode(errors='replace')}")
-    at = tail.rindex(b'"completion_tokens":') + len(b'"completion_tokens":')
+    at = tail.rindex(endpoint.count) + len(endpoint.count)
     return int(tail[at:].split(b",")[0])
 
 
