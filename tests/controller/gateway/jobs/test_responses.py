@@ -63,6 +63,14 @@ def function(snapshot: Path, byte_level: Tokenizer) -> Speaker:
     return Speaker(snapshot, byte_level, "It is warm, 東京 too.")
 
 
+@pytest.fixture
+def thinker(tmp_path: Path, byte_level: Tokenizer) -> Speaker:
+    snapshot = write_snapshot(
+        tmp_path / "it@0", byte_level, eos_token="<|im_end|>", chat_template=THINKING_TEMPLATE
+    )
+    return Speaker(snapshot, byte_level, f"Hm, a city.\n</think>\n\nI see.\n{CALL}")
+
+
 async def post(client: httpx.AsyncClient, **fields: Any) -> dict[str, Any]:
     answer = await client.post(PATH, json={**HELLO, **fields})
     assert answer.status_code == 200, answer.text
@@ -535,11 +543,8 @@ class TestThoughts:
     """A model that thinks."""
 
     @pytest.fixture
-    def function(self, tmp_path: Path, byte_level: Tokenizer) -> Speaker:
-        snapshot = write_snapshot(
-            tmp_path / "it@0", byte_level, eos_token="<|im_end|>", chat_template=THINKING_TEMPLATE
-        )
-        return Speaker(snapshot, byte_level, f"Hm, a city.\n</think>\n\nI see.\n{CALL}")
+    def function(self, thinker: Speaker) -> Speaker:
+        return thinker
 
     async def test_thought_is_an_item(self, client: httpx.AsyncClient) -> None:
         whole = await post(client, tools=[TOOL], reasoning={"effort": "low", "summary": "auto"})
@@ -749,17 +754,27 @@ def anonymous(items: list[dict[str, Any]]) -> list[dict[str, Any]]:
 
 
 PARTS = st.sampled_from(
-    [CALL, "so ", "<tool_call>", "東京", "\n", '{"name": ', "</tool_call>", "é"]
+    [CALL, "so ", "<tool_call>", "東京", "\n", '{"name": ', "</tool_call>", "é", "</think>"]
 )
 
 
 @settings(
     max_examples=60, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture]
 )
-@given(parts=st.lists(PARTS, max_size=6), sizes=st.lists(st.integers(1, 40), min_size=1))
+@given(
+    parts=st.lists(PARTS, max_size=6),
+    sizes=st.lists(st.integers(1, 40), min_size=1),
+    thinks=st.booleans(),
+)
 def test_stream_tells_the_same_as_the_whole_however_it_is_cut(
-    make_app: AppMaker, function: Speaker, parts: list[str], sizes: list[int]
+    make_app: AppMaker,
+    function: Speaker,
+    thinker: Speaker,
+    parts: list[str],
+    sizes: list[int],
+    thinks: bool,
 ) -> None:
+    function = thinker if thinks else function
     function.text = "".join(parts)
     tokens = function.tokenizer.encode(function.text).ids
 
