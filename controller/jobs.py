@@ -11,10 +11,10 @@ from controller.batches.files import FileStore
 from controller.batches.run import BatchNode
 from controller.batches.service import BatchService
 from controller.clock import Clock
-from controller.gateway.background import BackgroundResponses
 from controller.gateway.calls import Gateway
 from controller.gateway.inner import InnerCalls, KeyCheck
-from controller.gateway.response_store import ResponseStore
+from controller.gateway.response_api.background import BackgroundResponses
+from controller.gateway.response_api.store import ResponseStore
 from controller.gateway.routes.batches import batches_router
 from controller.gateway.routes.files import files_router
 from controller.gateway.routes.requests import requests_router

@@ -9,9 +9,9 @@ from starlette.middleware import Middleware
 from controller.clock import Clock
 from controller.gateway.auth import ApiKeys, KeyStore
 from controller.gateway.calls import Gateway
+from controller.gateway.failures import add_error_handlers
 from controller.gateway.middleware import BodyGate, RequestContext
 from controller.gateway.origin import OriginGate
-from controller.gateway.responses import add_error_handlers
 from controller.gateway.routes import chat, completions, embeddings, health, models, tokens
 from controller.gateway.text import ModelTexts
 from controller.metrics import Metrics

@@ -15,7 +15,7 @@ from starlette.types import ASGIApp, Receive, Scope, Send
 
 from controller.clock import Clock
 from controller.errors import ApiError, Unauthorized
-from controller.gateway.responses import error_response
+from controller.gateway.failures import error_response
 
 PUBLIC_PATHS = frozenset({"/healthz", "/readyz"})
 

@@ -17,7 +17,7 @@ from starlette.types import Message
 from controller.batches.calls import InnerAnswer, InnerCall
 from controller.errors import ApiError, InternalError, Unauthorized
 from controller.gateway.calls import Gateway
-from controller.gateway.responses import add_error_handlers
+from controller.gateway.failures import add_error_handlers
 from controller.gateway.routes import chat, completions, embeddings
 
 log = structlog.get_logger(__name__)

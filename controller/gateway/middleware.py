@@ -24,7 +24,7 @@ from controller.errors import (
     Overloaded,
     RequestTimedOut,
 )
-from controller.gateway.responses import error_response
+from controller.gateway.failures import error_response
 from controller.metrics import Metrics
 
 OPENAI_PREFIX = "/v1/"

@@ -13,7 +13,7 @@ from pydantic import BaseModel, ConfigDict, Field
 from controller.clock import Clock
 from controller.errors import InvalidRequest, InvalidSpec
 from controller.gateway.bodies import JsonRoute
-from controller.gateway.responses import ERROR_RESPONSES
+from controller.gateway.failures import ERROR_RESPONSES
 from functions.loader import SpecError, load_object
 from functions.spec import is_local_source
 from functions.units import parse_duration

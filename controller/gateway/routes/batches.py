@@ -6,7 +6,7 @@ from fastapi import APIRouter, Query, Request
 
 from controller.batches.service import BatchService
 from controller.gateway.bodies import JsonRoute
-from controller.gateway.responses import ERROR_RESPONSES
+from controller.gateway.failures import ERROR_RESPONSES
 from controller.gateway.schemas.batches import (
     BatchErrors,
     BatchList,

@@ -7,7 +7,7 @@ from fastapi import APIRouter, Request, Response
 
 from controller.gateway.bodies import JsonRoute
 from controller.gateway.calls import Call, GatewayDependency, Whole, collect
-from controller.gateway.responses import ANSWER_RESPONSES
+from controller.gateway.failures import ANSWER_RESPONSES
 from controller.gateway.schemas.chat import (
     AssistantMessage,
     ChatChoice,

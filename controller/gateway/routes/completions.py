@@ -15,7 +15,7 @@ from controller.gateway.calls import (
     collect,
     requested_grammar,
 )
-from controller.gateway.responses import ANSWER_RESPONSES
+from controller.gateway.failures import ANSWER_RESPONSES
 from controller.gateway.schemas.common import CompletionLogprobs, FinishReason
 from controller.gateway.schemas.completions import (
     Completion,

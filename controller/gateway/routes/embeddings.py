@@ -11,7 +11,7 @@ from fastapi import APIRouter, Request, Response
 from controller.errors import ContextLengthExceeded, InvalidRequest
 from controller.gateway.bodies import JsonRoute
 from controller.gateway.calls import Call, GatewayDependency
-from controller.gateway.responses import ERROR_RESPONSES
+from controller.gateway.failures import ERROR_RESPONSES
 from controller.gateway.schemas.embeddings import (
     MAX_INPUT_TOKENS,
     EmbeddingList,

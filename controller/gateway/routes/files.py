@@ -9,7 +9,7 @@ from starlette.types import Receive, Scope, Send
 from controller.batches.files import FileStore
 from controller.clock import Clock, unix_us
 from controller.errors import InvalidRequest
-from controller.gateway.responses import ERROR_RESPONSES
+from controller.gateway.failures import ERROR_RESPONSES
 from controller.gateway.schemas.files import FORM, PURPOSES, FileDeleted, FileList, FileObject
 from controller.gateway.uploads import ClientDisconnect, Form, read_form
 from controller.settings import Settings

@@ -6,7 +6,7 @@ from pathlib import Path
 from fastapi import APIRouter
 
 from controller.gateway.calls import GatewayDependency
-from controller.gateway.responses import ERROR_RESPONSES
+from controller.gateway.failures import ERROR_RESPONSES
 from controller.gateway.schemas.models import Model, ModelLimits, ModelList, SamplingFigures
 from controller.scaling.generation import ServedFunction
 from functions.spec import FunctionSpec, SourceKind

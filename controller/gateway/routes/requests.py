@@ -5,7 +5,7 @@ from typing import Annotated
 from fastapi import APIRouter, Query, Request, Response
 
 from controller.gateway.bodies import JsonRoute
-from controller.gateway.responses import ERROR_RESPONSES
+from controller.gateway.failures import ERROR_RESPONSES
 from controller.gateway.schemas.requests import (
     AsyncRequest,
     AsyncRequestBody,

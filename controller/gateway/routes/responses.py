@@ -10,15 +10,15 @@ from fastapi import APIRouter, Query, Request, Response
 
 from controller.errors import InvalidRequest, NotFound, StoreUnavailable
 from controller.gateway.answers import Answer
-from controller.gateway.background import BackgroundResponses, response_id_of
 from controller.gateway.bodies import JsonRoute
 from controller.gateway.calls import Call, GatewayDependency
-from controller.gateway.output_items import OutputItems
+from controller.gateway.failures import ANSWER_RESPONSES, ERROR_RESPONSES
 from controller.gateway.pieces import Piece
-from controller.gateway.response_drafts import ResponseDraft, ResponseWriter
-from controller.gateway.response_store import ResponseStore
-from controller.gateway.response_turns import ResponseTurn, begin, resume
-from controller.gateway.responses import ANSWER_RESPONSES, ERROR_RESPONSES
+from controller.gateway.response_api.background import BackgroundResponses, response_id_of
+from controller.gateway.response_api.beginning import ResponseTurn, begin, resume
+from controller.gateway.response_api.drafts import ResponseDraft, ResponseWriter
+from controller.gateway.response_api.output_items import OutputItems
+from controller.gateway.response_api.store import ResponseStore
 from controller.gateway.schemas.response_object import (
     InputItemList,
     InputTokens,

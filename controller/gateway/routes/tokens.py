@@ -5,7 +5,7 @@ from fastapi import APIRouter, Request
 from controller.errors import InvalidRequest
 from controller.gateway.bodies import JsonRoute
 from controller.gateway.calls import Call, Gateway, GatewayDependency
-from controller.gateway.responses import ERROR_RESPONSES
+from controller.gateway.failures import ERROR_RESPONSES
 from controller.gateway.schemas.tokens import (
     Detokenized,
     DetokenizeRequest,

@@ -6,7 +6,7 @@ from typing import Any, ClassVar, Literal
 
 from pydantic import Field, field_validator, model_validator
 
-from controller.gateway.conversation import messages_of
+from controller.gateway.response_api.conversation import messages_of
 from controller.gateway.schemas.base import ApiBody, Neutral, wrong_field
 from controller.gateway.schemas.batches import checked_metadata
 from controller.gateway.schemas.response_input import Item, Items

@@ -21,9 +21,9 @@ from structlog.testing import capture_logs
 from tokenizers import Tokenizer
 
 from controller.errors import ContextLengthExceeded, QueueFull, RuntimeDied
-from controller.gateway import response_turns
 from controller.gateway.auth import ApiKey, hash_key
 from controller.gateway.grammars import json_grammar
+from controller.gateway.response_api import beginning
 from controller.gateway.routes import responses
 from controller.requests import service
 from controller.scaling.generation import GenerationRequest, TokenChunk
@@ -192,7 +192,7 @@ async def test_conversation_that_has_become_too_long_is_refused(
     client: httpx.AsyncClient, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     first = await post(client)
-    monkeypatch.setattr(response_turns, "MAX_MESSAGES", 2)
+    monkeypatch.setattr(beginning, "MAX_MESSAGES", 2)
     answer = await client.post(PATH, json={**HELLO, "previous_response_id": first["id"]})
     assert (answer.status_code, answer.json()["error"]["param"]) == (400, "previous_response_id")
 

@@ -4,7 +4,7 @@ from typing import Any
 
 import pytest
 
-from controller.gateway.conversation import messages_of
+from controller.gateway.response_api.conversation import messages_of
 from controller.gateway.schemas.response_input import STORED_ITEMS
 
 USER: dict[str, Any] = {"role": "user", "content": "hello"}

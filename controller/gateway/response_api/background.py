@@ -5,8 +5,8 @@ from contextlib import suppress
 from typing import Any
 
 from controller.errors import ApiError, Conflict, InvalidRequest, NotFound
-from controller.gateway.response_store import ResponseStore
-from controller.gateway.response_turns import ResponseTurn
+from controller.gateway.response_api.beginning import ResponseTurn
+from controller.gateway.response_api.store import ResponseStore
 from controller.gateway.schemas.response_object import ResponseFailure, ResponseObject
 from controller.requests.service import PREFIX, RequestService, RequestStatus
 from controller.store.requests import StoredRequest

@@ -8,7 +8,7 @@ from typing import Any
 
 from controller.errors import InvalidRequest, NotFound, PreviousResponseNotFound
 from controller.gateway.calls import Call
-from controller.gateway.response_store import ResponseStore
+from controller.gateway.response_api.store import ResponseStore
 from controller.gateway.schemas.chat import MAX_MESSAGES
 from controller.gateway.schemas.response_input import (
     STORED_ITEMS,

@@ -5,8 +5,8 @@ from itertools import count
 
 from controller.clock import Clock
 from controller.errors import ApiError, InvalidRequest, QueueFull
-from controller.gateway.output_items import Event, Happening, OutputItems
 from controller.gateway.pieces import Piece
+from controller.gateway.response_api.output_items import Event, Happening, OutputItems
 from controller.gateway.schemas.common import Usage
 from controller.gateway.schemas.response_object import (
     IncompleteDetails,

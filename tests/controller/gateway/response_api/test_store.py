@@ -5,7 +5,7 @@ import pytest
 from structlog.testing import capture_logs
 
 from controller.errors import NotFound
-from controller.gateway.response_store import ResponseStore
+from controller.gateway.response_api.store import ResponseStore
 from controller.store.database import Database
 from tests.fakes.clock import FakeClock
 

@@ -1,0 +1,1 @@
+"""The Responses API: another view of the turns that chat completions answer."""
