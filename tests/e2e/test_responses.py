@@ -2,10 +2,11 @@
 
 import openai
 import pytest
+from openai.types.responses import Response
 from pydantic import BaseModel
 
 from functions.spec import FunctionSpec
-from tests.e2e.conftest import Node
+from tests.e2e.conftest import Node, wait_for
 
 pytestmark = [pytest.mark.e2e, pytest.mark.model, pytest.mark.timeout(180)]
 QUESTION = "What is the capital of France?"
@@ -92,3 +93,30 @@ async def test_responses(node: Node, spec: FunctionSpec) -> None:
         await later.responses.delete(second.id)
         with pytest.raises(openai.NotFoundError):
             await later.responses.retrieve(second.id)
+
+
+async def test_background_response_survives_its_controller(node: Node, spec: FunctionSpec) -> None:
+    node.deploy(spec)
+    with node.client() as client:
+        accepted = client.responses.create(
+            model="smollm2", input=QUESTION, max_output_tokens=20, temperature=0, background=True
+        )
+        assert accepted.status == "queued"
+    node.kill()
+    node.start()
+    with node.client() as client:
+
+        def over() -> Response | None:
+            found = client.responses.retrieve(accepted.id)
+            return found if found.status not in ("queued", "in_progress") else None
+
+        done = wait_for(over, "the response")
+        assert (done.status, done.id, done.created_at) == (
+            "completed", accepted.id, accepted.created_at,
+        )  # fmt: skip
+        assert "Paris" in done.output_text
+        following = client.responses.create(
+            model="smollm2", input="And of Italy?", previous_response_id=done.id,
+            max_output_tokens=20,
+        )  # fmt: skip
+        assert following.previous_response_id == done.id
