@@ -7,7 +7,8 @@ exits 1.
 import inspect
 import json
 import sys
-from collections.abc import Iterator, Mapping, Sequence
+import typing
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +19,7 @@ import snapshots.exit_codes
 from controller import errors
 from controller.cli.app import app
 from controller.cli.errors import EXIT_CODES
+from controller.gateway.schemas.base import ApiBody, Neutral
 from controller.gateway.schemas.chat import ChatCompletionRequest
 from controller.gateway.schemas.completions import CompletionRequest
 from controller.gateway.schemas.responses import ResponseRequest
@@ -172,9 +174,8 @@ def request_fields_page() -> str:
         "| field | of |",
         "|---|---|",
     ]
-    for name in sorted({name for body in BODIES.values() for name in body.ignored}):
-        having = [kind for kind, body in BODIES.items() if name in body.ignored]
-        lines.append(f"| `{name}` | {_bodies(having)} |")
+    ignored = _by_path(lambda part: dict.fromkeys(part.ignored, ()))
+    lines += [f"| `{path}` | {_bodies(list(having))} |" for path, having in sorted(ignored.items())]
     lines += [
         "",
         "## Refused",
@@ -184,12 +185,43 @@ def request_fields_page() -> str:
         "| field | of | accepted values |",
         "|---|---|---|",
     ]
-    for name in dict.fromkeys(name for body in BODIES.values() for name in body.unsupported):
-        having = [kind for kind, body in BODIES.items() if name in body.unsupported]
-        neutral = BODIES[having[0]].unsupported[name]
+    for path, having in _by_path(lambda part: part.unsupported).items():
+        neutral = next(iter(having.values()))
         values = " ".join(f"`{json.dumps(value)}`" for value in neutral)
-        lines.append(f"| `{name}` | {_bodies(having)} | {values or '—'} |")
+        lines.append(f"| `{path}` | {_bodies(list(having))} | {values or '—'} |")
     return "\n".join(lines) + "\n"
+
+
+def _by_path(
+    told: Callable[[type[ApiBody]], Mapping[str, Neutral]],
+) -> dict[str, dict[str, Neutral]]:
+    """Return what is told of fields, of parts of bodies too: by path, then by body."""
+    found: dict[str, dict[str, Neutral]] = {}
+    for kind, body in BODIES.items():
+        for prefix, part in _parts(body, ""):
+            for name, neutral in told(part).items():
+                found.setdefault(prefix + name, {})[kind] = neutral
+    return found
+
+
+def _parts(body: type[ApiBody], prefix: str) -> Iterator[tuple[str, type[ApiBody]]]:
+    """Yield a body and the objects in it, with what their fields' paths begin with."""
+    yield prefix, body
+    for name, field in body.model_fields.items():
+        for is_listed, part in _objects(field.annotation):
+            path = f"{prefix}{field.alias or name}{'[]' if is_listed else ''}."
+            yield from _parts(part, path)
+
+
+def _objects(kind: Any) -> Iterator[tuple[bool, type[ApiBody]]]:
+    """Yield the objects of a type, and whether they are in a list."""
+    if isinstance(kind, type) and issubclass(kind, ApiBody):
+        yield False, kind
+        return
+    is_list = typing.get_origin(kind) is list
+    for inner in typing.get_args(kind):
+        for is_listed, part in _objects(inner):
+            yield is_list or is_listed, part
 
 
 def _bodies(having: Sequence[str]) -> str:

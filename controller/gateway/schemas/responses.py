@@ -191,7 +191,10 @@ class ResponseRequest(SamplingBody):
     text: TextConfig | None = Field(
         default=None, description="`format`: text by default; or JSON, valid under a schema."
     )
-    reasoning: ReasoningConfig | None = None
+    reasoning: ReasoningConfig | None = Field(
+        default=None,
+        description="`effort`: a variable of the model's chat template, if it reads it.",
+    )
     tools: list[FunctionTool] | None = Field(
         default=None, max_length=MAX_TOOLS, description="Functions the model may call."
     )
