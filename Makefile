@@ -14,7 +14,7 @@ EMBEDDER := models/minilm/model.safetensors
 WHEELHOUSE := .wheelhouse/.complete
 
 .DEFAULT_GOAL := help
-.PHONY: help venv check format stubs test model demo serve wheelhouse image clean
+.PHONY: help venv check format stubs test fuzz model demo serve wheelhouse image clean
 
 help: ## List the targets
 	@grep -E '^[a-z]+:.*##' $(MAKEFILE_LIST) | sed 's/:.*## /\t/' | expand -t 14
@@ -45,6 +45,9 @@ stubs: venv ## Generate the gRPC stubs from the proto
 
 test: venv model ## Tests; what needs a Docker Engine is skipped where there is none
 	$(BIN)/pytest $(PYTEST_FLAGS)
+
+fuzz: venv model ## Every route of the whole product against the OpenAPI document, 20,000 cases
+	$(BIN)/python -m tests.fuzz.product --examples 400
 
 model: $(MODEL) $(EMBEDDER) ## Get the small models the demonstration and the tests use
 

@@ -80,7 +80,7 @@ def main() -> None:
     os.environ[STEP_S] = str(1 / arguments.steps_per_s)
     profiler = ["-m", "cProfile", "-o", str(home / "profile")] if arguments.profile else []
     with running_controller(home, command=(*profiler, "-m", "benchmarks.gateway", SERVE)) as up:
-        spec = _spec(arguments.streams)
+        spec = scripted_spec(arguments.streams)
         up.deploy(spec)
         up.operate(spec.name, "warm")
         _measure(up, arguments)
@@ -96,7 +96,8 @@ def serve_scripted() -> None:
     serve(settings, backends=[backend])
 
 
-def _spec(num_streams: int) -> FunctionSpec:
+def scripted_spec(num_streams: int) -> FunctionSpec:
+    """Return the small model's spec for so many requests at once."""
     small = smollm2(idle_timeout=None, target_concurrency=num_streams, max_concurrency=num_streams)
     return small.model_copy(
         update={"engine": small.engine.model_copy(update={"max_num_seqs": num_streams})}

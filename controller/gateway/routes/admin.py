@@ -33,6 +33,11 @@ class Group(StrEnum):
     DEVICE = "device"
 
 
+TEXT_RESPONSE: dict[int | str, dict[str, Any]] = {
+    200: {"content": {"text/plain": {"schema": {"type": "string"}}}}
+}
+
+
 class Plane(Protocol):
     """The operations on functions; see controller.scaling.plane."""
 
@@ -154,7 +159,7 @@ def _add_functions(router: APIRouter, plane: Plane) -> None:
         await operations[operation](name)
         return plane.view(name)
 
-    @router.get("/functions/{name}/logs")
+    @router.get("/functions/{name}/logs", responses=TEXT_RESPONSE)
     async def logs(
         name: Name,
         tail: Annotated[int, Query(ge=0, le=MAX_LOG_LINES)] = 100,

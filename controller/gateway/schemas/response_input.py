@@ -33,7 +33,7 @@ def _texts(value: Any) -> list[str]:
 
 def _text_of(part: object) -> str:
     kind = part.get("type") if isinstance(part, dict) else None
-    if not isinstance(part, dict) or kind not in _TEXT_FIELDS:
+    if not isinstance(part, dict) or not isinstance(kind, str) or kind not in _TEXT_FIELDS:
         raise wrong_field(f"has a part of type {str(kind)[:64]!r}; only text is supported")
     text = part.get(_TEXT_FIELDS[kind])
     if not isinstance(text, str):

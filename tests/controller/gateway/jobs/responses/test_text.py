@@ -193,3 +193,11 @@ async def test_error_of_the_template_names_the_input(
         error = (await client.post(path, json=HELLO)).json()["error"]
         assert (error["param"], error["code"]) == ("input", None)
         assert "no such talk" in error["message"]
+
+
+@pytest.mark.parametrize("kind", [{}, [], 7, None, "image"])
+async def test_parts_that_are_no_text_are_refused(client: httpx.AsyncClient, kind: Any) -> None:
+    message = {"type": "message", "role": "user", "content": [{"type": kind, "text": "hello"}]}
+    refused = await client.post(PATH, json={**HELLO, "input": [message]})
+    assert refused.status_code == 400
+    assert "only text is supported" in refused.json()["error"]["message"]
