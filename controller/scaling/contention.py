@@ -32,6 +32,9 @@ class Party(Protocol):
     def yield_place(self, replica_id: str, *, reason: str) -> None:
         """Give a replica no more requests, and park it when it is empty."""
 
+    def keep_place(self, replica_id: str) -> None:
+        """Reverse `yield_place`; harmless for a replica that has been parked or is gone."""
+
     def poke(self) -> None:
         """Have its owner look again."""
 
@@ -41,6 +44,7 @@ class _Wait:
     since: float
     device_ids: frozenset[str]
     room: Room = field(default_factory=Room)
+    yielding: dict[str, Party] = field(default_factory=dict)  # by replica, since it came
     timer: asyncio.TimerHandle | None = None
 
     def stop_timer(self) -> None:
@@ -104,8 +108,18 @@ class Contention:
         if wait is None:
             return 0.0
         wait.stop_timer()
+        self._end_yielding(wait)
         self.look_again()  # those behind may be at the head now
         return self._clock.monotonic() - wait.since
+
+    def _end_yielding(self, wait: _Wait) -> None:
+        """Let replicas serve that have yielded to one who left, unless the next one wants that."""
+        for other in self._waits.values():
+            if other.device_ids & wait.device_ids:
+                other.yielding |= wait.yielding
+                return
+        for replica_id, party in wait.yielding.items():
+            party.keep_place(replica_id)
 
     def look_again(self) -> None:
         """Have those in the line ask again: something has changed."""
@@ -177,6 +191,7 @@ class Contention:
             for one in wait.room.evict:
                 owners[one][0].evict(one, reason=reason)
             for one in wait.room.yielding:
+                wait.yielding[one] = owners[one][0]
                 owners[one][0].yield_place(one, reason=reason)
 
     def _on_device(

@@ -125,6 +125,14 @@ class Tenancy:
         self._function.set.replicas[replica_id].is_yielding = True
         self.poke()
 
+    def keep_place(self, replica_id: str) -> None:
+        """Reverse `yield_place`; harmless for a replica that has been parked or is gone."""
+        replica = self._function.set.replicas.get(replica_id)
+        if replica is not None and replica.is_yielding:
+            log.info("replica serves on", function=self.name, replica_id=replica_id)
+            replica.is_yielding = False
+            self.poke()
+
     def poke(self) -> None:
         """Have the function's owner look again."""
         self._function.poke()

@@ -233,3 +233,33 @@ async def test_random_calls_to_ten_functions_on_one_gpu_are_all_answered() -> No
             await asyncio.gather(*(caller(all_of_them) for _ in range(3)))
         watching.cancel()
     assert most == 1, "two models were on one GPU"
+
+
+async def test_a_replica_that_yielded_serves_again_when_nobody_wants_its_place() -> None:
+    world = World(num_gpus=1, make_runtime=lambda: FakeRuntime(step_s=1.0))
+    async with functions(world, "a", "b") as (a, b):
+        running = asyncio.create_task(collect(a, max_tokens=100))
+        await asyncio.sleep(5.0)
+        async with b.generate(request()):
+            await asyncio.sleep(40.0)  # a's turn is over, and then b's client leaves
+            assert [one.is_yielding for one in a.set.replicas.values()] == [True]
+        async with asyncio.timeout(5.0):
+            assert await collect(a, max_tokens=1) == [3], "beside the one that still runs"
+        assert len(await running) == 100
+
+
+async def test_a_replica_yields_on_while_another_still_waits_for_its_place() -> None:
+    world = World(num_gpus=1, make_runtime=lambda: FakeRuntime(step_s=1.0))
+    async with functions(world, "a", "b", "c") as (a, b, c):
+        running = asyncio.create_task(collect(a, max_tokens=60))
+        await asyncio.sleep(5.0)
+        async with b.generate(request()):
+            await asyncio.sleep(1.0)
+            waiting = asyncio.create_task(collect(c, max_tokens=1))
+            await asyncio.sleep(40.0)
+        late = asyncio.create_task(collect(a, max_tokens=1))
+        await asyncio.sleep(1.0)
+        assert [one.is_yielding for one in a.set.replicas.values()] == [True]
+        assert await waiting == [3]
+        assert (await running)[-1] == 62
+        assert await late == [3]
