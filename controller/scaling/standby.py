@@ -184,7 +184,10 @@ class StandbyPool:
             self.give(standby)
             if len(shelf.members) > self._wanted(backend):
                 self._discard(standby)
-        except (BackendError, RuntimeRpcError) as error:
+        except Exception as error:
+            # Whatever it is: what is not counted as a failure is tried again at once, for ever.
+            if not isinstance(error, BackendError | RuntimeRpcError):
+                log.exception("standby not made", backend=backend.name, runtime_id=runtime_id)
             self._note_failure(backend, str(error))
             await self._delete(backend, runtime_id)
             if standby is not None:

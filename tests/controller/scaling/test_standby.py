@@ -4,7 +4,7 @@ import asyncio
 
 import pytest
 
-from controller.backends.base import BackendError
+from controller.backends.base import BackendError, RuntimeInfo, RuntimeSpec
 from controller.scaling.activation import ColdStart
 from controller.scaling.function import Function
 from controller.scaling.lifecycle import ReplicaState, Tier
@@ -226,3 +226,18 @@ async def test_leaving_the_runtimes_leaves_the_standbys() -> None:
     await world.node.standbys.close(remove=False)
     assert len(world.backend.machine.runtimes) == 1
     assert not world.backend.deleted
+
+
+async def test_a_creation_that_fails_unforeseen_is_not_tried_again_at_once() -> None:
+    world = World(num_standbys=1)
+    calls: list[float] = []
+
+    async def refuse(_spec: RuntimeSpec) -> RuntimeInfo:
+        calls.append(asyncio.get_running_loop().time())
+        raise PermissionError("chown")
+
+    world.backend.create = refuse  # type: ignore[assignment,method-assign]
+    world.node.standbys.use([world.backend])
+    await asyncio.sleep(backoff_s(1) + backoff_s(2) + SETTLE_S)
+    assert len(calls) == 3, "each later than the one before"
+    await close(world)
