@@ -2,6 +2,7 @@
 
 import asyncio
 import random
+from collections.abc import AsyncIterator
 from dataclasses import replace
 
 import pytest
@@ -622,3 +623,21 @@ async def test_a_deleted_function_is_not_warmed() -> None:
         function.close()
         with pytest.raises(ModelNotFound):
             await function.warm()
+
+
+async def test_a_log_that_cannot_be_read_hides_no_loss() -> None:
+    world = World()
+
+    async def unreadable(
+        _runtime_id: str, *, tail: int = 100, follow: bool = False
+    ) -> AsyncIterator[str]:
+        if tail:
+            raise OSError(24, "Too many open files")
+        yield ""
+
+    async with world.function() as function:
+        await collect(function)
+        world.backend.logs = unreadable  # type: ignore[assignment,method-assign]
+        world.runtime.crash()
+        await asyncio.sleep(1.0)
+        assert not function.set.replicas, "it was noticed and removed"
