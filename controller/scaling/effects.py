@@ -246,8 +246,9 @@ class Effects:
             return False
         if not function.node.standbys.wants(home.backend):
             return False
+        unused = RuntimeLink(link.connection)  # what is known of this function is not of the next
         function.node.standbys.give(
-            Standby(runtime_id=home.runtime_id, backend=home.backend, link=link)
+            Standby(runtime_id=home.runtime_id, backend=home.backend, link=unused)
         )
         return True
 

@@ -241,3 +241,19 @@ async def test_a_creation_that_fails_unforeseen_is_not_tried_again_at_once() -> 
     await asyncio.sleep(backoff_s(1) + backoff_s(2) + SETTLE_S)
     assert len(calls) == 3, "each later than the one before"
     await close(world)
+
+
+async def test_a_standby_given_back_knows_nothing_of_the_function_it_served() -> None:
+    world = World(num_standbys=1, make_runtime=lambda: FakeRuntime(kept_bytes=5 << 30))
+    world.node.standbys.use([world.backend])
+    await asyncio.sleep(SETTLE_S)
+    async with world.function() as function:
+        await collect(function)
+        await function.park()
+        (link,) = function.links.values()
+        assert link.kept_bytes == 5 << 30
+        await stopped(function)
+        standby = world.node.standbys.take(world.backend)
+        assert standby is not None
+        assert standby.link.kept_bytes is None
+    await close(world)
