@@ -9,12 +9,13 @@ PYTHON ?= $(shell .ci/find-python)
 
 BIN := .venv/bin
 INSTALLED := .venv/.installed
+CLIENTS := .venv-clients/.installed
 MODEL := models/smollm2/SmolLM2-135M-Instruct.Q4_1.gguf
 EMBEDDER := models/minilm/model.safetensors
 WHEELHOUSE := .wheelhouse/.complete
 
 .DEFAULT_GOAL := help
-.PHONY: help venv check format stubs test fuzz model demo serve wheelhouse image clean
+.PHONY: help venv check format stubs test clients fuzz model demo serve wheelhouse image clean
 
 help: ## List the targets
 	@grep -E '^[a-z]+:.*##' $(MAKEFILE_LIST) | sed 's/:.*## /\t/' | expand -t 14
@@ -48,6 +49,17 @@ test: venv model ## Tests; what needs a Docker Engine is skipped where there is 
 
 fuzz: venv model ## Every route of the whole product against the OpenAPI document, 20,000 cases
 	$(BIN)/python -m tests.fuzz.product --examples 400
+
+clients: $(CLIENTS) ## Get other people's clients, which `make test` then drives
+
+# The newest openai of npm wants a newer node than Debian's: PyPI has one.
+$(CLIENTS): tests/clients/requirements.txt tests/clients/package-lock.json
+	test -x $(@D)/bin/python || $(PYTHON) -m venv $(@D)
+	$(@D)/bin/pip install --quiet --disable-pip-version-check --no-deps \
+		-r tests/clients/requirements.txt
+	PATH=$(CURDIR)/$(@D)/bin:$$PATH npm ci --prefix tests/clients \
+		--no-audit --no-fund --loglevel error
+	touch $@
 
 model: $(MODEL) $(EMBEDDER) ## Get the small models the demonstration and the tests use
 
@@ -86,7 +98,7 @@ image: ## Build the runtime's image
 	docker build $(DOCKER_BUILD_FLAGS) --build-arg BASE_IMAGE="$(BASE_IMAGE)" \
 		--build-arg TORCH="$(TORCH)" --tag "$(IMAGE)" .
 
-clean: ## Remove what was made, but for .venv and models
+clean: ## Remove what was made, but for environments and models
 	rm -rf .wheelhouse build dist htmlcov .coverage .coldspark *.egg-info
 	rm -rf .mypy_cache .ruff_cache .pytest_cache .import_linter_cache .hypothesis
-	find . -name __pycache__ -not -path './.venv/*' -prune -exec rm -rf {} +
+	find . -name __pycache__ -not -path './.venv*' -prune -exec rm -rf {} +

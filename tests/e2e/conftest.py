@@ -160,26 +160,31 @@ def wait_for(is_done: Callable[[], Any], what: str, timeout_s: float = SETTLE_TI
 @pytest.fixture
 def node(smollm2_snapshot: Path) -> Iterator[Node]:
     """A running controller whose store, shared with other tests, already has the real model."""
-    with _home() as home:
+    with home_directory() as home:
         (home / "snapshots").symlink_to(smollm2_snapshot.parent)
-        yield from _running(home)
+        with running_node(home) as node:
+            yield node
 
 
 @pytest.fixture
 def node_with_own_store(smollm2_snapshot: Path) -> Iterator[Node]:
     """A running controller whose store has the real model and may be damaged; no file is shared."""
-    with _home() as home:
+    with home_directory() as home:
         shutil.copytree(smollm2_snapshot, home / "snapshots" / smollm2_snapshot.name)
-        yield from _running(home)
+        with running_node(home) as node:
+            yield node
 
 
 @contextmanager
-def _home() -> Iterator[Path]:
+def home_directory() -> Iterator[Path]:
+    """Give a home with a path short enough for sockets."""
     with tempfile.TemporaryDirectory(prefix="cs-") as directory:
         yield Path(directory)
 
 
-def _running(home: Path) -> Iterator[Node]:
+@contextmanager
+def running_node(home: Path) -> Iterator[Node]:
+    """Run a controller on a home and leave nothing of it behind."""
     node = Node(home)
     try:
         node.start()
