@@ -120,8 +120,9 @@ class WeightStream:
             sys.setswitchinterval(self._switch_interval_s)
 
     def _run(self) -> None:
-        buffers = [_Buffer() for _ in range(BUFFERS_EACH)]
+        buffers: list[_Buffer] = []
         try:
+            buffers += [_Buffer() for _ in range(BUFFERS_EACH)]
             with torch.inference_mode():  # which the thread that made the slab may be in
                 self._read(buffers)
         except Exception as error:  # noqa: BLE001  # the thread that waits for the bytes raises it

@@ -136,3 +136,17 @@ def test_a_file_that_shrinks_while_it_is_read_is_damaged(own_snapshot: Path) -> 
         weights.load(None)
     assert weights.held_bytes == 0
     assert num_readers() == 0
+
+
+def test_readers_without_memory_end_the_load(
+    smollm2_snapshot: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def refuse(*_: object) -> None:
+        raise OSError(12, "Cannot allocate memory")
+
+    monkeypatch.setattr("runtime.gpu.weight_stream.mmap.mmap", refuse)
+    stream = WeightStream(open_rank(smollm2_snapshot))
+    stream.start_copy(torch.empty(CHUNK_BYTES, dtype=torch.uint8))
+    with pytest.raises(OSError, match="allocate"):
+        stream.finish()
+    assert num_readers() == 0
