@@ -143,7 +143,7 @@ async def _check(
     try:
         if info.phase is RuntimePhase.RUNNING:
             link.status = await link.connection.health(timeout_s=HEALTH_TIMEOUT_S)
-            if (found := _fit(info, backend, functions, link)) is not None:
+            if (found := _fit(info, backend, functions, link, node)) is not None:
                 await link.attach()
                 return found
             if _is_standby(info, link.status):
@@ -167,6 +167,7 @@ def _fit(
     backend: RuntimeBackend,
     functions: Mapping[str, Function],
     link: RuntimeLink,
+    node: Node,
 ) -> Found | None:
     """Return the runtime as its owner's replica; None if that does not want it any more."""
     status = link.status
@@ -175,9 +176,12 @@ def _fit(
         return None
     if function.deployment.runtime_hash != status.owner.revision:
         return None
+    device_ids = tuple(status.device_uuids) or (CPU_DEVICE_ID,)
+    if not node.memory.devices.keys() >= set(device_ids):
+        return None  # a GPU we do not see has no books, and could not be woken on
     home = Home(
         runtime_id=info.runtime_id,
-        device_ids=tuple(status.device_uuids) or (CPU_DEVICE_ID,),
+        device_ids=device_ids,
         backend=backend,
         is_generic=not info.function,
     )

@@ -560,3 +560,22 @@ async def test_standbys_go_with_the_last_function_that_could_use_them(
         await plane.delete("tiny")
         await asyncio.sleep(0.1)
         assert not machine.world.backend.machine.runtimes
+
+
+async def test_a_parked_replica_on_a_gpu_that_is_gone_is_replaced(smollm2_snapshot: Path) -> None:
+    machine = Machine(smollm2_snapshot)
+    (built,) = (
+        s for s in SnapshotStore(smollm2_snapshot.parent).list() if s.path == smollm2_snapshot
+    )
+    async with machine.controller() as plane:
+        await plane.deploy(spec_of(model={"source": built.manifest.source.location}), "fake")
+        await until_built(plane)
+        await collect(plane.resolve("tiny"))
+        await plane.park("tiny")
+    (before,) = machine.world.backend.machine.runtimes
+    machine.world.runtime.device_uuids = ["GPU-gone"]
+    machine.restart()
+    async with machine.controller() as plane:
+        assert before not in machine.world.backend.machine.runtimes
+        async with asyncio.timeout(10.0):
+            assert await collect(plane.resolve("tiny")) == [3, 4, 5, 6]
