@@ -187,7 +187,11 @@ class ControlPlane:
     async def reconcile(self) -> None:
         """Adopt what a backend that was away has kept, remove orphans, replace hung engines."""
         if self._unseen:
-            _adopt(await self._find_adoptable(is_first=False))
+            found = await self._find_adoptable(is_first=False)
+            current = self._functions().values()  # one may have been deleted meanwhile
+            gone = [one for one in found if one.function not in current]
+            _adopt(one for one in found if one not in gone)
+            await asyncio.gather(*(one.link.close() for one in gone))
             self._keep_standbys()
         seen = [backend for backend in self._backends.values() if backend not in self._unseen]
         await remove_orphans(seen, self._runtime_ids)

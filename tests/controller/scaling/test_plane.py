@@ -20,6 +20,7 @@ from controller.errors import (
 )
 from controller.scaling.entry import StoredFunction
 from controller.scaling.lifecycle import Tier
+from controller.scaling.placement import CPU_DEVICE_ID
 from controller.scaling.plane import ControlPlane
 from controller.scaling.preparation import BuildProgress, PreparationFailed
 from controller.scaling.reaper import Reaper
@@ -27,7 +28,7 @@ from controller.scaling.standby import REFILL_DELAY_S
 from functions.spec import FunctionSpec
 from runtime.rpc import inference_pb2 as pb
 from snapshots.store import SnapshotStore
-from tests.fakes.runtime import FakeRuntime
+from tests.fakes.runtime import FakeConnection, FakeRuntime
 from tests.fakes.world import World, collect, spec_of
 
 pytestmark = [pytest.mark.looptime, pytest.mark.model]
@@ -579,3 +580,37 @@ async def test_a_parked_replica_on_a_gpu_that_is_gone_is_replaced(smollm2_snapsh
         assert before not in machine.world.backend.machine.runtimes
         async with asyncio.timeout(10.0):
             assert await collect(plane.resolve("tiny")) == [3, 4, 5, 6]
+
+
+async def test_a_function_deleted_while_its_replica_is_found_is_promised_nothing(
+    smollm2_snapshot: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    machine = Machine(smollm2_snapshot)
+    (built,) = (
+        s for s in SnapshotStore(smollm2_snapshot.parent).list() if s.path == smollm2_snapshot
+    )
+    spec = spec_of(
+        model={"source": built.manifest.source.location}, resources={"gpus": 0, "memory": "1Mi"}
+    )
+    async with machine.controller() as plane:
+        await plane.deploy(spec, "fake")
+        await until_built(plane)
+        await collect(plane.resolve("tiny"))
+    machine.restart()
+    machine.world.backend.error = BackendUnavailable("away")
+    health = FakeConnection.health
+
+    async def slow(connection: FakeConnection, *, timeout_s: float) -> pb.RuntimeStatus:
+        await asyncio.sleep(1.0)
+        return await health(connection, timeout_s=timeout_s)
+
+    monkeypatch.setattr(FakeConnection, "health", slow)
+    async with machine.controller() as plane:
+        machine.world.backend.error = None
+        looking = asyncio.create_task(plane.reconcile())
+        await asyncio.sleep(0.5)
+        await plane.delete("tiny")
+        await looking
+        assert not plane.node.memory.held(CPU_DEVICE_ID)
+        await plane.reconcile()
+        assert not machine.world.backend.machine.runtimes
