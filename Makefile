@@ -10,15 +10,16 @@ PYTHON ?= $(shell .ci/find-python)
 BIN := .venv/bin
 INSTALLED := .venv/.installed
 CLIENTS := .venv-clients/.installed
+LM_EVAL := .venv-lm-eval/.installed
 MODEL := models/smollm2/SmolLM2-135M-Instruct.Q4_1.gguf
 EMBEDDER := models/minilm/model.safetensors
 WHEELHOUSE := .wheelhouse/.complete
 
 .DEFAULT_GOAL := help
-.PHONY: help venv check format stubs test clients fuzz model demo serve wheelhouse image clean
+.PHONY: help venv check format stubs test clients lm-eval fuzz model demo serve wheelhouse image clean
 
 help: ## List the targets
-	@grep -E '^[a-z]+:.*##' $(MAKEFILE_LIST) | sed 's/:.*## /\t/' | expand -t 14
+	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed 's/:.*## /\t/' | expand -t 14
 
 venv: $(INSTALLED) ## Make .venv with everything in it
 
@@ -59,6 +60,14 @@ $(CLIENTS): tests/clients/requirements.txt tests/clients/package-lock.json
 		-r tests/clients/requirements.txt
 	PATH=$(CURDIR)/$(@D)/bin:$$PATH npm ci --prefix tests/clients \
 		--no-audit --no-fund --loglevel error
+	touch $@
+
+lm-eval: venv model $(LM_EVAL) ## lm-eval's loglikelihoods through the API against transformers'
+	$(BIN)/pytest -s tests/clients/test_lm_eval.py
+
+$(LM_EVAL): tests/clients/lm-eval-requirements.txt
+	test -x $(@D)/bin/python || $(PYTHON) -m venv $(@D)
+	$(@D)/bin/pip install --quiet --disable-pip-version-check --no-deps -r $<
 	touch $@
 
 model: $(MODEL) $(EMBEDDER) ## Get the small models the demonstration and the tests use

@@ -31,7 +31,7 @@ def programs() -> dict[str, tuple[str, str]]:
         part.partition("\n") for part in re.split(r"^## ", GUIDE.read_text(), flags=re.M)[1:]
     ]
     found = {heading: PROGRAM.findall(text) for heading, _, text in sections}
-    return {heading: only for heading, (only,) in found.items()}
+    return {heading: text for heading, programs in found.items() for text in programs}
 
 
 def test_every_program_of_the_guide_is_tried() -> None:
