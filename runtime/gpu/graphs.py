@@ -10,10 +10,9 @@ from collections import Counter
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from itertools import chain, zip_longest
-from typing import NamedTuple
+from typing import Generic, NamedTuple, TypeVar
 
 import torch
-from torch import Tensor
 
 from runtime.gpu.device import Device
 from runtime.gpu.limits import BatchLimits
@@ -21,6 +20,9 @@ from runtime.gpu.limits import BatchLimits
 CAPTURE_AFTER = 2
 DECODE_SIZES = (1, 2, 4, 8, 16, 32, 48, 64, 96, 128, 160, 192, 224, 256, 320, 384, 448, 512)
 SPARE_TILES = 16  # each chunk of a prompt has one that is not full
+
+Result = TypeVar("Result")
+"""What a step leaves on the device."""
 
 
 class StepShape(NamedTuple):
@@ -35,7 +37,7 @@ class StepShape(NamedTuple):
     num_tiles: int
 
 
-class StepGraphs:
+class StepGraphs(Generic[Result]):
     """Runs steps, with shapes rounded up to those that are captured.
 
     Args:
@@ -45,7 +47,7 @@ class StepGraphs:
     """
 
     def __init__(
-        self, run: Callable[[StepShape], Tensor], limits: BatchLimits, device: Device
+        self, run: Callable[[StepShape], Result], limits: BatchLimits, device: Device
     ) -> None:
         self._run = run
         self._limits = limits
@@ -54,7 +56,7 @@ class StepGraphs:
         self._decode_sizes.append(limits.num_seqs)
         self._usual = self._usual_shapes()
         self._uses: Counter[StepShape] = Counter()
-        self._graphs: dict[StepShape, tuple[torch.cuda.CUDAGraph, Tensor]] = {}
+        self._graphs: dict[StepShape, tuple[torch.cuda.CUDAGraph, Result]] = {}
         self._pool = torch.cuda.graph_pool_handle() if device.is_gpu else None
         self._may_capture = device.is_gpu
 
@@ -86,7 +88,7 @@ class StepGraphs:
         finally:
             self._may_capture = before
 
-    def run(self, shape: StepShape) -> Tensor:
+    def run(self, shape: StepShape) -> Result:
         """Run the batch on the device; return its result, valid until the next run."""
         if shape in self._graphs:
             graph, result = self._graphs[shape]

@@ -1,11 +1,13 @@
 """The Llama decoder on the GPU: four matrix products and five or six small kernels a layer.
 
 Every intermediate result has its place in buffers made once, so that a forward pass allocates
-nothing and a CUDA graph of it stays valid. The residual is added by the matrix products.
+nothing and a CUDA graph of it stays valid. The residual is added by the matrix products. What comes
+after the last layer's attention concerns no other token, so it is left to those that are sampled.
 """
 
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -29,9 +31,22 @@ def activation_bytes(
 ) -> int:
     """Return the size of the buffers of a model, angles of all positions included."""
     widths = sum(_widths(config).values())
-    logits = limits.num_seqs * (config.hidden_size * dtype.itemsize + 4 * (config.vocab_size + 64))
+    q_size = config.num_heads * config.head_dim
+    sampled = (config.hidden_size + q_size) * dtype.itemsize + 4 * (config.vocab_size + 64)
     angles = 4 * max_model_len * config.head_dim
-    return limits.num_tokens * widths * dtype.itemsize + logits + angles
+    return limits.num_tokens * widths * dtype.itemsize + limits.num_seqs * sampled + angles
+
+
+class Unfinished(NamedTuple):
+    """A batch after the last layer's attention; what is left to do is each token's own.
+
+    Attributes:
+        hidden: The residual stream [num_tokens, hidden_size].
+        attended: What the attention found [num_tokens, num_heads * head_dim].
+    """
+
+    hidden: Tensor
+    attended: Tensor
 
 
 class GpuLlama:
@@ -67,7 +82,10 @@ class GpuLlama:
             name: work.zeros(limits.num_tokens, width, dtype=dtype)
             for name, width in _widths(config).items()
         }
-        self._last = work.zeros(limits.num_seqs, config.hidden_size, dtype=dtype)
+        self._sampled = Unfinished(
+            work.zeros(limits.num_seqs, config.hidden_size, dtype=dtype),
+            work.zeros(limits.num_seqs, config.num_heads * config.head_dim, dtype=dtype),
+        )
         self._logits = work.zeros(limits.num_seqs, self._head.num_outputs, dtype=torch.float32)
         self._side = SideStream(device.type)
         self._workspace = SplitWorkspace(
@@ -87,8 +105,8 @@ class GpuLlama:
         max_decodes: int,
         num_decodes: Tensor,
         tiles: Tensor | None,
-    ) -> Tensor:
-        """Run a batch through all layers.
+    ) -> Unfinished:
+        """Run a batch up to where tokens stop to concern each other.
 
         Args:
             inputs: Filled.
@@ -100,22 +118,24 @@ class GpuLlama:
             tiles: Of the others, for the chunk attention; None if there are none.
 
         Returns:
-            Hidden states before the last norm [num_tokens, hidden_size], valid until the next call.
+            What `logits` finishes, valid until the next call.
         """
-        hidden, normed, qkv, attended, gate_up, gated = (
-            buffer[:num_tokens] for buffer in self._buffers.values()
+        hidden, normed, qkv, attended = (
+            self._buffers[name][:num_tokens] for name in ("hidden", "normed", "qkv", "attended")
         )
         positions, slots = inputs.positions[:num_tokens], inputs.slots[:num_tokens]
         rows, seq_lens = inputs.rows[:max_decodes], inputs.seq_lens[:max_decodes]
         eps = self._config.rms_norm_eps
         torch.index_select(self._embedding, 0, inputs.token_ids[:num_tokens], out=hidden)
-        for layer, layer_cache in zip(self._layers, kv_cache.unbind(), strict=False):
+        for index, (layer, layer_cache) in enumerate(
+            zip(self._layers, kv_cache.unbind(), strict=False)
+        ):
+            if index:
+                self._finish_layer(self._layers[index - 1], hidden, attended)
             rms_norm(hidden, layer.input_norm, eps, normed)
             layer.qkv(normed, qkv)
             rope_and_cache(qkv, layer_cache, positions, slots, self._angles)
-            if (
-                tiles is not None
-            ):  # computes much and reads little, the other way round with decodes
+            if tiles is not None:  # computes much and reads little, decodes the other way round
                 with self._side.forked():
                     chunk_attention(
                         qkv,
@@ -139,12 +159,17 @@ class GpuLlama:
             )
             if tiles is not None:
                 self._side.join()
-            layer.output.add(attended, hidden)
-            rms_norm(hidden, layer.mlp_norm, eps, normed)
-            layer.gate_up(normed, gate_up)
-            silu_mul(gate_up, gated)
-            layer.down.add(gated, hidden)
-        return hidden
+        return Unfinished(hidden, attended)
+
+    def _finish_layer(self, layer: "_Layer", hidden: Tensor, attended: Tensor) -> None:
+        normed, gate_up, gated = (
+            self._buffers[name][: len(hidden)] for name in ("normed", "gate_up", "gated")
+        )
+        layer.output.add(attended, hidden)
+        rms_norm(hidden, layer.mlp_norm, self._config.rms_norm_eps, normed)
+        layer.gate_up(normed, gate_up)
+        silu_mul(gate_up, gated)
+        layer.down.add(gated, hidden)
 
     @contextmanager
     def shortened(self) -> Iterator[None]:
@@ -155,20 +180,29 @@ class GpuLlama:
         finally:
             self._layers = layers
 
-    def logits(self, hidden: Tensor, rows: Tensor | None, num_rows: int) -> Tensor:
-        """Return logits of some hidden states.
+    def logits(self, batch: Unfinished, rows: Tensor | None) -> Tensor:
+        """Finish some tokens of a batch.
 
         Args:
-            hidden: [num_tokens, hidden_size].
-            rows: int32 [num_rows], which of them; None takes the first ones.
-            num_rows: How many.
+            batch: Of the last `forward`; it stays as it is only if `rows` are given.
+            rows: int32 [num_rows], which tokens, at most as many as a batch has sequences; None
+                takes all.
 
         Returns:
             fp32 [num_rows, padded vocabulary], valid until the next call.
         """
-        last, logits = self._last[:num_rows], self._logits[:num_rows]
-        rms_norm(hidden, self._norm, self._config.rms_norm_eps, last, rows)
-        self._head(last, logits)
+        hidden, attended = batch
+        if rows is not None:
+            hidden, attended = (buffer[: len(rows)] for buffer in self._sampled)
+            torch.index_select(batch.hidden, 0, rows, out=hidden)
+            torch.index_select(batch.attended, 0, rows, out=attended)
+        logits = self._logits[: len(hidden)]
+        if not len(hidden):
+            return logits
+        self._finish_layer(self._layers[-1], hidden, attended)
+        normed = self._buffers["normed"][: len(hidden)]
+        rms_norm(hidden, self._norm, self._config.rms_norm_eps, normed)
+        self._head(normed, logits)
         return logits
 
 

@@ -16,7 +16,7 @@ from runtime.engine.batch import PendingTokens, ScheduledBatch, TokenMasks
 from runtime.gpu.device import Device
 from runtime.gpu.graphs import StepGraphs, StepShape
 from runtime.gpu.limits import BatchLimits
-from runtime.gpu.llama import GpuLlama, activation_bytes
+from runtime.gpu.llama import GpuLlama, Unfinished, activation_bytes
 from runtime.gpu.memory import WorkMemory, allocate_slab, device_memory
 from runtime.gpu.prompt_logprobs import launch_prompt_logprobs
 from runtime.gpu.rows import Rows
@@ -297,10 +297,12 @@ class GpuRunner:
             described = describe(batch, self._rows, self._limits.tile_size)
             shape = StepShape(described.num_tokens, max(1, described.num_tiles))
             self._staging.send(described, shape)
-            hidden = self._run(shape)
+            unfinished = self._run(shape)
+            assert isinstance(unfinished, Unfinished), "the shape has tiles"
+            tokens = torch.arange(described.num_tokens, device=self._device.name)
             parts = [
-                self._model.logits(part, None, len(part))[:, : self.vocab_size].clone()
-                for part in hidden.split(self._limits.num_seqs)
+                self._model.logits(unfinished, rows)[:, : self.vocab_size].clone()
+                for rows in tokens.split(self._limits.num_seqs)
             ]
             logits = torch.cat(parts)
         self._device.synchronize()  # the caller reads it in a stream of its own
@@ -313,22 +315,18 @@ class GpuRunner:
         shape = self._graphs.shape_of(described.num_tokens, described.num_tiles)
         self._staging.send(described, shape)
         result = self._graphs.run(shape)
+        num_sampled = len(described.sampled)
         prompt_logprobs = None
-        if shape.num_tiles:  # in a step of decodes there is no prompt
+        if isinstance(result, Tensor):  # a step of decodes, in which there is no prompt
+            logits = result[:num_sampled]
+        else:
             prompt_logprobs = launch_prompt_logprobs(
                 batch.sequences,
-                lambda rows: model.logits(result, rows, len(rows))[:, : self.vocab_size],
+                lambda rows: model.logits(result, rows)[:, : self.vocab_size],
                 max_rows=min(PROMPT_LOGPROB_ROWS, self._limits.num_seqs),
                 device=self._device,
             )
-        num_sampled = len(described.sampled)
-        if shape.num_tiles == 0:
-            logits = result[:num_sampled]
-        elif num_sampled:
-            rows = self._staging.sampled_tokens[:num_sampled]
-            logits = model.logits(result, rows, num_sampled)
-        else:
-            logits = result[:0]
+            logits = model.logits(result, self._staging.sampled_tokens[:num_sampled])
 
         def choose(masks: TokenMasks | None) -> PendingSample:
             with self._device.computing():
@@ -346,11 +344,11 @@ class GpuRunner:
 
         return PendingChoice(choose) if batch.is_constrained else choose(None)
 
-    def _run(self, shape: StepShape) -> Tensor:
+    def _run(self, shape: StepShape) -> Tensor | Unfinished:
         """Launch the batch on the device; what a CUDA graph records.
 
         Returns:
-            Logits of all sequences if all decode, else hidden states of all tokens.
+            Logits of all sequences if all decode, else what all tokens are finished from.
         """
         assert self._model is not None, "weights are loaded"
         max_decodes = min(shape.num_tokens, self._limits.num_seqs)
@@ -364,7 +362,7 @@ class GpuRunner:
             max_records=max_decodes + 1,
             block_size=self._config.block_size,
         )
-        hidden = self._model.forward(
+        unfinished = self._model.forward(
             self._inputs,
             self._kv_cache,
             self._block_tables,
@@ -373,7 +371,7 @@ class GpuRunner:
             num_decodes=self._staging.num_decodes,
             tiles=self._staging.tiles[: shape.num_tiles] if shape.num_tiles else None,
         )
-        return hidden if shape.num_tiles else self._model.logits(hidden, None, shape.num_tokens)
+        return unfinished if shape.num_tiles else self._model.logits(unfinished, None)
 
     @property
     def _wanted_len(self) -> int:

@@ -1,4 +1,4 @@
-"""RMSNorm of selected rows, on the GPU."""
+"""RMSNorm of rows, on the GPU."""
 
 import torch
 import triton
@@ -8,17 +8,14 @@ from torch import Tensor
 from runtime.kernels.launch import next_power_of_2
 
 
-def rms_norm(
-    x: Tensor, weight: Tensor, eps: float, out: Tensor, rows: Tensor | None = None
-) -> None:
+def rms_norm(x: Tensor, weight: Tensor, eps: float, out: Tensor) -> None:
     """Normalize rows to a root mean square of 1, in fp32, and scale.
 
     Args:
         x: [num_rows, size].
         weight: [size].
         eps: Added to the mean square.
-        out: [num_outputs, size]; written.
-        rows: int32 [num_outputs], the rows of x to take; None takes all in order.
+        out: [num_rows, size]; written.
     """
     size = x.shape[1]
     block = next_power_of_2(size)
@@ -26,18 +23,15 @@ def rms_norm(
         x,
         weight,
         out,
-        out if rows is None else rows,
         eps,
         SIZE=size,
         BLOCK=block,
-        HAS_ROWS=rows is not None,
         num_warps=8 if block >= 4096 else 4,
     )
 
 
-def rms_norm_reference(x: Tensor, weight: Tensor, eps: float, rows: Tensor | None = None) -> Tensor:
+def rms_norm_reference(x: Tensor, weight: Tensor, eps: float) -> Tensor:
     """Return what `rms_norm` writes, in plain torch and the dtype of x."""
-    x = x if rows is None else x[rows.long()]
     normed = x.to(torch.promote_types(x.dtype, torch.float32))
     normed = normed * torch.rsqrt(normed.square().mean(-1, keepdim=True) + eps)
     return weight * normed.to(x.dtype)
@@ -48,20 +42,15 @@ def _rms_norm_kernel(
     x_ptr,
     weight_ptr,
     out_ptr,
-    rows_ptr,
     eps,
     SIZE: tl.constexpr,
     BLOCK: tl.constexpr,
-    HAS_ROWS: tl.constexpr,
 ):
-    output = tl.program_id(0).to(tl.int64)
-    row = output
-    if HAS_ROWS:
-        row = tl.load(rows_ptr + output).to(tl.int64)
+    row = tl.program_id(0).to(tl.int64)
     columns = tl.arange(0, BLOCK)
     is_column = columns < SIZE
     x = tl.load(x_ptr + row * SIZE + columns, mask=is_column, other=0.0).to(tl.float32)
     weight = tl.load(weight_ptr + columns, mask=is_column, other=0.0)
     scale = tl.rsqrt(tl.sum(x * x, 0) / SIZE + eps)
     normed = (x * scale).to(weight.dtype)
-    tl.store(out_ptr + output * SIZE + columns, normed * weight, mask=is_column)
+    tl.store(out_ptr + row * SIZE + columns, normed * weight, mask=is_column)

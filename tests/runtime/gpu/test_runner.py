@@ -12,6 +12,7 @@ from transformers import LlamaForCausalLM
 from runtime.config import EngineConfig
 from runtime.engine.engine import Engine
 from runtime.engine.sequence import FinishReason, SamplingParams, TokenLogprobs
+from runtime.gpu.linear import GpuLinear
 from runtime.gpu.runner import GpuRunner
 from runtime.kernels.norm import rms_norm
 from runtime.model.config import ModelConfig
@@ -105,6 +106,23 @@ def test_overlapped_chunked_answers_are_those_of_each_sequence_alone() -> None:
         new_engine(model), prompts, SamplingParams(temperature=0.0, max_tokens=num_tokens)
     )
     assert tokens == {id: greedy_alone(model, prompt, num_tokens) for id, prompt in prompts.items()}
+
+
+def test_last_layer_is_finished_for_sampled_tokens_only(monkeypatch: pytest.MonkeyPatch) -> None:
+    engine = new_engine(tiny_llama(num_hidden_layers=2))
+    sizes: list[int] = []
+    add = GpuLinear.add
+
+    def counted(self: GpuLinear, x: torch.Tensor, out: torch.Tensor) -> None:
+        sizes.append(len(x))
+        add(self, x, out)
+
+    monkeypatch.setattr(GpuLinear, "add", counted)
+    engine.submit(new_request(1, list(range(16)), sampling=SamplingParams(max_tokens=1)))
+    while engine.has_work():
+        engine.step()
+    assert sizes[2:] == [1, 1]
+    assert min(sizes[:2]) >= 16
 
 
 def test_prefix_hits_and_preemptions_change_no_answer() -> None:
