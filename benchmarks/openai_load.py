@@ -3,7 +3,7 @@
 import asyncio
 import json
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 import aiohttp
 
@@ -20,16 +20,18 @@ TIMEOUT_S = 600.0
 DATA = b"data: "
 
 
-def run_openai(url: str, model: str, workload: Workload) -> Figures:
-    """Run a workload against `url`/v1/completions.
+def run_openai(
+    url: str, model: str, workload: Workload, fields: Mapping[str, object] | None = None
+) -> Figures:
+    """Run a workload against `url`/v1/completions, with more fields in each body.
 
     Raises:
         RuntimeError: A call failed, or an answer is short.
     """
-    return asyncio.run(_run(url, model, workload))
+    return asyncio.run(_run(url, {"model": model, **(fields or {})}, workload))
 
 
-async def _run(url: str, model: str, workload: Workload) -> Figures:
+async def _run(url: str, fields: Mapping[str, object], workload: Workload) -> Figures:
     requests, arrivals = make_requests(workload), make_arrivals(workload)
     free = asyncio.Semaphore(workload.concurrency)
     async with aiohttp.ClientSession(
@@ -42,7 +44,7 @@ async def _run(url: str, model: str, workload: Workload) -> Figures:
         async def send(arrival: float, prompt: Sequence[int], num_output_tokens: int) -> Timeline:
             await asyncio.sleep(max(0.0, began + arrival - time.perf_counter()))
             async with free:
-                return await _stream(session, model, prompt, num_output_tokens)
+                return await _stream(session, fields, prompt, num_output_tokens)
 
         async with asyncio.TaskGroup() as group:
             calls = [
@@ -54,10 +56,13 @@ async def _run(url: str, model: str, workload: Workload) -> Figures:
 
 
 async def _stream(
-    session: aiohttp.ClientSession, model: str, prompt: Sequence[int], num_output_tokens: int
+    session: aiohttp.ClientSession,
+    fields: Mapping[str, object],
+    prompt: Sequence[int],
+    num_output_tokens: int,
 ) -> Timeline:
     body = {
-        "model": model,
+        **fields,
         "prompt": prompt,
         "max_tokens": num_output_tokens,
         "temperature": 0,

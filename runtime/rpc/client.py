@@ -194,7 +194,11 @@ class Attachment:
             pass  # the reader learns why
 
     def _deliver(self, output: pb.StepOutput) -> None:
-        """Hand out one step. The hot path: one look-up and one call per token."""
+        """Hand out one step. The hot path: one look-up and one call per token.
+
+        Newest sequences hear first: somebody waits for their first token. Of the others it is one
+        of many, and all of them together take a while to pass on.
+        """
         sinks = self._sinks
         for part in output.prompt_logprobs:
             self._tell(part.sequence_id, lambda sink, part=part: sink.on_prompt_logprobs(part))  # type: ignore[misc]  # its default is its type
@@ -202,7 +206,8 @@ class Attachment:
             self._tell(started.sequence_id, lambda sink, started=started: sink.on_started(started))  # type: ignore[misc]  # its default is its type
         for found in output.logprobs:
             self._tell(found.sequence_id, lambda sink, found=found: sink.on_logprobs(found))  # type: ignore[misc]  # its default is its type
-        for sequence_id, token_id in zip(output.sequence_ids, output.token_ids, strict=True):
+        tokens = zip(reversed(output.sequence_ids), reversed(output.token_ids), strict=True)
+        for sequence_id, token_id in tokens:
             if (sink := sinks.get(sequence_id)) is not None:
                 try:
                     sink.on_token(token_id)

@@ -1,6 +1,7 @@
 from collections.abc import AsyncIterator, Callable
 from pathlib import Path
 from typing import Any
+from unittest.mock import create_autospec
 
 import grpc
 import grpc.aio
@@ -8,6 +9,7 @@ import pytest
 
 from runtime.rpc import inference_pb2 as pb
 from runtime.rpc.client import (
+    Attachment,
     RuntimeClient,
     RuntimeRefused,
     RuntimeRpcError,
@@ -120,6 +122,34 @@ async def test_nobody_there_is_unavailable(client: RuntimeClient) -> None:
         await client.health(timeout_s=TIMEOUT_S)
     with pytest.raises(RuntimeTimedOut):
         await client.wait_reachable(0.2)
+
+
+class OrderedSink(Recorder):
+    """Keeps when it was told, among others."""
+
+    def __init__(self, name: str, heard: list[str]) -> None:
+        super().__init__()
+        self._name = name
+        self._heard = heard
+
+    def on_token(self, token_id: int) -> None:
+        self._heard.append(f"{self._name} {token_id}")
+        super().on_token(token_id)
+
+
+async def test_of_each_step_the_newest_sequence_hears_first() -> None:
+    async def outputs() -> AsyncIterator[pb.StepOutput]:
+        for token_ids in [1, 2], [3, 4]:
+            ids = [old.sequence_id, new.sequence_id]
+            yield pb.StepOutput(sequence_ids=ids, token_ids=token_ids)
+
+    heard: list[str] = []
+    old, new = (OrderedSink(name, heard) for name in ("old", "new"))
+    attachment = Attachment(create_autospec(grpc.aio.StreamStreamCall, instance=True), outputs())
+    for sink in (old, new):
+        sink.sequence_id = attachment.submit([1], pb.SamplingParams(), sink)
+    await old.breakage()
+    assert heard == ["new 2", "old 1", "new 4", "old 3"]
 
 
 class FaultySink(Recorder):
