@@ -66,6 +66,7 @@ def test_the_timeline_explains_the_clients_wait(
     assert 0.8 * waited_s <= sum(timeline.values()) <= waited_s, "benchmarks/waits.py has the share"
 
 
+@pytest.mark.timeout(180)
 def test_a_snapshot_damaged_on_disk_is_built_anew(
     node_with_own_store: Node, spec: FunctionSpec
 ) -> None:
@@ -82,7 +83,7 @@ def test_a_snapshot_damaged_on_disk_is_built_anew(
         node.ask()
     assert told.value.status_code == 503
     assert "tensors: " in str(told.value), "the message names what is damaged"
-    wait_for(lambda: node.view()["snapshot_state"] == "ready", "the new build")
+    wait_for(lambda: node.view()["snapshot_state"] == "ready", "the new build", 120.0)
     assert node.ask() == PARIS
     assert (store / ".quarantine" / ref / "quarantine.txt").exists()
 
