@@ -6,6 +6,6 @@ pytestmark = [pytest.mark.e2e, pytest.mark.model, pytest.mark.timeout(300)]
 
 
 def test_no_request_the_document_allows_gets_an_answer_it_does_not() -> None:
-    done = fuzz(num_examples=3, seed=1)
+    done = fuzz(num_examples=1, seed=1)
     assert done.returncode == 0, done.stdout[-8000:]
     assert "Tested: 0" not in done.stdout

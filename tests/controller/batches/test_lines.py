@@ -4,7 +4,7 @@ from typing import Any
 
 import pytest
 
-from controller.batches.lines import MAX_ERRORS, MAX_REQUESTS, read_input
+from controller.batches.lines import MAX_ERRORS, read_input
 
 CHAT = "/v1/chat/completions"
 
@@ -76,8 +76,9 @@ def test_not_all_of_many_errors_are_told(tmp_path: Path) -> None:
     assert [error.line for error in errors] == list(range(1, MAX_ERRORS + 1))
 
 
-def test_too_many_requests_are_an_error(tmp_path: Path) -> None:
+def test_too_many_requests_are_an_error(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("controller.batches.lines.MAX_REQUESTS", 10)
     template = json.dumps(request("<>", body={"model": "m"}))
-    lines = [template.replace("<>", str(n)).encode() for n in range(MAX_REQUESTS + 1)]
+    lines = [template.replace("<>", str(n)).encode() for n in range(11)]
     _, (error,) = read_input(write(tmp_path / "in", *lines), CHAT, max_line_bytes=999)
     assert error.code == "too_many_requests"
