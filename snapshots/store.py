@@ -6,7 +6,7 @@ what is being deleted (.trash). Reading needs no write permission.
 """
 
 import re
-from collections.abc import Collection, Iterator, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from datetime import UTC, datetime
@@ -21,6 +21,7 @@ from snapshots.errors import (
 )
 from snapshots.locking import Locked, locked
 from snapshots.manifest import Manifest, PlainFile, RankFile, SourceKind, check_name
+from snapshots.profiles import Profile, write_profile
 
 MANIFEST_FILE = "manifest.json"
 REASON_FILE = "quarantine.txt"
@@ -227,6 +228,23 @@ class SnapshotStore:
                     self._set_aside(snapshot.path, "incomplete, and built again")
                 move(content, snapshot.path)
         return snapshot
+
+    def record(
+        self, ref: str, profile: Profile, kernels: Mapping[str, bytes] | None = None
+    ) -> None:
+        """Keep a profile beside a snapshot.
+
+        Args:
+            ref: `name@digest12`.
+            profile: It replaces the one of the same fingerprint.
+            kernels: Contents of its kernels' files; None leaves those that are there.
+
+        Raises:
+            SnapshotNotFound: It has just been collected or taken out of use.
+            OSError: The store cannot be written to.
+        """
+        with self._collecting(shared=True):
+            write_profile(self.get(ref).path, profile, kernels)
 
     def _set_aside(self, path: Path, reason: str) -> Path:
         target = self.root / ".quarantine" / path.name
