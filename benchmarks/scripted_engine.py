@@ -18,7 +18,7 @@ from runtime.engine.sequence import (
     SequenceRequest,
     StepResult,
 )
-from runtime.engine_api import OnProgress
+from runtime.engine_api import NothingCompiled, OnProgress
 from runtime.errors import InvalidSequence
 
 STEP_S = "SCRIPTED_STEP_S"  # variable with the seconds between steps
@@ -45,7 +45,7 @@ class _Figures:
     num_late_compilations: int = 0
 
 
-class ScriptedRunner:
+class ScriptedRunner(NothingCompiled):
     """Holds nothing."""
 
     weights_bytes = 0
@@ -55,6 +55,10 @@ class ScriptedRunner:
 
     def __init__(self, config: EngineConfig) -> None:
         self.max_model_len = config.max_model_len or 2048
+
+    def environment(self) -> dict[str, str]:
+        """Depend on nothing."""
+        return {}
 
     def start_loading(self) -> None:
         """Do nothing."""

@@ -3,13 +3,14 @@
 `runtime.engine` implements it with torch; tests implement it with a script.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Protocol, TypeVar
 
 from runtime.config import EngineConfig
 from runtime.engine.pooling import PoolingRequest
 from runtime.engine.sequence import SequenceKey, SequenceRequest, StepResult
+from snapshots.profiles import KernelFile, StepSize
 
 OnProgress = Callable[[int, int], None]  # bytes done, bytes in all
 
@@ -26,8 +27,22 @@ class LoadReport(Protocol):
         """Seconds spent on checksums after that."""
 
 
+class Kernels(Protocol):
+    """Compiled kernels, kept over processes."""
+
+    @property
+    def num_compilations(self) -> int:
+        """Kernels that this process had to compile."""
+
+    def seed(self, files: Iterable[KernelFile], read: Callable[[KernelFile], bytes]) -> None:
+        """Take what an earlier process has compiled, or raise ProfileUnusable."""
+
+    def collect(self) -> dict[str, bytes]:
+        """Return what this process has used, by path."""
+
+
 class Runner(Protocol):
-    """Memory in, memory out; the loop knows nothing else of a model runner."""
+    """Memory in, memory out, and what makes a start fast; nothing else of a model runner."""
 
     @property
     def weights_bytes(self) -> int:
@@ -49,6 +64,19 @@ class Runner(Protocol):
     def max_model_len(self) -> int:
         """The limit in force, in tokens."""
 
+    @property
+    def kernels(self) -> Kernels | None:
+        """Its compiled kernels; None if nothing is compiled."""
+
+    def environment(self) -> Mapping[str, str]:
+        """Return what of machine and software its profile depends on."""
+
+    def prefer_steps(self, steps: Sequence[StepSize]) -> None:
+        """Prepare these shapes of steps first, in this order, when there is time."""
+
+    def used_steps(self) -> Sequence[StepSize]:
+        """Return the shapes of steps that were run, most used first."""
+
     def start_loading(self) -> None:
         """Begin to load weights beside what comes next, where that is possible."""
 
@@ -63,6 +91,19 @@ class Runner(Protocol):
 
     def release(self) -> int:
         """Give weights and KV memory back; return the bytes freed."""
+
+
+class NothingCompiled:
+    """The part of a Runner whose steps need no preparation."""
+
+    kernels = None
+
+    def used_steps(self) -> Sequence[StepSize]:
+        """Return nothing."""
+        return ()
+
+    def prefer_steps(self, steps: Sequence[StepSize]) -> None:
+        """Ignore which steps others have used."""
 
 
 class StepEngine(Protocol):

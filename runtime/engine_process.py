@@ -14,6 +14,7 @@ from runtime.errors import as_fault, encode_fault
 from runtime.ipc import Frame, FrameKind, FrameSocket, PeerClosed
 from runtime.linux import resident_bytes
 from runtime.phases import PhaseLog, bring_up
+from runtime.profile import EngineProfile
 from runtime.rpc import inference_pb2 as pb
 from runtime.step_loop import HEARTBEAT_S, StepLoop
 from runtime.translate import engine_config, memory_message
@@ -65,17 +66,29 @@ def _load(
     phase_log = PhaseLog()
     with phase_log.measure("open"):
         runner = factory.open_runner(store / request.snapshot, config)
+    with phase_log.measure("profile"):
+        profile = EngineProfile(store / request.snapshot, config, runner)
+        profile.apply()
     num_kv_blocks = bring_up(runner, phase_log, _LoadHeartbeat(connection))
     with phase_log.measure("build"):
         engine = factory.build_engine(store / request.snapshot, config, runner)
+    memory = memory_message(runner)
+    profile.started(memory, num_kv_blocks)
     response = pb.LoadResponse(
         phases=phase_log.phases,
-        memory=memory_message(runner),
+        memory=memory,
+        profile=profile.use,
         max_model_len=runner.max_model_len,
         num_kv_blocks=num_kv_blocks,
     )
     log.info("loaded", snapshot=request.snapshot, num_kv_blocks=num_kv_blocks)
-    loop = StepLoop(connection, engine=engine, runner=runner, device_uuids=request.device_uuids)
+    loop = StepLoop(
+        connection,
+        engine=engine,
+        runner=runner,
+        profile=profile,
+        device_uuids=request.device_uuids,
+    )
     return loop, response
 
 

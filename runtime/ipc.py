@@ -32,6 +32,7 @@ class FrameKind(IntEnum):
     DRAIN = 4
     EMBED = 12
     CANCEL_CALL = 13  # of an EMBED whose caller has left
+    PROFILE = 14
     # Server to engine; the id is a stream.
     ATTACH_REQUEST = 5
     CLOSE_STREAM = 6

@@ -71,6 +71,10 @@ class RuntimeServicer:
         """Answer Drain."""
         return await self._supervisor.drain(request)
 
+    async def profile(self, request: pb.ProfileRequest, _context: object) -> pb.ProfileResponse:
+        """Answer Profile."""
+        return await self._supervisor.profile(request)
+
     async def unload(self, _request: pb.UnloadRequest, _context: object) -> pb.UnloadResponse:
         """Answer Unload."""
         await self._supervisor.unload()
@@ -122,6 +126,7 @@ def service_handler(servicer: RuntimeServicer) -> "grpc.GenericRpcHandler[Any, A
         "Park": _unary(servicer.park, pb.ParkRequest),
         "Wake": _unary(servicer.wake, pb.WakeRequest),
         "Drain": _unary(servicer.drain, pb.DrainRequest),
+        "Profile": _unary(servicer.profile, pb.ProfileRequest),
         "Unload": _unary(servicer.unload, pb.UnloadRequest),
         "Health": _unary(servicer.health, pb.HealthRequest),
         "Watch": grpc.unary_stream_rpc_method_handler(

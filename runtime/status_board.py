@@ -50,11 +50,14 @@ class StatusBoard:
         *,
         phases: Iterable[pb.Phase] | None = None,
         memory: pb.Memory | None = None,
+        profile: pb.ProfileUse | None = None,
         **scalars: Any,
     ) -> None:
         """Set fields and tell the followers."""
         if memory is not None:
             self._status.memory.CopyFrom(memory)
+        if profile is not None:
+            self._status.profile.CopyFrom(profile)
         for name, value in scalars.items():
             setattr(self._status, name, value)
         if phases is not None:
@@ -70,7 +73,7 @@ class StatusBoard:
 
     def engine_forgotten(self) -> None:
         """Say nothing more of an engine that was ended on request."""
-        for name in ("owner", "device_uuids", "max_model_len", "last_active_unix_us"):
+        for name in ("owner", "device_uuids", "max_model_len", "last_active_unix_us", "profile"):
             self._status.ClearField(name)
         self.update(snapshot="", error="", phases=[])
 

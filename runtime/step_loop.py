@@ -25,6 +25,7 @@ from runtime.errors import (
     encode_fault,
 )
 from runtime.ipc import Frame, FrameKind, FrameSocket
+from runtime.profile import EngineProfile
 from runtime.residency import Residency
 from runtime.rpc import inference_pb2 as pb
 from runtime.translate import (
@@ -53,6 +54,7 @@ class StepLoop:
         connection: The socket to the runtime server.
         engine: Weights and KV cache in place.
         runner: The engine's runner, for parking.
+        profile: What the engine leaves for later starts.
         device_uuids: The devices this process is bound to.
     """
 
@@ -62,11 +64,13 @@ class StepLoop:
         *,
         engine: StepEngine,
         runner: Runner,
+        profile: EngineProfile,
         device_uuids: Sequence[str],
     ) -> None:
         self._connection = connection
         self._engine = engine
         self._runner = runner
+        self._profile = profile
         self._residency = Residency(engine, runner, device_uuids=device_uuids)
         self._drains = Drains(engine)
         self._embeds = Embeds(engine)
@@ -126,6 +130,9 @@ class StepLoop:
                 request = pb.WakeRequest.FromString(frame.payload)
                 self._answer(frame, lambda: self._residency.wake(request, self._report_progress))
                 self._busy_at = time.monotonic()  # a request is about to come
+            case FrameKind.PROFILE:
+                wanted = pb.ProfileRequest.FromString(frame.payload)
+                self._answer(frame, lambda: self._profile.record(wanted))
             case FrameKind.DRAIN:
                 drain = pb.DrainRequest.FromString(frame.payload)
                 self._drains.start(frame.id, drain.timeout_s)

@@ -143,6 +143,16 @@ class Supervisor:
         self._move("unload", _UNLOADABLE, pb.RUNTIME_STATE_UNLOADING)
         await self._to_the_end(self._unload(), name="unload")
 
+    async def profile(self, request: pb.ProfileRequest) -> pb.ProfileResponse:
+        """Return what the engine has learned for later starts.
+
+        Raises:
+            WrongState: No engine is loaded.
+        """
+        if self._board.state not in _ATTACHABLE:
+            raise WrongState(f"there is nothing to profile: the runtime is {self._state_name}")
+        return await self._living_engine.call(FrameKind.PROFILE, request, pb.ProfileResponse)
+
     def open_stream(self) -> EngineStream:
         """Return a stream to the engine; parking and waking do not end it.
 
@@ -191,6 +201,7 @@ class Supervisor:
             state=pb.RUNTIME_STATE_READY,
             phases=phases,
             memory=response.memory,
+            profile=response.profile,
             max_model_len=response.max_model_len,
         )
         return response

@@ -29,6 +29,8 @@ from runtime.engine.batch import (
     TokenMasks,
 )
 from runtime.engine.sequence import PromptLogprobs, SamplingParams, TokenLogprobs
+from runtime.engine_api import NothingCompiled
+from runtime.environment import cpu_environment
 from runtime.linux import resident_bytes
 from runtime.memory.kv_plan import KvSizes, plan_kv
 from runtime.memory.slab import HostSlab, trim_malloc
@@ -42,7 +44,7 @@ ACTIVATION_COPIES = 4  # of the widest intermediate result, all alive at once
 NOT_FINITE = "the model computed logits that are not finite"
 
 
-class CpuRunner:
+class CpuRunner(NothingCompiled):
     """Brings a model into memory and out again, and runs batches in between.
 
     Args:
@@ -144,6 +146,10 @@ class CpuRunner:
         )
         self._has_answered = False
         return report
+
+    def environment(self) -> dict[str, str]:
+        """Return what of machine and software its profile depends on."""
+        return cpu_environment()
 
     def allocate_kv(self) -> int:
         """Allocate the KV cache; return its number of blocks."""

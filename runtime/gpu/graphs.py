@@ -7,7 +7,7 @@ host longer than some steps take the GPU.
 
 from bisect import bisect_left
 from collections import Counter
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from itertools import chain, zip_longest
 from typing import Generic, NamedTuple, TypeVar
@@ -56,6 +56,8 @@ class StepGraphs(Generic[Result]):
         self._decode_sizes.append(limits.num_seqs)
         self._usual = self._usual_shapes()
         self._uses: Counter[StepShape] = Counter()
+        self._served: Counter[StepShape] = Counter()
+        self._is_serving = True
         self._graphs: dict[StepShape, tuple[torch.cuda.CUDAGraph, Result]] = {}
         self._pool = torch.cuda.graph_pool_handle() if device.is_gpu else None
         self._may_capture = device.is_gpu
@@ -73,6 +75,17 @@ class StepGraphs(Generic[Result]):
         padded = sizes[bisect_left(sizes, num_tokens)]
         return StepShape(padded, max(num_tiles, self._usual_tiles(padded)))
 
+    def prefer(self, shapes: Iterable[StepShape]) -> None:
+        """Find these shapes the most useful, the first one most; those that never occur do not."""
+        known = set(self._usual)
+        preferred = [shape for shape in dict.fromkeys(shapes) if shape in known]
+        self._usual = tuple(dict.fromkeys((*preferred, *self._usual)))
+
+    def most_used(self) -> list[tuple[StepShape, int]]:
+        """Return the usual shapes that served, with how often they did, most used first."""
+        usual = set(self._usual)
+        return [(shape, n) for shape, n in self._served.most_common() if n and shape in usual]
+
     def next_missing(self) -> StepShape | None:
         """Return the most useful shape without a graph; None if all have one."""
         if not self._device.is_gpu:
@@ -81,15 +94,18 @@ class StepGraphs(Generic[Result]):
 
     @contextmanager
     def suspended(self) -> Iterator[None]:
-        """Launch everything that runs inside one by one, and capture nothing."""
+        """Launch everything that runs inside one by one; capture nothing, and count nothing."""
         before, self._may_capture = self._may_capture, False
+        self._is_serving = False
         try:
             yield
         finally:
             self._may_capture = before
+            self._is_serving = True
 
     def run(self, shape: StepShape) -> Result:
         """Run the batch on the device; return its result, valid until the next run."""
+        self._served[shape] += self._is_serving
         if shape in self._graphs:
             graph, result = self._graphs[shape]
             graph.replay()

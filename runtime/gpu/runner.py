@@ -5,6 +5,7 @@ batch may be launched while the one before still runs: its tokens are where the 
 them before the host knows them.
 """
 
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Self
 
@@ -13,6 +14,7 @@ from torch import Tensor
 
 from runtime.config import EngineConfig
 from runtime.engine.batch import PendingTokens, ScheduledBatch, TokenMasks
+from runtime.environment import cpu_environment, gpu_environment
 from runtime.gpu.device import Device
 from runtime.gpu.graphs import StepGraphs, StepShape
 from runtime.gpu.limits import BatchLimits
@@ -25,6 +27,7 @@ from runtime.gpu.staging import BatchDescription, BatchStaging, describe
 from runtime.gpu.warm_up import warm_up_batches, warm_up_masks
 from runtime.gpu.weights import GpuWeights, StreamedWeights
 from runtime.kernels.batch_inputs import ModelInputs, expand_batch
+from runtime.kernels.cache import KernelCache
 from runtime.kernels.chunk_attention import tile_size
 from runtime.kernels.launch import LateCompilations
 from runtime.memory.kv_plan import CONTEXT_BYTES, KvSizes, plan_kv
@@ -33,6 +36,7 @@ from runtime.memory.weights import OnProgress
 from runtime.model.config import ModelConfig
 from runtime.model.description import check_dtype, read_model
 from snapshots.loader import LoadReport
+from snapshots.profiles import StepSize
 
 # On an H200, products of the tokens between these take as long as those of the next size, or longer.
 STEP = 64
@@ -84,6 +88,7 @@ class GpuRunner:
         self._model: GpuLlama | None = None
         self._kv_slab: Slab | None = None
         self._kv_cache = torch.empty(0)
+        self.kernels = KernelCache()
         self._late_compilations = LateCompilations()
         self._is_warm = False
         self._work = WorkMemory(self._device)
@@ -254,6 +259,21 @@ class GpuRunner:
             pending.choose(warm_up_masks(batch, self.vocab_size))
             pending.wait()
             self._rows.retire(tuple(item.number for item in batch.sequences))
+
+    def environment(self) -> dict[str, str]:
+        """Return what of machine and software its profile depends on."""
+        return gpu_environment() if self._device.is_gpu else cpu_environment()
+
+    def prefer_steps(self, steps: Sequence[StepSize]) -> None:
+        """Capture the graphs of these shapes first, in this order."""
+        self._graphs.prefer(StepShape(step.num_tokens, step.num_tiles) for step in steps)
+
+    def used_steps(self) -> Sequence[StepSize]:
+        """Return the shapes of steps that were run, most used first."""
+        return [
+            StepSize(num_tokens=shape.num_tokens, num_tiles=shape.num_tiles, count=count)
+            for shape, count in self._graphs.most_used()
+        ]
 
     def use_idle_time(self) -> bool:
         """Capture one more CUDA graph, which takes some milliseconds; return whether one was."""

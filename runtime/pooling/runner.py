@@ -17,6 +17,8 @@ from runtime.cpu.linear import is_packing_faster
 from runtime.cpu.packing import Packer
 from runtime.cpu.threads import usable_cores
 from runtime.engine.pooling import Pooled, PoolingMode, PoolingRequest
+from runtime.engine_api import NothingCompiled
+from runtime.environment import cpu_environment, gpu_environment
 from runtime.errors import LoadFailed
 from runtime.linux import resident_bytes
 from runtime.memory.slab import trim_malloc
@@ -36,7 +38,7 @@ NOT_FINITE = "the model computed a vector that is not finite"
 ModelMaker = Callable[[PartBuilder], TextModel]
 
 
-class PoolingRunner:
+class PoolingRunner(NothingCompiled):
     """Brings a model into memory and out again, and embeds texts in between.
 
     Args:
@@ -155,6 +157,10 @@ class PoolingRunner:
                 model.packables, num_threads=self._num_cores, discard=self._weights.discard
             )
         return report
+
+    def environment(self) -> dict[str, str]:
+        """Return what of machine and software its profile depends on."""
+        return cpu_environment() if self._device == "cpu" else gpu_environment()
 
     def allocate_kv(self) -> int:
         """Do nothing; return the number of blocks, which is 0."""

@@ -304,6 +304,12 @@ class RuntimeClient:
         with _translated():
             await self._stub.Unload(pb.UnloadRequest(), timeout=timeout_s)
 
+    async def profile(self, *, with_kernels: bool, timeout_s: float) -> pb.ProfileResponse:
+        """Return what the engine has learned for later starts of its snapshot."""
+        request = pb.ProfileRequest(with_kernels=with_kernels)
+        with _translated():
+            return await self._stub.Profile(request, timeout=timeout_s)
+
     async def health(self, *, timeout_s: float) -> pb.RuntimeStatus:
         """Return one status."""
         with _translated():

@@ -314,6 +314,7 @@ class LoadResponse(_message.Message):
     MEMORY_FIELD_NUMBER: _builtins.int
     MAX_MODEL_LEN_FIELD_NUMBER: _builtins.int
     NUM_KV_BLOCKS_FIELD_NUMBER: _builtins.int
+    PROFILE_FIELD_NUMBER: _builtins.int
     max_model_len: _builtins.int
     """the limit in force, tokens"""
     num_kv_blocks: _builtins.int
@@ -321,6 +322,8 @@ class LoadResponse(_message.Message):
     def phases(self) -> _containers.RepeatedCompositeFieldContainer[Global___Phase]: ...
     @_builtins.property
     def memory(self) -> Global___Memory: ...
+    @_builtins.property
+    def profile(self) -> Global___ProfileUse: ...
     def __init__(
         self,
         *,
@@ -328,14 +331,48 @@ class LoadResponse(_message.Message):
         memory: Global___Memory | None = ...,
         max_model_len: _builtins.int = ...,
         num_kv_blocks: _builtins.int = ...,
+        profile: Global___ProfileUse | None = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _typing.Literal["memory", b"memory"]  # noqa: Y015
+    _HasFieldArgType: _TypeAlias = _typing.Literal["memory", b"memory", "profile", b"profile"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["max_model_len", b"max_model_len", "memory", b"memory", "num_kv_blocks", b"num_kv_blocks", "phases", b"phases"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["max_model_len", b"max_model_len", "memory", b"memory", "num_kv_blocks", b"num_kv_blocks", "phases", b"phases", "profile", b"profile"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
 Global___LoadResponse: _TypeAlias = LoadResponse  # noqa: Y015
+
+@_typing.final
+class ProfileUse(_message.Message):
+    """Whether a start could use what an earlier one had left in the snapshot."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    KEY_FIELD_NUMBER: _builtins.int
+    IS_USED_FIELD_NUMBER: _builtins.int
+    REASON_FIELD_NUMBER: _builtins.int
+    NUM_COMPILATIONS_FIELD_NUMBER: _builtins.int
+    key: _builtins.str
+    """of the profile that fits this machine and configuration"""
+    is_used: _builtins.bool
+    reason: _builtins.str
+    """why it is not"""
+    num_compilations: _builtins.int
+    """kernels compiled by the start; 0 with a complete profile"""
+    def __init__(
+        self,
+        *,
+        key: _builtins.str = ...,
+        is_used: _builtins.bool = ...,
+        reason: _builtins.str = ...,
+        num_compilations: _builtins.int = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["is_used", b"is_used", "key", b"key", "num_compilations", b"num_compilations", "reason", b"reason"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___ProfileUse: _TypeAlias = ProfileUse  # noqa: Y015
 
 @_typing.final
 class SamplingParams(_message.Message):
@@ -926,6 +963,148 @@ class WakeResponse(_message.Message):
 Global___WakeResponse: _TypeAlias = WakeResponse  # noqa: Y015
 
 @_typing.final
+class ProfileRequest(_message.Message):
+    DESCRIPTOR: _descriptor.Descriptor
+
+    WITH_KERNELS_FIELD_NUMBER: _builtins.int
+    with_kernels: _builtins.bool
+    """else sizes only"""
+    def __init__(
+        self,
+        *,
+        with_kernels: _builtins.bool = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["with_kernels", b"with_kernels"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___ProfileRequest: _TypeAlias = ProfileRequest  # noqa: Y015
+
+@_typing.final
+class StepSize(_message.Message):
+    """A shape of steps and how often it was run."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    NUM_TOKENS_FIELD_NUMBER: _builtins.int
+    NUM_TILES_FIELD_NUMBER: _builtins.int
+    COUNT_FIELD_NUMBER: _builtins.int
+    num_tokens: _builtins.int
+    """padding included"""
+    num_tiles: _builtins.int
+    """of chunks of prompts; 0 if every sequence decodes"""
+    count: _builtins.int
+    def __init__(
+        self,
+        *,
+        num_tokens: _builtins.int = ...,
+        num_tiles: _builtins.int = ...,
+        count: _builtins.int = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["count", b"count", "num_tiles", b"num_tiles", "num_tokens", b"num_tokens"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___StepSize: _TypeAlias = StepSize  # noqa: Y015
+
+@_typing.final
+class KernelFile(_message.Message):
+    """A file of the kernel compiler's cache."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    PATH_FIELD_NUMBER: _builtins.int
+    CONTENT_FIELD_NUMBER: _builtins.int
+    path: _builtins.str
+    """entry/name"""
+    content: _builtins.bytes
+    def __init__(
+        self,
+        *,
+        path: _builtins.str = ...,
+        content: _builtins.bytes = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["content", b"content", "path", b"path"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___KernelFile: _TypeAlias = KernelFile  # noqa: Y015
+
+@_typing.final
+class ProfileResponse(_message.Message):
+    DESCRIPTOR: _descriptor.Descriptor
+
+    @_typing.final
+    class FingerprintEntry(_message.Message):
+        DESCRIPTOR: _descriptor.Descriptor
+
+        KEY_FIELD_NUMBER: _builtins.int
+        VALUE_FIELD_NUMBER: _builtins.int
+        key: _builtins.str
+        value: _builtins.str
+        def __init__(
+            self,
+            *,
+            key: _builtins.str = ...,
+            value: _builtins.str = ...,
+        ) -> None: ...
+        _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+        def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+        _ClearFieldArgType: _TypeAlias = _typing.Literal["key", b"key", "value", b"value"]  # noqa: Y015
+        def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+        def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+    FINGERPRINT_FIELD_NUMBER: _builtins.int
+    WEIGHTS_BYTES_FIELD_NUMBER: _builtins.int
+    KV_CACHE_BYTES_FIELD_NUMBER: _builtins.int
+    NUM_KV_BLOCKS_FIELD_NUMBER: _builtins.int
+    MAX_MODEL_LEN_FIELD_NUMBER: _builtins.int
+    STEPS_FIELD_NUMBER: _builtins.int
+    KERNELS_FIELD_NUMBER: _builtins.int
+    weights_bytes: _builtins.int
+    """when it was loaded, here and below"""
+    kv_cache_bytes: _builtins.int
+    num_kv_blocks: _builtins.int
+    max_model_len: _builtins.int
+    """tokens"""
+    @_builtins.property
+    def fingerprint(self) -> _containers.ScalarMap[_builtins.str, _builtins.str]:
+        """what it holds for: machine, versions, configuration"""
+
+    @_builtins.property
+    def steps(self) -> _containers.RepeatedCompositeFieldContainer[Global___StepSize]:
+        """most used first"""
+
+    @_builtins.property
+    def kernels(self) -> _containers.RepeatedCompositeFieldContainer[Global___KernelFile]:
+        """at most 48 MiB"""
+
+    def __init__(
+        self,
+        *,
+        fingerprint: _abc.Mapping[_builtins.str, _builtins.str] | None = ...,
+        weights_bytes: _builtins.int = ...,
+        kv_cache_bytes: _builtins.int = ...,
+        num_kv_blocks: _builtins.int = ...,
+        max_model_len: _builtins.int = ...,
+        steps: _abc.Iterable[Global___StepSize] | None = ...,
+        kernels: _abc.Iterable[Global___KernelFile] | None = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["fingerprint", b"fingerprint", "kernels", b"kernels", "kv_cache_bytes", b"kv_cache_bytes", "max_model_len", b"max_model_len", "num_kv_blocks", b"num_kv_blocks", "steps", b"steps", "weights_bytes", b"weights_bytes"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___ProfileResponse: _TypeAlias = ProfileResponse  # noqa: Y015
+
+@_typing.final
 class UnloadRequest(_message.Message):
     DESCRIPTOR: _descriptor.Descriptor
 
@@ -1042,6 +1221,7 @@ class RuntimeStatus(_message.Message):
     BUILD_FIELD_NUMBER: _builtins.int
     OWNER_FIELD_NUMBER: _builtins.int
     DEVICE_UUIDS_FIELD_NUMBER: _builtins.int
+    PROFILE_FIELD_NUMBER: _builtins.int
     state: Global___RuntimeState.ValueType
     runtime_id: _builtins.str
     snapshot: _builtins.str
@@ -1071,6 +1251,10 @@ class RuntimeStatus(_message.Message):
     def device_uuids(self) -> _containers.RepeatedScalarFieldContainer[_builtins.str]:
         """the engine's"""
 
+    @_builtins.property
+    def profile(self) -> Global___ProfileUse:
+        """of the engine's start"""
+
     def __init__(
         self,
         *,
@@ -1088,10 +1272,11 @@ class RuntimeStatus(_message.Message):
         build: _builtins.str = ...,
         owner: Global___Owner | None = ...,
         device_uuids: _abc.Iterable[_builtins.str] | None = ...,
+        profile: Global___ProfileUse | None = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _typing.Literal["load", b"load", "memory", b"memory", "owner", b"owner"]  # noqa: Y015
+    _HasFieldArgType: _TypeAlias = _typing.Literal["load", b"load", "memory", b"memory", "owner", b"owner", "profile", b"profile"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["build", b"build", "device_uuids", b"device_uuids", "engine_pid", b"engine_pid", "error", b"error", "heartbeat_age_s", b"heartbeat_age_s", "last_active_unix_us", b"last_active_unix_us", "load", b"load", "max_model_len", b"max_model_len", "memory", b"memory", "owner", b"owner", "phases", b"phases", "runtime_id", b"runtime_id", "snapshot", b"snapshot", "state", b"state"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["build", b"build", "device_uuids", b"device_uuids", "engine_pid", b"engine_pid", "error", b"error", "heartbeat_age_s", b"heartbeat_age_s", "last_active_unix_us", b"last_active_unix_us", "load", b"load", "max_model_len", b"max_model_len", "memory", b"memory", "owner", b"owner", "phases", b"phases", "profile", b"profile", "runtime_id", b"runtime_id", "snapshot", b"snapshot", "state", b"state"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 

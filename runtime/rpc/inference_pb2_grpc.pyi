@@ -60,6 +60,8 @@ class RuntimeServiceStub:
     """Pushes a status now, after every change of state or load, and after some seconds without
     one. A slow reader misses the statuses in between, never the newest.
     """
+    Profile: _grpc.UnaryUnaryMultiCallable[_inference_pb2.ProfileRequest, _inference_pb2.ProfileResponse]
+    """What this engine has learned that makes later starts of its snapshot faster."""
     Health: _grpc.UnaryUnaryMultiCallable[_inference_pb2.HealthRequest, _inference_pb2.RuntimeStatus]
     """One status, answered by the runtime server even when the engine hangs or is dead."""
 
@@ -91,6 +93,8 @@ class RuntimeServiceAsyncStub(RuntimeServiceStub):
     """Pushes a status now, after every change of state or load, and after some seconds without
     one. A slow reader misses the statuses in between, never the newest.
     """
+    Profile: _aio.UnaryUnaryMultiCallable[_inference_pb2.ProfileRequest, _inference_pb2.ProfileResponse]  # type: ignore[assignment]
+    """What this engine has learned that makes later starts of its snapshot faster."""
     Health: _aio.UnaryUnaryMultiCallable[_inference_pb2.HealthRequest, _inference_pb2.RuntimeStatus]  # type: ignore[assignment]
     """One status, answered by the runtime server even when the engine hangs or is dead."""
 
@@ -167,6 +171,14 @@ class RuntimeServiceServicer(metaclass=_abc_1.ABCMeta):
         """Pushes a status now, after every change of state or load, and after some seconds without
         one. A slow reader misses the statuses in between, never the newest.
         """
+
+    @_abc_1.abstractmethod
+    def Profile(
+        self,
+        request: _inference_pb2.ProfileRequest,
+        context: _ServicerContext,
+    ) -> _typing.Union[_inference_pb2.ProfileResponse, _abc.Awaitable[_inference_pb2.ProfileResponse]]:
+        """What this engine has learned that makes later starts of its snapshot faster."""
 
     @_abc_1.abstractmethod
     def Health(

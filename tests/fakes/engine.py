@@ -22,7 +22,7 @@ from runtime.engine.sequence import (
     SequenceRequest,
     StepResult,
 )
-from runtime.engine_api import OnProgress
+from runtime.engine_api import NothingCompiled, OnProgress
 from runtime.errors import InvalidSequence, SnapshotDamaged
 
 VOCAB_SIZE = 1 << 31
@@ -44,6 +44,7 @@ class Script:
     step_s: float = 0.001
     max_model_len: int = 1 << 22
     offset: int = 0
+    device: str = "pretended"
 
     def write(self, snapshot: Path) -> None:
         """Make a directory look like a snapshot."""
@@ -76,7 +77,7 @@ class FakeFigures:
     num_late_compilations: int = 0
 
 
-class FakeRunner:
+class FakeRunner(NothingCompiled):
     """Holds real memory, so that giving it back can be seen from outside."""
 
     def __init__(self, script: Script, config: EngineConfig) -> None:
@@ -119,6 +120,9 @@ class FakeRunner:
 
     def warm_up(self) -> None:
         pass
+
+    def environment(self) -> dict[str, str]:
+        return {"device": self.script.device}
 
     def allocate_kv(self) -> int:
         self._kv_cache = _touched(self.script.kv_cache_bytes)

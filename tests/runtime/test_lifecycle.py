@@ -58,9 +58,7 @@ async def test_the_imports_lead_to_standby(server: Process) -> None:
 
 async def test_a_load_reports_phases_memory_and_limits(server: Process) -> None:
     response = await server.load(Script(weights_bytes=8 * MIB, kv_cache_bytes=4 * MIB))
-    names = (
-        "runtime_import fork open weights_map kv_alloc warm_up weights_read weights_verify build"
-    )
+    names = "runtime_import fork open profile weights_map kv_alloc warm_up weights_read weights_verify build"
     assert [phase.name for phase in response.phases] == names.split()
     assert response.memory.weights_bytes == 8 * MIB
     assert response.memory.kv_cache_bytes == 4 * MIB

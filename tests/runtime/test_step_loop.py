@@ -5,11 +5,13 @@ import threading
 import time
 from collections.abc import Iterator
 from dataclasses import dataclass, field
+from pathlib import Path
 
 import pytest
 
 from runtime.config import EngineConfig
 from runtime.ipc import Frame, FrameKind, FrameSocket, PeerClosed
+from runtime.profile import EngineProfile
 from runtime.rpc import inference_pb2 as pb
 from runtime.step_loop import IDLE_AFTER_S, StepLoop
 from tests.fakes.engine import FakeEngine, FakeRunner, Script
@@ -57,7 +59,10 @@ def peer() -> Iterator[Peer]:
     engine = PatientEngine(runner)
 
     def serve() -> None:
-        loop = StepLoop(FrameSocket(theirs), engine=engine, runner=runner, device_uuids=())
+        profile = EngineProfile(Path("/nonexistent"), config, runner)
+        loop = StepLoop(
+            FrameSocket(theirs), engine=engine, runner=runner, profile=profile, device_uuids=()
+        )
         with pytest.raises(PeerClosed):
             loop.run()
 
