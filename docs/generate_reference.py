@@ -17,6 +17,7 @@ import typer.main
 import snapshots.cli
 import snapshots.exit_codes
 from controller import errors
+from controller.cli import profile
 from controller.cli.app import app
 from controller.cli.errors import EXIT_CODES
 from controller.gateway.schemas.base import ApiBody, Neutral
@@ -303,7 +304,7 @@ def cli_page() -> str:
         "",
         "Data goes to stdout, everything else to stderr. A failure is told as `error: …`, with a "
         "`hint: …` where there is one. `-o json` prints one JSON document. `coldspark snapshots …` works without a "
-        "controller; its variables are `SNAPSHOTS_STORE` and `SNAPSHOTS_OUTPUT`, by default the "
+        "controller, all but `profile`; its variables are `SNAPSHOTS_STORE` and `SNAPSHOTS_OUTPUT`, by default the "
         "controller's store and `COLDSPARK_OUTPUT`.",
         "",
         "## Exit codes",
@@ -319,6 +320,7 @@ def cli_page() -> str:
     commands = dict(_commands(group, "coldspark"))
     del commands["coldspark snapshots"]
     commands |= _commands(typer.main.get_command(snapshots.cli.app), "coldspark snapshots")
+    commands["coldspark snapshots profile"] = typer.main.get_command(profile.app)
     for name, command in sorted(commands.items()):
         usage = " ".join([name, *(_usage(parameter) for parameter in command.params)])
         lines += ["", f"## {name}", "", str(command.help), "", "```", usage.strip(), "```"]

@@ -16,6 +16,7 @@ from snapshots.builder import BuildOptions, BuildReport, build
 from snapshots.errors import SnapshotError
 from snapshots.exit_codes import EXIT_CODES, ExitCode, exit_code_of
 from snapshots.output import OutputFormat, OutputOption, print_json, print_table, size
+from snapshots.profiles import read_profiles
 from snapshots.progress import Phase, Progress
 from snapshots.reporters import ProgressStyle, print_event, reporter
 from snapshots.sources.resolve import resolve_source
@@ -147,7 +148,8 @@ def inspect(
     slots = _first_rank(snapshot) if tensors else {}
     if output is OutputFormat.JSON:
         facts = asdict(snapshot.manifest) | {"ref": snapshot.ref, "path": str(snapshot.path)}
-        print_json(facts | {"pins": pins} | ({"tensors": slots} if tensors else {}))
+        facts |= {"pins": pins, "profiles": [asdict(one) for one in read_profiles(snapshot.path)]}
+        print_json(facts | ({"tensors": slots} if tensors else {}))
         return
     manifest = snapshot.manifest
     source = manifest.source
@@ -161,6 +163,7 @@ def inspect(
             ["dtype", manifest.dtype],
             ["ranks", ", ".join(map(str, manifest.tensor_parallel_sizes))],
             ["pins", ", ".join(pins) or "none"],
+            *(["profile", f"{one['key']} of {one['device']}"] for one in _profiles(snapshot)),
         ],
     )
     print_table(
@@ -183,7 +186,10 @@ def list_command(store: StoreOption, output: OutputOption = OutputFormat.TABLE) 
     pins = [list(snapshots.pins(snapshot.ref)) for snapshot in found]
     broken, quarantined = snapshots.broken(), snapshots.quarantined()
     if output is OutputFormat.JSON:
-        rows = [_summary(snapshot) | {"pins": p} for snapshot, p in zip(found, pins, strict=True)]
+        rows = [
+            _summary(snapshot) | {"pins": p, "profiles": _profiles(snapshot)}
+            for snapshot, p in zip(found, pins, strict=True)
+        ]
         print_json(
             {
                 "snapshots": rows,
@@ -193,7 +199,7 @@ def list_command(store: StoreOption, output: OutputOption = OutputFormat.TABLE) 
         )
         return
     print_table(
-        ["snapshot", "dtype", "ranks", "size", "pins", "source"],
+        ["snapshot", "dtype", "ranks", "size", "pins", "profiles", "source"],
         [
             [
                 snapshot.ref,
@@ -201,6 +207,7 @@ def list_command(store: StoreOption, output: OutputOption = OutputFormat.TABLE) 
                 ", ".join(map(str, snapshot.manifest.tensor_parallel_sizes)),
                 size(snapshot.manifest.size_bytes),
                 ", ".join(owners),
+                ", ".join(dict.fromkeys(one["device"] for one in _profiles(snapshot))),
                 snapshot.manifest.source.location,
             ]
             for snapshot, owners in zip(found, pins, strict=True)
@@ -307,6 +314,13 @@ def _summary(snapshot: Snapshot) -> dict[str, Any]:
         "size_bytes": manifest.size_bytes,
         "source": manifest.source.location,
     }
+
+
+def _profiles(snapshot: Snapshot) -> list[dict[str, str]]:
+    return [
+        {"key": profile.key, "device": profile.fingerprint.get("device", "unknown")}
+        for profile in read_profiles(snapshot.path)
+    ]
 
 
 def _first_rank(snapshot: Snapshot) -> dict[str, dict[str, Any]]:

@@ -243,8 +243,11 @@ class SnapshotStore:
             SnapshotNotFound: It has just been collected or taken out of use.
             OSError: The store cannot be written to.
         """
+        path = self.root / ref
         with self._collecting(shared=True):
-            write_profile(self.get(ref).path, profile, kernels)
+            if not (_REF.fullmatch(ref) and (path / MANIFEST_FILE).is_file()):
+                raise SnapshotNotFound(f"no snapshot {ref!r} in {self.root}")
+            write_profile(path, profile, kernels)
 
     def _set_aside(self, path: Path, reason: str) -> Path:
         target = self.root / ".quarantine" / path.name

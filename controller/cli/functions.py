@@ -119,8 +119,14 @@ def _replica_row(replica: View) -> Sequence[object]:
         human_bytes(memory.get("kv_cache_bytes")),
         human_bytes(memory.get("host_rss_bytes")),
         " ".join(replica["devices"]),
-        replica["last_error"] or memory.get("kept_reason"),
+        replica["last_error"] or memory.get("kept_reason") or _profile_note(replica),
     )
+
+
+def _profile_note(replica: View) -> str | None:
+    """Return why a start could not use its snapshot's profile, if it could not."""
+    use = replica.get("profile")
+    return None if not use or use["is_used"] else f"started without a profile: {use['reason']}"
 
 
 def _cold_start_row(start: View) -> Sequence[object]:

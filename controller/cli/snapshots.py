@@ -1,4 +1,7 @@
-"""`coldspark snapshots …`: handed to `python -m snapshots`, which may import torch."""
+"""`coldspark snapshots …`: handed to `python -m snapshots`, which may import torch.
+
+All but `profile`, which is the controller's to do.
+"""
 
 import os
 import subprocess
@@ -7,7 +10,10 @@ from typing import Any
 
 import typer
 
+from controller.cli import profile
+from controller.cli.connection import Connection
 from controller.cli.errors import ExitCode
+from controller.cli.output import note
 from controller.cli.up import read_settings
 
 # `--help` too belongs to the program behind.
@@ -18,7 +24,17 @@ PASS_THROUGH: dict[str, Any] = {
 
 
 def snapshots(context: typer.Context) -> None:
-    """Build, verify, inspect, list and collect snapshots (`coldspark snapshots --help`)."""
+    """Build, verify, inspect, list, profile and collect snapshots (`coldspark snapshots --help`)."""
+    if context.args[:1] == ["profile"]:
+        profile.app(
+            context.args[1:],
+            prog_name="coldspark snapshots profile",
+            standalone_mode=False,
+            obj=context.find_object(Connection),
+        )
+        return
+    if context.args in ([], ["--help"]):
+        note("`coldspark snapshots profile FUNCTION --help` is beside what follows")
     raise typer.Exit(_run([sys.executable, "-m", "snapshots", *context.args], _environment()))
 
 

@@ -1,18 +1,21 @@
 """What one function tells the ledger, the journal and the metrics."""
 
-from collections import Counter
+from collections import Counter, defaultdict, deque
+from collections.abc import Collection
 from decimal import Decimal
+from statistics import median
 from typing import TYPE_CHECKING
 
 import structlog
 
 from controller.clock import unix_us
 from controller.ledger.intervals import LedgerState
-from controller.scaling.activation import Activation, PhaseTiming
+from controller.scaling.activation import Activation, ColdStart, PhaseTiming
 from controller.scaling.generation import GenerationRecord
 from controller.scaling.journal import TransitionEntry, UsageEntry
 from controller.scaling.lifecycle import ReplicaState, Tier, Transition
 from controller.scaling.replica import Replica
+from snapshots.profiles import ColdStartTimes
 
 if TYPE_CHECKING:
     from controller.scaling.function import Function
@@ -30,7 +33,12 @@ LEDGER_STATES = {
 """What a replica's state is to the ledger; ready is active or idle by its leases."""
 
 DEFAULT_ETA_S = {"parked": 1.0, "standby": 2.0, "stopped": 6.0}
-"""Expected cold starts before any has been measured."""
+"""Expected cold starts before any has been measured, here or by whoever made the profile."""
+
+WAITS = frozenset({"queue", "room"})
+"""Phases that tell of others, and nothing of how long a replica takes to come up."""
+
+NUM_LATEST = 20  # cold starts whose medians are kept
 
 
 class Books:
@@ -42,6 +50,9 @@ class Books:
         self._activations: dict[str, Activation] = {}
         self._last: dict[str, Activation] = {}
         self._cold_s: dict[str, float] = {}
+        self._latest: defaultdict[str, deque[ColdStart]] = defaultdict(
+            lambda: deque(maxlen=NUM_LATEST)
+        )
 
     @property
     def rate_usd_per_hour(self) -> Decimal:
@@ -92,12 +103,22 @@ class Books:
 
     def eta_s(self, tier: str, waited_s: float) -> float | None:
         """Return the expected rest of a cold start after some seconds of waiting."""
-        expected = self._cold_s.get(tier, DEFAULT_ETA_S.get(tier))
-        return None if expected is None else max(expected - waited_s, 0.1)
+        expected = self._cold_s.get(tier) or self.reload_s(tier)
+        return max(expected - waited_s, 0.1) if expected else None
 
-    def expected_s(self, tier: str) -> float:
-        """Return how long bringing a replica up from a tier takes, as far as it is known."""
-        return self._cold_s.get(tier, DEFAULT_ETA_S.get(tier, 0.0))
+    def reload_s(self, tier: str) -> float:
+        """Return how long bringing a replica up from a tier takes, waits for others left out.
+
+        The median of those seen here, else what the snapshot's profile says, else a guess.
+        """
+        if latest := self._latest.get(tier):
+            return median(map(_own_s, latest))
+        known = self._function.deployment.reload_s.get(tier)
+        return DEFAULT_ETA_S.get(tier, 0.0) if known is None else known
+
+    def cold_start_times(self) -> dict[str, ColdStartTimes]:
+        """Return the medians of the cold starts seen here, by tier."""
+        return {tier: _times(latest) for tier, latest in self._latest.items()}
 
     def publish(self) -> None:
         """Tell everybody the moves made since the last time."""
@@ -170,6 +191,7 @@ class Books:
         )
         if outcome != "failed":
             tier, seconds = cold_start.from_tier, cold_start.total_s
+            self._latest[tier].append(cold_start)
             self._cold_s[tier] = 0.5 * (self._cold_s.get(tier, seconds) + seconds)
         self._node.journal.add(cold_start)
         self._node.metrics.cold_start_finished(
@@ -179,3 +201,21 @@ class Books:
             seconds=cold_start.total_s,
             phases={phase.name: phase.seconds for phase in cold_start.phases},
         )
+
+
+def _own_s(cold_start: ColdStart) -> float:
+    waits = (phase.seconds for phase in cold_start.phases if phase.name in WAITS)
+    return cold_start.total_s - sum(waits)
+
+
+def _times(cold_starts: Collection[ColdStart]) -> ColdStartTimes:
+    phases: defaultdict[str, list[float]] = defaultdict(list)
+    for cold_start in cold_starts:
+        for phase in cold_start.phases:
+            if phase.name not in WAITS:
+                phases[phase.name].append(phase.seconds)
+    return ColdStartTimes(
+        count=len(cold_starts),
+        total_s=round(median(map(_own_s, cold_starts)), 6),
+        phases={name: round(median(seconds), 6) for name, seconds in phases.items()},
+    )

@@ -12,6 +12,7 @@ from controller.scaling.placement import Demand, demand_of
 from functions.spec import FunctionSpec, revision
 from snapshots.errors import SnapshotError
 from snapshots.manifest import Manifest, rank_path
+from snapshots.profiles import read_profiles
 from snapshots.store import MANIFEST_FILE
 
 
@@ -29,6 +30,7 @@ class Deployment:
         pooling: How it embeds; None for one that generates.
         demand: What each replica needs of its devices.
         weight_files: Size of each file that a load reads, in bytes, by path.
+        reload_s: Seconds that bringing a replica up took earlier, by the tier it came from.
     """
 
     spec: FunctionSpec
@@ -40,6 +42,7 @@ class Deployment:
     demand: Demand
     pooling: Pooling | None = None
     weight_files: Mapping[str, int] = field(default_factory=dict)
+    reload_s: Mapping[str, float] = field(default_factory=dict)
 
 
 def deployment_of(spec: FunctionSpec, backend: str, snapshot: Path) -> Deployment:
@@ -72,7 +75,16 @@ def deployment_of(spec: FunctionSpec, backend: str, snapshot: Path) -> Deploymen
             working_bytes=None if pooling is None else _working_bytes(spec, pooling, max_model_len),
         ),
         weight_files=_weight_files(snapshot, spec.engine.tensor_parallel_size),
+        reload_s=_reload_s(snapshot, on_gpu=spec.resources.gpus > 0),
     )
+
+
+def _reload_s(snapshot: Path, *, on_gpu: bool) -> dict[str, float]:
+    """Return what the newest profile says of such a device; only a runtime knows if it fits."""
+    for profile in read_profiles(snapshot):
+        if ("compute capability" in profile.fingerprint) == on_gpu:
+            return {tier: times.total_s for tier, times in profile.cold_starts.items()}
+    return {}
 
 
 def _weight_files(snapshot: Path, tensor_parallel_size: int) -> dict[str, int]:

@@ -207,6 +207,7 @@ class Effects:
             link.freed_bytes = response.freed_bytes
             function.set.parked(replica, now=function.clock.monotonic())
             function.tenancy.parked(replica, response.memory.kept_bytes)
+            function.profiles.parked(replica)
         function.changed()
 
     async def stop(self, replica: Replica) -> None:

@@ -25,6 +25,7 @@ from controller.scaling.lifecycle import COMING, ENDING, Lifecycle, ReplicaState
 from controller.scaling.link import RuntimeConnection, RuntimeLink, SequenceStream
 from controller.scaling.node import Home, Node
 from controller.scaling.policy import Floor, replica_floor
+from controller.scaling.profiles import Profiles
 from controller.scaling.replica import (
     Instruction,
     ParkReplica,
@@ -77,6 +78,7 @@ class Function:
         self.books = Books(self)
         self.tenancy = Tenancy(self)
         self.engines = EngineFigures(deployment.spec.name, node.metrics)
+        self.profiles = Profiles(self)
         self._effects = Effects(self)
         self._warming: asyncio.Task[None] | None = None
         self._live: set[LiveRequest] = set()
@@ -199,6 +201,7 @@ class Function:
             if (drained := self._drained.get(replica.id)) is not None:
                 drained.set()
             self.node.contention.look_again()
+            self.profiles.idle(replica)
         self.books.account(replica)
         self.poke()
 
@@ -255,6 +258,7 @@ class Function:
             self._refuse_waiters()
             if self._warming is not None:
                 self._warming.cancel()
+            await self.profiles.close()
             await self._effects.close()
 
     def poke(self) -> None:

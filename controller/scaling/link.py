@@ -50,6 +50,9 @@ class RuntimeConnection(Protocol):
     async def wake(self, device_uuids: Sequence[str], *, timeout_s: float) -> pb.WakeResponse:
         """Reverse a park."""
 
+    async def profile(self, *, with_kernels: bool, timeout_s: float) -> pb.ProfileResponse:
+        """Return what the engine has learned for later starts."""
+
     async def unload(self, *, timeout_s: float) -> None:
         """End the engine; the runtime stays."""
 

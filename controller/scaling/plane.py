@@ -45,7 +45,7 @@ from controller.scaling.reconcile import (
     replace_silent,
 )
 from controller.scaling.replica_log import replica_log
-from controller.scaling.views import entry_view
+from controller.scaling.views import entry_view, profile_view
 from functions.spec import FunctionSpec, revision
 from runtime.version import VERSION
 from snapshots.errors import SnapshotError
@@ -266,6 +266,12 @@ class ControlPlane:
     async def stop_function(self, name: str) -> None:
         """Drain and remove every replica; the function stays deployed."""
         await self._servable(self._entry(name)).stop()
+
+    async def profile(self, name: str) -> dict[str, Any]:
+        """Keep what a replica has learned beside the snapshot, and return the profile."""
+        function = self._servable(self._entry(name))
+        profile = await function.profiles.record()
+        return profile_view(function.deployment.snapshot, profile)
 
     def logs(self, name: str, *, tail: int, follow: bool) -> AsyncIterator[str]:
         """Return log lines of a function's replicas, one replica after the other.

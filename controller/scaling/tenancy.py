@@ -100,7 +100,7 @@ class Tenancy:
                 state=replica.state,
                 kept_bytes=self._kept_bytes(replica),
                 value_s=reuse
-                * function.books.expected_s(_TIER_AFTER.get(replica.state, Tier.STOPPED)),
+                * function.books.reload_s(_TIER_AFTER.get(replica.state, Tier.STOPPED)),
                 resident_s=now - replica.lifecycle.since,
                 idle_s=now - replica.idle_since,
                 is_busy=replica.in_flight > 0 or (has_queue and not replica.is_yielding),

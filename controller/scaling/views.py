@@ -1,5 +1,6 @@
 """Functions as the admin API and the dashboard show them: plain JSON values."""
 
+from dataclasses import asdict
 from typing import Any
 
 from controller.scaling.entry import Entry
@@ -7,6 +8,8 @@ from controller.scaling.function import Function
 from controller.scaling.lifecycle import ReplicaState, Tier
 from controller.scaling.replica import Replica
 from functions.spec import revision
+from runtime.rpc import inference_pb2 as pb
+from snapshots.profiles import Profile
 
 
 def entry_view(entry: Entry) -> dict[str, Any]:
@@ -46,6 +49,34 @@ def function_view(function: Function) -> dict[str, Any]:
     }
 
 
+def profile_view(snapshot: str, profile: Profile) -> dict[str, Any]:
+    """Return what a snapshot's profile says; of its kernels, only how much they are."""
+    return {
+        "snapshot": snapshot,
+        "key": profile.key,
+        "fingerprint": dict(profile.fingerprint),
+        "memory": asdict(profile.memory),
+        "steps": [asdict(step) for step in profile.steps],
+        "kernels": {
+            "num_files": len(profile.kernels),
+            "size_bytes": sum(file.size_bytes for file in profile.kernels),
+        },
+        "cold_starts": {tier: asdict(times) for tier, times in profile.cold_starts.items()},
+    }
+
+
+def _profile_use(use: pb.ProfileUse) -> dict[str, Any] | None:
+    """Return whether a start could use its snapshot's profile; None before it has said so."""
+    if not use.key:
+        return None
+    return {
+        "key": use.key,
+        "is_used": use.is_used,
+        "reason": use.reason,
+        "num_compilations": use.num_compilations,
+    }
+
+
 def replica_view(function: Function, replica: Replica) -> dict[str, Any]:
     """Return what can be said about one replica."""
     link = function.links.get(replica.id)
@@ -69,6 +100,7 @@ def replica_view(function: Function, replica: Replica) -> dict[str, Any]:
             "host_rss_bytes": memory.host_rss_bytes,
             "kept_reason": memory.kept_reason,
         },
+        "profile": None if link is None else _profile_use(link.status.profile),
         "last_error": None if link is None else link.status.error or None,
         "history": [
             {"state": str(move.target), "reason": move.reason} for move in replica.lifecycle.history

@@ -41,6 +41,8 @@ class FakeRuntime:
     kept_bytes: int = 0
     park_modes: list[int] = field(default_factory=list)
     heartbeat_age_s: float = 0.0
+    profile: pb.ProfileUse | None = None
+    learned: pb.ProfileResponse = field(default_factory=pb.ProfileResponse)
     owner: pb.Owner | None = None
     device_uuids: list[str] = field(default_factory=list)
 
@@ -54,6 +56,7 @@ class FakeRuntime:
             state=self.state,  # type: ignore[arg-type]  # the stubs want the enum type
             memory=pb.Memory(weights_bytes=held),
             heartbeat_age_s=self.heartbeat_age_s,
+            profile=self.profile,
         )
 
     def enter(self, state: int) -> None:
@@ -198,6 +201,15 @@ class FakeConnection:
         await self._runtime.work("wake", self._runtime.wake_s)
         self._runtime.enter(pb.RUNTIME_STATE_READY)
         return pb.WakeResponse(phases=[pb.Phase(name="read", seconds=self._runtime.wake_s)])
+
+    async def profile(self, *, with_kernels: bool, timeout_s: float) -> pb.ProfileResponse:
+        """Say what was learned."""
+        await self._runtime.work("profile with kernels" if with_kernels else "profile", 0.0)
+        learned = pb.ProfileResponse()
+        learned.CopyFrom(self._runtime.learned)
+        if not with_kernels:
+            del learned.kernels[:]
+        return learned
 
     async def unload(self, *, timeout_s: float) -> None:
         """Be in standby again."""

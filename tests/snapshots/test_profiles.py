@@ -71,7 +71,7 @@ def changed(key: str, value: object) -> Callable[[dict[str, Any]], object]:
     return lambda content: content.update({key: value})
 
 
-DAMAGE = {
+DAMAGE: dict[str, Callable[[dict[str, Any]], object]] = {
     "version": changed("format_version", 2),
     "kind": changed("steps", {"a": 1}),
     "negative": changed("steps", [{"num_tokens": -1, "num_tiles": 0, "count": 1}]),
@@ -133,7 +133,7 @@ def test_a_write_that_fails_leaves_the_old_profile(
     written: list[Path] = []
     write_bytes = Path.write_bytes
 
-    def full_disk(path: Path, content: bytes) -> int:  # type: ignore[override]  # as it is called
+    def full_disk(path: Path, content: bytes) -> int:
         write_bytes(path, content[: len(content) // 2])
         written.append(path)
         raise OSError(28, "No space left on device")

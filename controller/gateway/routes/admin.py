@@ -56,6 +56,9 @@ class Plane(Protocol):
     async def stop_function(self, name: str) -> None:
         """Remove the replicas."""
 
+    async def profile(self, name: str) -> Json:
+        """Keep what a replica has learned, and return it."""
+
     def logs(self, name: str, *, tail: int, follow: bool) -> AsyncIterator[str]:
         """Return log lines of the function's replicas, or raise why there are none."""
 
@@ -151,6 +154,11 @@ def _add_functions(router: APIRouter, plane: Plane) -> None:
     async def delete(name: Name) -> None:
         """Remove a function; running requests get the drain timeout."""
         await plane.delete(name)
+
+    @router.post("/functions/{name}/profile")
+    async def profile(name: Name) -> Json:
+        """Record what a replica has learned beside its snapshot, for later starts."""
+        return await plane.profile(name)
 
     @router.post("/functions/{name}/{operation}")
     async def operate(name: Name, operation: Literal["warm", "park", "stop"]) -> Json:

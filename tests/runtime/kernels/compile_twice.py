@@ -26,7 +26,7 @@ from snapshots.profiles import (
 HERE = {"device": "a GPU that is not there"}
 
 
-@triton.jit
+@triton.jit  # type: ignore[untyped-decorator]  # Triton has no types
 def _double(values, size: tl.constexpr):  # type: ignore[no-untyped-def]  # Triton's own types
     offsets = tl.arange(0, size)
     tl.store(values + offsets, 2 * tl.load(values + offsets))
