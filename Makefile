@@ -5,6 +5,7 @@ IMAGE ?= coldspark-runtime:latest
 BASE_IMAGE ?= python:3.12-slim-bookworm
 DOCKER_BUILD_FLAGS ?=
 PYTEST_FLAGS ?=
+TEST_WORKERS ?= 2
 PYTHON ?= $(shell .ci/find-python)
 
 BIN := .venv/bin
@@ -46,7 +47,7 @@ stubs: venv ## Generate the gRPC stubs from the proto
 	.ci/stubs
 
 test: venv model ## Tests; what needs a Docker Engine is skipped where there is none
-	$(BIN)/pytest $(PYTEST_FLAGS)
+	$(BIN)/pytest -n $(TEST_WORKERS) --dist loadfile $(PYTEST_FLAGS)
 
 fuzz: venv model ## Every route of the whole product against the OpenAPI document, 20,000 cases
 	$(BIN)/python -m tests.fuzz.product --examples 400

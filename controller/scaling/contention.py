@@ -5,7 +5,7 @@ waits. A function asks again whenever something has changed.
 """
 
 import asyncio
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Protocol
 
@@ -51,6 +51,9 @@ class _Wait:
         if self.timer is not None:
             self.timer.cancel()
             self.timer = None
+
+
+_Owners = Mapping[str, tuple[Party, Tenant]]
 
 
 class Contention:
@@ -102,6 +105,18 @@ class Contention:
             self._wait(party, replica_id, demand, wanted, is_bound=bool(device_ids))
         return placed
 
+    def has_room_elsewhere(self, party: Party, replica_id: str, demand: Demand) -> bool:
+        """Return whether a replica that waits in vain for its own devices could be on others.
+
+        In vain means that nobody there may give way now, while others have room or may make some.
+        """
+        wait = self._waits.get(party.name)
+        if wait is None or wait.room.is_enough:
+            return False
+        anywhere = [one.id for one in self._memory.suitable(demand)]
+        owners = self._owners(party)
+        return self._room(replica_id, demand, anywhere, owners, wait.since).is_enough
+
     def leave(self, name: str) -> float:
         """Take a function out of the line; returns the seconds it was in it."""
         wait = self._waits.pop(name, None)
@@ -151,38 +166,15 @@ class Contention:
         *,
         is_bound: bool,
     ) -> None:
-        now = self._clock.monotonic()
-        wait = self._waits.setdefault(
-            party.name, _Wait(since=now, device_ids=frozenset(device_ids))
-        )
+        now, wanted = self._clock.monotonic(), frozenset(device_ids)
+        wait = self._waits.setdefault(party.name, _Wait(since=now, device_ids=wanted))
+        wait.device_ids = wanted
         wait.stop_timer()
-        if self._is_behind(party.name, frozenset(device_ids)):
+        if self._is_behind(party.name, wanted):
             return
-        owners = {
-            tenant.replica_id: (other, tenant)
-            for other in self._parties()
-            if other.name != party.name
-            for tenant in other.tenants().values()
-        }
-        rooms = [
-            make_room(
-                self._on_device(device_id, owners),
-                self._memory.missing_bytes(replica_id, demand, device_id),
-                waited_s=now - wait.since,
-                min_residency_s=self._min_residency_s,
-                turn_s=self._turn_s,
-            )
-            for device_id in device_ids
-        ]
-        chosen = sorted(rooms, key=lambda room: (not room.is_enough, room.cost_s))
-        chosen = chosen[: len(device_ids) if is_bound else max(demand.num_gpus, 1)]
-        retries = [room.retry_in_s for room in rooms if room.retry_in_s is not None]
-        wait.room = Room(
-            evict=tuple(dict.fromkeys(one for room in chosen for one in room.evict)),
-            yielding=tuple(dict.fromkeys(one for room in chosen for one in room.yielding)),
-            is_enough=all(room.is_enough for room in chosen),
-            retry_in_s=min(retries, default=None),
-        )
+        owners = self._owners(party)
+        num_devices = len(device_ids) if is_bound else None
+        wait.room = self._room(replica_id, demand, device_ids, owners, wait.since, num_devices)
         if wait.room.retry_in_s is not None:
             delay_s = max(wait.room.retry_in_s, 0.0) + TIMER_RESOLUTION_S
             wait.timer = asyncio.get_running_loop().call_later(delay_s, party.poke)
@@ -194,9 +186,46 @@ class Contention:
                 wait.yielding[one] = owners[one][0]
                 owners[one][0].yield_place(one, reason=reason)
 
-    def _on_device(
-        self, device_id: str, owners: Mapping[str, tuple[Party, Tenant]]
-    ) -> list[Tenant]:
+    def _room(
+        self,
+        replica_id: str,
+        demand: Demand,
+        device_ids: Sequence[str],
+        owners: _Owners,
+        since: float,
+        num_devices: int | None = None,
+    ) -> Room:
+        """Return how room is made on as many of the devices as are needed."""
+        rooms = [
+            make_room(
+                self._on_device(device_id, owners),
+                self._memory.missing_bytes(replica_id, demand, device_id),
+                waited_s=self._clock.monotonic() - since,
+                min_residency_s=self._min_residency_s,
+                turn_s=self._turn_s,
+            )
+            for device_id in device_ids
+        ]
+        chosen = sorted(rooms, key=lambda room: (not room.is_enough, room.cost_s))
+        chosen = chosen[: num_devices or max(demand.num_gpus, 1)]
+        retries = [room.retry_in_s for room in rooms if room.retry_in_s is not None]
+        return Room(
+            evict=tuple(dict.fromkeys(one for room in chosen for one in room.evict)),
+            yielding=tuple(dict.fromkeys(one for room in chosen for one in room.yielding)),
+            is_enough=all(room.is_enough for room in chosen),
+            retry_in_s=min(retries, default=None),
+        )
+
+    def _owners(self, party: Party) -> _Owners:
+        """Return everybody else's replicas that hold device memory."""
+        return {
+            tenant.replica_id: (other, tenant)
+            for other in self._parties()
+            if other.name != party.name
+            for tenant in other.tenants().values()
+        }
+
+    def _on_device(self, device_id: str, owners: _Owners) -> list[Tenant]:
         held = self._memory.held(device_id)
         return [
             tenant.on_device(held_bytes=held[replica_id])

@@ -538,6 +538,8 @@ class Function:
                 if not self.tenancy.reclaim(replica):
                     self.set.unplace(replica, parked=True, now=self.clock.monotonic())
                     has_place = False
+                    if self.tenancy.has_room_elsewhere(replica):
+                        self._move_on(replica)
                     continue
                 effect = self._effects.wake(replica, self.tenancy.leave_line())
             elif isinstance(instruction, ParkReplica):
@@ -547,6 +549,14 @@ class Function:
             self._effects.run(replica, effect)
         self.books.publish()
         return has_place
+
+    def _move_on(self, replica: Replica) -> None:
+        """Stop a parked replica, so that another one is started where there is room."""
+        reason = "its device is taken, another has room"
+        log.info("replica moves", function=self.name, replica_id=replica.id, reason=reason)
+        if self.set.drain(replica, now=self.clock.monotonic(), reason=reason) is not None:
+            self._effects.run(replica, self._effects.stop(replica))
+        self.poke()
 
     def _new_replica_id(self) -> str:
         return f"{self.name[:40].rstrip('-')}-{secrets.token_hex(4)}"

@@ -62,6 +62,11 @@ class Tenancy:
         device_ids = self._function.homes[replica.id].device_ids
         return self._node.contention.place(self, replica.id, demand, device_ids) is not None
 
+    def has_room_elsewhere(self, replica: Replica) -> bool:
+        """Return whether a parked replica had better be started anew on other devices."""
+        demand = self._function.deployment.demand
+        return self._node.contention.has_room_elsewhere(self, replica.id, demand)
+
     def leave_line(self) -> float:
         """Wait for no device any more; returns the seconds it was waited for."""
         return self._node.contention.leave(self.name)

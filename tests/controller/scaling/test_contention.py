@@ -127,6 +127,44 @@ async def test_a_function_that_must_be_ready_is_left_alone() -> None:
         assert kept_ready.tier is Tier.READY
 
 
+@asynccontextmanager
+async def parked_under_another(world: World) -> AsyncIterator[tuple[Function, Function]]:
+    """Run one whose GPU went, while it was parked, to one that must stay; and one on the other."""
+    async with functions(world, "a", "c", queue={"timeout": 5}) as (a, c):
+        await collect(a)
+        await collect(c)
+        await a.park()
+        async with functions(world, "kept", scaling=KEPT_READY) as (kept_ready,):
+            await asyncio.sleep(60.0)
+            (home,) = a.homes.values()
+            assert [kept.device_ids for kept in kept_ready.homes.values()] == [home.device_ids]
+            yield a, c
+
+
+@pytest.mark.parametrize("is_parked", [True, False], ids=["room", "room to be made"])
+async def test_one_whose_gpu_was_taken_for_good_starts_on_another(*, is_parked: bool) -> None:
+    async with parked_under_another(World(num_gpus=2)) as (a, c):
+        if is_parked:
+            await c.park()
+        (before,) = a.homes.values()
+        assert await collect(a) == [3, 4, 5, 6]
+        (after,) = a.homes.values()
+        assert after.device_ids != before.device_ids
+        assert c.tier is Tier.PARKED
+
+
+async def test_one_whose_gpu_was_taken_waits_while_no_other_has_room() -> None:
+    world = World(num_gpus=2, make_runtime=lambda: FakeRuntime(step_s=1.0))
+    async with parked_under_another(world) as (a, c):
+        running = asyncio.create_task(collect(c, max_tokens=20))
+        await asyncio.sleep(1.0)
+        with pytest.raises(ActivationTimeout):
+            await collect(a)
+        assert a.tier is Tier.PARKED
+        await running
+        assert await collect(a) == [3, 4, 5, 6]
+
+
 async def test_one_that_cannot_be_helped_does_not_hold_up_others() -> None:
     world = World(num_gpus=1)
     async with (
