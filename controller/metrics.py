@@ -154,6 +154,11 @@ class Metrics:
                 "function",
             ),
         }
+        self._start_compilations = counter(
+            "start_compilations_total",
+            "Kernels compiled by starts; none with a complete profile in the snapshot.",
+            "function",
+        )
         self._gpu_seconds = counter(
             "gpu_seconds_total",
             "Device-seconds by ledger state; the function is empty when nobody holds the device.",
@@ -225,6 +230,10 @@ class Metrics:
     def replica_reaped(self, *, function: str, to_tier: str) -> None:
         """Count a replica that was moved down because it was idle."""
         self._reaped.labels(function, to_tier).inc()
+
+    def engine_started(self, *, function: str, num_compilations: int) -> None:
+        """Count what an engine had to compile to start."""
+        self._start_compilations.labels(function).inc(num_compilations)
 
     def runtime_crashed(self, function: str) -> None:
         """Count a runtime that went away unasked."""

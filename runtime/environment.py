@@ -23,7 +23,7 @@ def gpu_environment() -> dict[str, str]:
     return {
         "device": properties.name,
         "compute capability": f"{properties.major}.{properties.minor}",
-        "device memory": str(properties.total_memory),
+        "device memory": f"{properties.total_memory >> 30} GiB",
         "driver": f"CUDA {version // 1000}.{version % 1000 // 10}" if not error else "",
         "torch": torch.__version__,
         "triton": importlib.import_module("triton").__version__,

@@ -22,6 +22,9 @@ from snapshots.profiles import (
     read_kernel,
 )
 
+FOLLOWING = frozenset({"device_memory_bytes"})
+"""Fields of the configuration that follow from others, and from the very GPU, to the byte."""
+
 log = structlog.get_logger()
 
 
@@ -43,7 +46,7 @@ class EngineProfile:
             "coldspark": VERSION,
             "python": f"{platform.python_version()} {platform.machine()}",
             **runner.environment(),
-            **{f"engine.{name}": str(value) for name, value in asdict(config).items()},
+            **{f"engine.{k}": str(v) for k, v in asdict(config).items() if k not in FOLLOWING},
         }
         self.use = pb.ProfileUse(key=fingerprint_key(self._fingerprint))
 

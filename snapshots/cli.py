@@ -16,7 +16,7 @@ from snapshots.builder import BuildOptions, BuildReport, build
 from snapshots.errors import SnapshotError
 from snapshots.exit_codes import EXIT_CODES, ExitCode, exit_code_of
 from snapshots.output import OutputFormat, OutputOption, print_json, print_table, size
-from snapshots.profiles import read_profiles
+from snapshots.profiles import ProfileUnusable, read_profiles, scan_profiles
 from snapshots.progress import Phase, Progress
 from snapshots.reporters import ProgressStyle, print_event, reporter
 from snapshots.sources.resolve import resolve_source
@@ -213,6 +213,10 @@ def list_command(store: StoreOption, output: OutputOption = OutputFormat.TABLE) 
             for snapshot, owners in zip(found, pins, strict=True)
         ],
     )
+    for snapshot in found:
+        for key, profile in scan_profiles(snapshot.path).items():
+            if isinstance(profile, ProfileUnusable):
+                typer.echo(f"not used: {snapshot.ref}: profile {key}: {profile}", err=True)
     for entry in broken:
         typer.echo(f"broken: {entry.ref}: {entry.reason}", err=True)
     for entry in quarantined:

@@ -194,13 +194,18 @@ def find_profile(snapshot: Path, fingerprint: Fingerprint) -> Profile:
 
 def read_profiles(snapshot: Path) -> Sequence[Profile]:
     """Return all profiles of a snapshot that can be read, the newest first."""
-    profiles = []
+    return [one for one in scan_profiles(snapshot).values() if isinstance(one, Profile)]
+
+
+def scan_profiles(snapshot: Path) -> Mapping[str, Profile | ProfileUnusable]:
+    """Return every profile of a snapshot, or why it cannot be used, by key, the newest first."""
+    found: dict[str, Profile | ProfileUnusable] = {}
     for path in _directories(snapshot / PROFILES_DIR):
         try:
-            profiles.append(_read(path))
-        except ProfileUnusable:
-            continue
-    return profiles
+            found[path.name] = _read(path)
+        except ProfileUnusable as reason:
+            found[path.name] = reason
+    return found
 
 
 def read_kernel(snapshot: Path, profile: Profile, file: KernelFile) -> bytes:

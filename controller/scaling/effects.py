@@ -121,6 +121,9 @@ class Effects:
                 timeout_s=limit_s,
             )
             activation.lap_call(response.phases, rest="load_other")
+            function.node.metrics.engine_started(
+                function=function.name, num_compilations=response.profile.num_compilations
+            )
             await link.attach()
             activation.lap("attach")
         function.ready(replica)

@@ -102,7 +102,7 @@ def _replace(path: Path, content: bytes) -> None:
 
 def _loaded_libraries(root: Path) -> set[Path]:
     """Return the launchers that this process has loaded from the cache."""
-    lines = Path("/proc/self/maps").read_text(encoding="utf-8").splitlines()
+    lines = Path("/proc/self/maps").read_text(errors="replace").splitlines()
     mapped = {Path(line.split(maxsplit=5)[-1]) for line in lines if LIBRARY_SUFFIX in line}
     resolved = root.resolve()
     return {

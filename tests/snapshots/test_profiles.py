@@ -21,6 +21,7 @@ from snapshots.profiles import (
     kernel_files,
     read_kernel,
     read_profiles,
+    scan_profiles,
     write_profile,
 )
 
@@ -174,3 +175,13 @@ def test_kernels_are_bounded(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(profiles, "MAX_KERNEL_FILES", 1)
     with pytest.raises(ProfileUnusable, match="at most 1 of"):
         kernel_files({f"{ENTRY}/a.so": b"", f"{ENTRY}/b.so": b""})
+
+
+def test_a_damaged_profile_is_named_beside_the_others(made: Profile, tmp_path: Path) -> None:
+    other = replace(made, fingerprint=HERE | {"torch": "2.12.0"})
+    write_profile(tmp_path, made)
+    write_profile(tmp_path, other)
+    (tmp_path / "profiles" / made.key / "profile.json").write_text("{")
+    found = scan_profiles(tmp_path)
+    assert found[other.key] == other
+    assert "damaged" in str(found[made.key])
