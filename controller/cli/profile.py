@@ -1,5 +1,6 @@
 """`coldspark snapshots profile`: take a function through its tiers and keep what that teaches."""
 
+import time
 from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from typing import TYPE_CHECKING, Annotated, Any
@@ -7,7 +8,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from controller.cli.connection import connect, function_path
-from controller.cli.errors import NotFoundProblem
+from controller.cli.errors import CliError, NotFoundProblem
 from controller.cli.functions import NameArgument
 from controller.cli.output import (
     OutputFormat,
@@ -27,6 +28,8 @@ View = Mapping[str, Any]
 
 TIER_COLUMNS = ("FROM", ">STARTS", ">MEDIAN", "PHASES")
 ANSWER_TOKENS = 24
+PARK_ATTEMPTS = 5
+PARK_PAUSE_S = 0.2
 WORDS = (8, 200)  # of prompts; about as many tokens
 
 app = typer.Typer(add_completion=False, pretty_exceptions_enable=False)
@@ -57,7 +60,7 @@ def profile(
             _ask_together(controller, model, num_calls)
         for number in range(1, rounds + 1):
             note(f"parking and waking, {number} of {rounds}")
-            controller.call("POST", function_path(name, "park"))
+            _park(controller, name)
             _ask(controller, model, num_words=WORDS[0])
         view = controller.call("POST", function_path(name, "profile"))
         _show(view, output)
@@ -97,6 +100,18 @@ def _ask(controller: "ControllerClient", model: View, *, num_words: int) -> None
         "ignore_eos": True,
     }
     controller.call("POST", "/v1/completions", body=body)
+
+
+def _park(controller: "ControllerClient", name: str) -> None:
+    """Park it; the lease of a call ends a moment after its answer."""
+    for _ in range(PARK_ATTEMPTS - 1):
+        try:
+            controller.call("POST", function_path(name, "park"))
+        except CliError:
+            time.sleep(PARK_PAUSE_S)
+        else:
+            return
+    controller.call("POST", function_path(name, "park"))
 
 
 def _show(view: View, output: OutputFormat) -> None:
