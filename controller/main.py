@@ -10,12 +10,12 @@ import gc
 import logging
 import signal
 import socket
-import sys
 from collections.abc import Iterator, Sequence
 from contextlib import AsyncExitStack, contextmanager
 from decimal import Decimal
 from functools import partial
 from pathlib import Path
+from typing import TextIO, cast
 
 import structlog
 import uvicorn
@@ -48,7 +48,9 @@ from controller.scaling.reaper import Reaper
 from controller.scaling.standby import StandbyPool
 from controller.settings import Settings, family_of, url_of
 from controller.store.database import Database
+from controller.store.errors import DatabaseUnavailable
 from controller.store.ledger import LedgerStore
+from runtime.logs import LossyStderr
 from runtime.rpc.client import RuntimeClient
 
 log = structlog.get_logger(__name__)
@@ -85,7 +87,7 @@ def serve(settings: Settings, backends: Sequence[RuntimeBackend] | None = None) 
 
 async def run(settings: Settings, backends: Sequence[RuntimeBackend] | None = None) -> None:
     """Wire the parts, serve until a signal, and take them down in reverse."""
-    clock, metrics, reaper = SystemClock(), Metrics(), Reaper()
+    clock, metrics, reaper = SystemClock(), Metrics(), Reaper(expected=DatabaseUnavailable)
     devices = find_devices()
     async with AsyncExitStack() as stack:
         listener = stack.enter_context(listen(settings.host, settings.port))
@@ -332,10 +334,10 @@ def configure_logging() -> None:
     ]
     structlog.configure(
         processors=[*shared, structlog.processors.JSONRenderer()],
-        logger_factory=structlog.PrintLoggerFactory(sys.stderr),
+        logger_factory=structlog.WriteLoggerFactory(file=cast(TextIO, LossyStderr())),
     )
     logging.basicConfig(
         level=logging.WARNING,
-        stream=sys.stderr,
+        stream=cast(TextIO, LossyStderr()),
         format='{"logger": "%(name)s", "event": "%(message)s"}',
     )

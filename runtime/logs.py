@@ -33,17 +33,19 @@ def configure_logs(level: str, **context: str) -> None:
         wrapper_class=structlog.make_filtering_bound_logger(
             logging.getLevelNamesMapping()[level.upper()]
         ),
-        logger_factory=structlog.WriteLoggerFactory(file=cast(TextIO, _Stderr())),
+        logger_factory=structlog.WriteLoggerFactory(file=cast(TextIO, LossyStderr())),
     )
 
 
-class _Stderr:
-    """Drops what cannot be written: a lost log must not end what is logged."""
+class LossyStderr:
+    """A stream that drops what cannot be written: a lost line must not end what is logged."""
 
     def write(self, text: str) -> None:
+        """Write to what is stderr now."""
         with contextlib.suppress(OSError):
             sys.stderr.write(text)
 
     def flush(self) -> None:
+        """Flush what is stderr now."""
         with contextlib.suppress(OSError):
             sys.stderr.flush()

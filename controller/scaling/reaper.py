@@ -19,21 +19,35 @@ MISFIRE_GRACE_S = 3600
 
 
 class Reaper:
-    """Runs the periodic jobs of one controller on the running event loop."""
+    """Runs the periodic jobs of one controller on the running event loop.
 
-    def __init__(self) -> None:
+    Args:
+        expected: Errors that come from outside and pass; told once, without a traceback.
+    """
+
+    def __init__(self, expected: type[Exception] | tuple[type[Exception], ...] = ()) -> None:
+        self._expected = expected
         self._scheduler = AsyncIOScheduler(
             job_defaults={"coalesce": True, "max_instances": 1, "misfire_grace_time": None}
         )
 
     def every(self, seconds: float, name: str, job: Callable[[], Awaitable[object]]) -> None:
         """Run a job again and again; a run that fails is logged and the next one comes."""
+        failing = ""
 
         async def guarded() -> None:
+            # One failed run, a database that is away say, must not end the series.
+            nonlocal failing
+            before, failing = failing, ""
             try:
                 await job()
+                if before:
+                    log.info("job works again", job=name)
+            except self._expected as error:
+                failing = str(error)
+                if failing != before:
+                    log.warning("job failed, and is tried again", job=name, error=failing)
             except Exception:
-                # One failed run, a database that is away say, must not end the series.
                 log.exception("job failed", job=name)
 
         self._scheduler.add_job(guarded, IntervalTrigger(seconds=seconds), id=name, name=name)

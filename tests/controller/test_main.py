@@ -1,16 +1,19 @@
 """The order of a shutdown, without anything behind the gateway."""
 
 import asyncio
+import logging
 import os
 import signal
 from collections.abc import Iterator
 from typing import Any, cast
 
 import pytest
+import structlog
 
-from controller.main import GatewayServer, listen
+from controller.main import GatewayServer, configure_logging, listen
 from controller.settings import Settings
 from tests.fakes.world import World
+from tests.runtime.test_logs import full_stderr
 
 
 class Plane:
@@ -33,6 +36,18 @@ class NoJobs:
 
     async def stop(self) -> None:
         pass
+
+
+def test_a_log_that_cannot_be_written_ends_nothing() -> None:
+    before, handlers = structlog.get_config(), logging.root.handlers[:]
+    with full_stderr():
+        configure_logging()
+        try:
+            structlog.get_logger().error("job failed", exc_info=OSError("disk full"))
+            logging.getLogger("apscheduler").error("job raised")
+        finally:
+            structlog.configure(**before)
+            logging.root.handlers[:] = handlers
 
 
 @pytest.fixture(autouse=True)
