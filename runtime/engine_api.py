@@ -96,7 +96,7 @@ class Runner(Protocol):
 class NothingCompiled:
     """The part of a Runner whose steps need no preparation."""
 
-    kernels = None
+    kernels: Kernels | None = None
 
     def used_steps(self) -> Sequence[StepSize]:
         """Return nothing."""

@@ -58,7 +58,7 @@ class EngineProfile:
                 self._runner.kernels.seed(
                     profile.kernels, lambda file: read_kernel(self._snapshot, profile, file)
                 )
-        except ProfileUnusable as reason:
+        except (ProfileUnusable, OSError) as reason:
             self.use.reason = str(reason)
             log.info("profile_not_used", reason=self.use.reason)
             return

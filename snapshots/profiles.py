@@ -11,6 +11,7 @@ import os
 import re
 import secrets
 from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any, Self
@@ -242,7 +243,8 @@ def write_profile(
     if contents is not None:
         _remove_others(directory / KERNELS_DIR, {file.path for file in profile.kernels})
     for old in _directories(directory.parent)[MAX_PROFILES:]:
-        remove_tree(old)
+        with suppress(FileNotFoundError):  # another writer removes it too
+            remove_tree(old)
 
 
 def kernel_files(contents: Mapping[str, bytes]) -> tuple[KernelFile, ...]:
@@ -316,9 +318,9 @@ def _replace(path: Path, content: bytes) -> None:
 def _remove_others(kernels: Path, wanted: set[str]) -> None:
     for path in kernels.glob("*/*"):
         if str(path.relative_to(kernels)) not in wanted:
-            path.unlink()
+            path.unlink(missing_ok=True)
     for entry in kernels.glob("*"):
-        if not any(entry.iterdir()):
+        with suppress(OSError):  # it is not empty
             entry.rmdir()
 
 

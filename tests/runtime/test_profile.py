@@ -1,12 +1,23 @@
 """What an engine process takes from its snapshot's profile, and what it tells for the next one."""
 
+from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 
 import pytest
 
+from runtime.config import EngineConfig
+from runtime.profile import EngineProfile
 from runtime.rpc import inference_pb2 as pb
 from runtime.rpc.client import RuntimeRefused
-from snapshots.profiles import MemoryPlan, Profile, write_profile
+from snapshots.profiles import (
+    KernelFile,
+    MemoryPlan,
+    Profile,
+    StepSize,
+    kernel_files,
+    write_profile,
+)
+from tests.fakes.engine import FakeRunner, Script
 from tests.runtime.conftest import TIMEOUT_S, Process
 
 
@@ -62,3 +73,58 @@ async def test_without_an_engine_there_is_nothing_to_profile(server: Process) ->
     await server.until(lambda status: status.state == pb.RUNTIME_STATE_STANDBY)
     with pytest.raises(RuntimeRefused, match="nothing to profile"):
         await recorded(server)
+
+
+def test_a_profile_that_may_not_be_read_stops_no_start(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def forbidden(*_: object) -> Profile:
+        raise PermissionError(13, "Permission denied")
+
+    monkeypatch.setattr("runtime.profile.find_profile", forbidden)
+    config = EngineConfig()
+    profile = EngineProfile(tmp_path, config, FakeRunner(Script(), config))
+    profile.apply()
+    assert not profile.use.is_used
+    assert "Permission denied" in profile.use.reason
+
+
+def test_kernels_come_before_the_first_one_runs_and_are_bounded(tmp_path: Path) -> None:
+    class RecordedKernels:
+        num_compilations = 3
+
+        def seed(self, files: Iterable[KernelFile], read: Callable[[KernelFile], bytes]) -> None:
+            taken.extend(read(file) for file in files)
+
+        def collect(self) -> dict[str, bytes]:
+            return contents
+
+    class CompilingRunner(FakeRunner):
+        kernels = RecordedKernels()
+
+        def prefer_steps(self, steps: Sequence[StepSize]) -> None:
+            taken.extend(steps)
+
+    taken: list[object] = []
+    path = f"{'A' * 52}/k.cubin"
+    contents = {path: b"machine code"}
+    runner = CompilingRunner(Script(), EngineConfig())
+    first = EngineProfile(tmp_path, EngineConfig(), runner)
+    first.started(pb.Memory(), 0)
+    assert first.use.num_compilations == 3
+    learned = first.record(pb.ProfileRequest(with_kernels=True))
+    assert {file.path: file.content for file in learned.kernels} == contents
+    assert not first.record(pb.ProfileRequest()).kernels
+    step = StepSize(num_tokens=4, num_tiles=0, count=1)
+    memory = MemoryPlan(weights_bytes=0, kv_cache_bytes=0, num_kv_blocks=0, max_model_len=0)
+    made = Profile(
+        fingerprint=dict(learned.fingerprint),
+        memory=memory,
+        steps=(step,),
+        kernels=kernel_files(contents),
+    )
+    write_profile(tmp_path, made, contents)
+    EngineProfile(tmp_path, EngineConfig(), runner).apply()
+    assert taken == [b"machine code", step]
+    contents["../elsewhere.so"] = b""
+    assert not first.record(pb.ProfileRequest(with_kernels=True)).kernels
