@@ -137,6 +137,12 @@ class DockerBackend:
             if spec.device_uuids and self._gpu_access.kernel_cache is not None:
                 await asyncio.to_thread(_give_away, self._gpu_access.kernel_cache)
             container = await self._engine.call(lambda client: self._start(client, spec, directory))
+        except OSError as error:
+            await asyncio.to_thread(self._directories.remove, spec.runtime_id)
+            raise BackendError(
+                f"cannot give {directory} to the runtime's user: {error}; run the controller as "
+                "root, or as the user its containers run as"
+            ) from error
         except BackendUnavailable:
             raise  # it may have been created: what is left is found by name
         except BackendError:

@@ -138,7 +138,8 @@ class Books:
         if replica.state is ReplicaState.STOPPED:
             self._node.ledger.drop_claim(replica.id)
             self._last.pop(replica.id, None)
-        if replica.id not in self._function.set.replicas:
+        home = self._function.homes.get(replica.id)
+        if home is None or replica.id not in self._function.set.replicas:
             return
         state = LEDGER_STATES.get(
             replica.state, LedgerState.ACTIVE if replica.in_flight else LedgerState.IDLE
@@ -146,7 +147,7 @@ class Books:
         self._node.ledger.set_claim(
             replica.id,
             function=self._function.name,
-            devices=self._function.homes[replica.id].device_ids,
+            devices=home.device_ids,
             state=state,
             rate_usd_per_hour=self.rate_usd_per_hour,
         )

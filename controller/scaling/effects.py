@@ -30,6 +30,8 @@ if TYPE_CHECKING:
 
 log = structlog.get_logger(__name__)
 
+DEFECT_PAUSE_S = 1.0
+
 GPU_BLOCK_SIZE = 64
 CPU_BLOCK_SIZE = 16
 
@@ -228,9 +230,10 @@ class Effects:
         link = function.links.get(replica.id)
         if link is not None:
             await link.close()
-        home = function.homes[replica.id]
-        await function.node.last_logs.keep(function.name, home.backend, home.runtime_id)
-        await self._delete(home)
+        home = function.homes.get(replica.id)
+        if home is not None:
+            await function.node.last_logs.keep(function.name, home.backend, home.runtime_id)
+            await self._delete(home)
         await self._forget(replica)
 
     async def _give_back(self, replica: Replica) -> bool:
@@ -277,7 +280,7 @@ class Effects:
         function.changed()
         function.links.pop(replica.id, None)
         function.engines.drop(replica.id)
-        del function.homes[replica.id]
+        function.homes.pop(replica.id, None)
         function.node.memory.release(replica.id)
 
     def watch(self, replica: Replica, link: RuntimeLink) -> None:
@@ -325,7 +328,11 @@ class Effects:
         except Exception as error:
             # A defect in one effect must not end the owner.
             log.exception("effect failed", function=self._function.name, replica_id=replica.id)
-            self._function.lost(replica, f"internal error: {error!r}")
+            if replica.state in ENDING:  # nobody else would remove it
+                await asyncio.sleep(DEFECT_PAUSE_S)
+                self.run(replica, self.remove(replica))
+            else:
+                self._function.lost(replica, f"internal error: {error!r}")
         finally:
             effect.close()
             if self._tasks.get(replica.id) is asyncio.current_task():

@@ -16,7 +16,7 @@ from controller.backends.base import RuntimeBackend, RuntimeInfo
 from controller.errors import ActivationFailed, ApiError, Conflict, ModelNotFound, ShuttingDown
 from controller.scaling.books import Books
 from controller.scaling.deployment import Deployment
-from controller.scaling.effects import Effects
+from controller.scaling.effects import DEFECT_PAUSE_S, Effects
 from controller.scaling.embedding import EmbeddingRequest, Pooling
 from controller.scaling.embedding_call import FunctionEmbedding
 from controller.scaling.engine_figures import EngineFigures
@@ -42,7 +42,6 @@ from functions.spec import ColdPolicy, FunctionSpec
 log = structlog.get_logger(__name__)
 
 TIMER_RESOLUTION_S = 0.001
-DEFECT_PAUSE_S = 1.0
 
 
 class Function:
@@ -525,30 +524,39 @@ class Function:
         """Begin to carry instructions out; says whether every replica got its place."""
         has_place = True
         for instruction in instructions:
-            replica = instruction.replica
-            if isinstance(instruction, StartReplica):
-                home = self.tenancy.settle(replica)
-                if home is None:
-                    self.set.unplace(replica, parked=False, now=self.clock.monotonic())
-                    has_place = False
-                    continue
-                self.homes[replica.id] = home
-                effect = self._effects.start(replica, self.tenancy.leave_line())
-            elif isinstance(instruction, WakeReplica):
-                if not self.tenancy.reclaim(replica):
-                    self.set.unplace(replica, parked=True, now=self.clock.monotonic())
-                    has_place = False
-                    if self.tenancy.has_room_elsewhere(replica):
-                        self._move_on(replica)
-                    continue
-                effect = self._effects.wake(replica, self.tenancy.leave_line())
-            elif isinstance(instruction, ParkReplica):
-                effect = self._effects.park(replica)
-            else:
-                effect = self._effects.stop(replica)
-            self._effects.run(replica, effect)
+            try:
+                has_place = self._begin(instruction) and has_place
+            except Exception as error:
+                # The set has moved the replica already: it must not stay there for nothing.
+                replica_id = instruction.replica.id
+                log.exception("instruction failed", function=self.name, replica_id=replica_id)
+                self.lost(instruction.replica, f"internal error: {error!r}")
         self.books.publish()
         return has_place
+
+    def _begin(self, instruction: Instruction) -> bool:
+        """Begin to carry one out; says whether its replica has a place."""
+        replica = instruction.replica
+        if isinstance(instruction, StartReplica):
+            home = self.tenancy.settle(replica)
+            if home is None:
+                self.set.unplace(replica, parked=False, now=self.clock.monotonic())
+                return False
+            self.homes[replica.id] = home
+            effect = self._effects.start(replica, self.tenancy.leave_line())
+        elif isinstance(instruction, WakeReplica):
+            if not self.tenancy.reclaim(replica):
+                self.set.unplace(replica, parked=True, now=self.clock.monotonic())
+                if self.tenancy.has_room_elsewhere(replica):
+                    self._move_on(replica)
+                return False
+            effect = self._effects.wake(replica, self.tenancy.leave_line())
+        elif isinstance(instruction, ParkReplica):
+            effect = self._effects.park(replica)
+        else:
+            effect = self._effects.stop(replica)
+        self._effects.run(replica, effect)
+        return True
 
     def _move_on(self, replica: Replica) -> None:
         """Stop a parked replica, so that another one is started where there is room."""

@@ -4,6 +4,7 @@ import asyncio
 import random
 from collections.abc import AsyncIterator
 from dataclasses import replace
+from unittest.mock import Mock
 
 import pytest
 from apscheduler.triggers.cron import CronTrigger
@@ -641,3 +642,38 @@ async def test_a_log_that_cannot_be_read_hides_no_loss() -> None:
         world.runtime.crash()
         await asyncio.sleep(1.0)
         assert not function.set.replicas, "it was noticed and removed"
+
+
+async def test_a_defect_at_the_start_of_an_instruction_loses_only_its_replica(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    async with World().function() as function:
+        with monkeypatch.context() as patch:
+            patch.setattr(function.tenancy, "settle", Mock(side_effect=RuntimeError("a defect")))
+            with pytest.raises(ActivationFailed, match="a defect"):
+                await collect(function)
+        await asyncio.sleep(60.0)
+        assert not function.set.replicas
+        assert await collect(function) == [3, 4, 5, 6]
+
+
+async def test_a_defect_in_a_removal_is_no_reason_to_keep_the_memory(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    world = World(num_gpus=1)
+    async with world.function(spec_of(resources={"gpus": 1})) as function:
+        await collect(function)
+        defects = iter([OSError("no descriptor"), OSError("no descriptor")])
+        delete = world.backend.delete
+
+        async def faulty(runtime_id: str) -> None:
+            if defect := next(defects, None):
+                raise defect
+            await delete(runtime_id)
+
+        monkeypatch.setattr(world.backend, "delete", faulty)
+        await function.stop()
+        await asyncio.sleep(60.0)
+        assert not function.set.replicas
+        assert not world.backend.machine.runtimes
+        assert not world.node.memory.held("GPU-0")
