@@ -50,7 +50,7 @@ test: venv model ## Tests; what needs a Docker Engine is skipped where there is 
 	$(BIN)/pytest -n $(TEST_WORKERS) --dist loadfile $(PYTEST_FLAGS)
 
 fuzz: venv model ## Every route of the whole product against the OpenAPI document, 20,000 cases
-	$(BIN)/python -m tests.fuzz.product --examples 400
+	$(BIN)/python -m tests.fuzz.product --examples 460
 
 clients: $(CLIENTS) ## Get other people's clients, which `make test` then drives
 

@@ -42,10 +42,19 @@ ERROR_RESPONSES: dict[int | str, dict[str, Any]] = {
         504: "No replica, or no token, in time.",
     }.items()
 } | {"default": {"model": ErrorBody, "description": "Any other failure."}}
+_EVENT = {
+    "type": "object",
+    "description": "One event of the stream. Lines that begin with a colon are no events.",
+    "properties": {
+        "event": {"type": "string", "description": "Its type, on /v1/responses."},
+        "data": {"type": "string", "description": "A JSON object, or `[DONE]`."},
+    },
+    "required": ["data"],
+}
 ANSWER_RESPONSES: dict[int | str, dict[str, Any]] = {
     200: {
         "description": "The whole answer, or with `stream: true` its chunks as they come.",
-        "content": {"text/event-stream": {"schema": {"type": "string"}}},
+        "content": {"text/event-stream": {"schema": _EVENT}},
     },
     **ERROR_RESPONSES,
 }

@@ -65,7 +65,8 @@ class GenerationRecord:
 
     Durations are seconds since admission except `queue_s`, which ends with the lease. `outcome`
     is a finish reason, an error code, or "disconnected". `timeline` has the phases of a cold start
-    that the request waited for, from the call's arrival to the first token.
+    that the request waited for, from the call's arrival to the first token. Prompt tokens are what
+    was asked, output tokens what was computed, read or not.
     """
 
     request_id: str

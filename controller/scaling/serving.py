@@ -229,6 +229,10 @@ class FunctionGeneration:
     ) -> None:
         if isinstance(error, ApiError):
             self.record.outcome = error.code or error.type
+        elif self._buffer is not None and self.record.outcome == "disconnected":
+            # Computed for a client that did not stay, or was too slow, to read it.
+            self.record.num_output_tokens += len(self._buffer.tokens)
+            self.record.num_cached_tokens = self._buffer.num_cached_tokens
         self.record.duration_s = self._elapsed_s()
         self._host.abandon(self._ticket)
         if self._buffer is None:

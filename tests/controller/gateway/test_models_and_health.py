@@ -1,4 +1,5 @@
 import httpx
+import jsonschema
 from prometheus_client.parser import text_string_to_metric_families
 
 from tests.controller.gateway.conftest import AppMaker, client_of
@@ -88,6 +89,9 @@ async def test_document_describes_bodies_answers_and_errors(client: httpx.AsyncC
         assert content == {"$ref": f"#/components/schemas/{body}"}
         answers = operation["responses"]
         assert set(answers["200"]["content"]) == {"application/json", "text/event-stream"}
+        event = answers["200"]["content"]["text/event-stream"]["schema"]
+        jsonschema.validate({"event": "response.created", "data": "{}"}, event)
+        jsonschema.validate({"data": "[DONE]"}, event)
         assert "422" not in answers
         for status in ("400", "401", "404", "408", "413", "429", "502", "503", "504", "default"):
             schema = answers[status]["content"]["application/json"]["schema"]

@@ -124,6 +124,43 @@ async def test_usage_is_written_for_finished_and_for_abandoned_requests() -> Non
     assert (whole.num_cached_tokens, cut.num_cached_tokens) == (6, 6)
 
 
+async def test_tokens_that_nobody_stayed_to_read_are_counted() -> None:
+    world = World(make_runtime=lambda: FakeRuntime(step_s=0.01))
+    async with world.function() as function:
+        async with function.generate(request(max_tokens=1000)) as generation:
+            await anext(aiter(generation))
+            await asyncio.sleep(0.5)
+        await world.node.journal.flush()
+    (record,) = [entry.record for entry in world.entries if isinstance(entry, UsageEntry)]
+    assert record.outcome == "disconnected"
+    assert record.num_output_tokens == pytest.approx(50, abs=2)
+
+
+@pytest.mark.parametrize("tier", [Tier.STOPPED, Tier.PARKED])
+@pytest.mark.parametrize("after_s", [0.05, 0.15, 0.201, 0.206, 1.1])
+async def test_who_leaves_while_it_wakes_is_in_the_books_and_it_is_parked_again(
+    tier: Tier, after_s: float
+) -> None:
+    world = World()
+    async with world.function(spec_of(scaling={"idle_timeout": 5})) as function:
+        if tier is Tier.PARKED:
+            await collect(function)
+            await until(function, Tier.PARKED)
+        with pytest.raises(TimeoutError):
+            async with (
+                asyncio.timeout(after_s),
+                function.generate(request(max_tokens=1000)) as generation,
+            ):
+                await read_on(generation)
+        await asyncio.sleep(60.0)
+        assert function.tier is Tier.PARKED
+        assert not world.runtime.sequences
+        await world.node.journal.flush()
+    outcomes = [entry.record.outcome for entry in world.entries if isinstance(entry, UsageEntry)]
+    assert outcomes[-1] == "disconnected"
+    assert len(outcomes) == (2 if tier is Tier.PARKED else 1)
+
+
 async def test_leaving_early_cancels_the_sequence_and_frees_its_lease() -> None:
     world = World()
     async with world.function() as function:
