@@ -7,7 +7,8 @@ Makes that many checkpoints of the 8B shape with their own random weights (on th
 shape), deploys each as a function that needs the whole device, and calls them one after the other
 in random order, with pauses of a second on average. Each function's greedy answer to one prompt is
 taken while it is alone, its canary; every later answer must be the same, token for token. The
-memory in use is sampled all the while. Exits with 1 if an answer was wrong or missing.
+memory in use is sampled all the while. Functions of an earlier run in the same working directory
+are used again. Exits with 1 if an answer was wrong or missing.
 """
 
 import argparse
@@ -60,7 +61,12 @@ def main() -> None:
     names = [f"f{number}" for number in range(arguments.functions)]
     with running_controller(arguments.work / "home") as controller:
         device = _device(controller, arguments.device)
+        deployed = {
+            function["name"] for function in controller.get("/api/v1/functions")["functions"]
+        }
         for seed, name in enumerate(names):
+            if name in deployed:
+                continue
             checkpoint = (arguments.checkpoints or arguments.work) / name
             if arguments.device == "cuda":
                 write_checkpoint_apart(checkpoint, arguments.tokenizer, arguments.layers, seed)

@@ -6,6 +6,7 @@ One engine on one GPU with the 8B shape's layers, few of them so that it takes m
 lengths, sampling, seeds, stop tokens, shared prefixes and cancels are random; the KV cache is so
 small that sequences are preempted. Exits with 1 if a request is lost or ends twice, a block is not
 given back, memory of the host or the GPU has grown after the first tenth, or a kernel was compiled.
+What torch takes for log-probabilities it keeps, so a batch full of them comes first.
 """
 
 import argparse
@@ -77,6 +78,7 @@ def main() -> None:
     while engine.use_idle_time():
         pass
     rng = random.Random(arguments.seed)
+    run_widest(engine, arguments.concurrency, shape.vocab_size)
     first = run(engine, arguments.requests // 10, arguments.concurrency, shape.vocab_size, rng)
     before = _memory()
     began = time.perf_counter()
@@ -108,6 +110,17 @@ def main() -> None:
     )
     if faults:
         sys.exit(1)
+
+
+def run_widest(engine: Engine, concurrency: int, vocab_size: int) -> None:
+    """Run as many sequences as fit, all with log-probabilities, which take the most memory."""
+    sampling = SamplingParams(num_logprobs=20, max_tokens=32, ignore_eos=True)
+    for id in range(concurrency):
+        prompt = [id % vocab_size]
+        key = SequenceKey(1, id)
+        engine.submit(SequenceRequest(key=key, prompt_token_ids=prompt, sampling=sampling))
+    while engine.has_work():
+        engine.step()
 
 
 def run(
