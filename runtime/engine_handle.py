@@ -52,6 +52,7 @@ class EngineHandle:
         self._calls: dict[int, asyncio.Future[bytes]] = {}
         self._streams: dict[int, EngineStream] = {}
         self._is_closed = False
+        self._fault: RuntimeFault | None = None
 
     @classmethod
     async def start(
@@ -115,6 +116,8 @@ class EngineHandle:
     async def _call(
         self, call_id: int, kind: FrameKind, request: Message, response_type: type[ResponseT]
     ) -> ResponseT:
+        if self._fault is not None:
+            raise self._fault
         answer: asyncio.Future[bytes] = asyncio.get_running_loop().create_future()
         self._calls[call_id] = answer
         self._connection.write(Frame(kind, call_id, request.SerializeToString()))
@@ -134,7 +137,8 @@ class EngineHandle:
             stream.fail(fault)
 
     def fail_calls(self, fault: RuntimeFault) -> None:
-        """Answer all open calls with a fault."""
+        """Answer all open calls with a fault, and those that come yet: the engine is no more."""
+        self._fault = fault
         for answer in self._calls.values():
             if not answer.done():
                 answer.set_exception(fault)

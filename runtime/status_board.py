@@ -24,6 +24,7 @@ class StatusBoard:
             state=pb.RUNTIME_STATE_STARTING, runtime_id=runtime_id, build=build
         )
         self._heartbeat_at: float | None = None
+        self._may_be_silent = False
         self._followers: set[asyncio.Event] = set()
         self._is_closed = False
 
@@ -38,10 +39,13 @@ class StatusBoard:
         return bool(self._status.device_uuids)
 
     def read(self) -> pb.RuntimeStatus:
-        """Return a copy of the status, with the age of the engine's last sign of life."""
+        """Return a copy of the status, with the age of the engine's last sign of life.
+
+        The age is 0 while none is expected.
+        """
         status = pb.RuntimeStatus()
         status.CopyFrom(self._status)
-        if self._heartbeat_at is not None:
+        if self._heartbeat_at is not None and not self._may_be_silent:
             status.heartbeat_age_s = time.monotonic() - self._heartbeat_at
         return status
 
@@ -88,8 +92,13 @@ class StatusBoard:
 
     def engine_started(self, pid: int) -> None:
         """Expect signs of life from now on."""
-        self._heartbeat_at = time.monotonic()
+        self.expect_silence(False)
         self.update(engine_pid=pid)
+
+    def expect_silence(self, may_be_silent: bool, /) -> None:
+        """Expect no signs of life of an engine that is suspended, and new ones when it is not."""
+        self._may_be_silent = may_be_silent
+        self._heartbeat_at = time.monotonic()
 
     def engine_gone(self) -> None:
         """Drop everything an engine had said; work it had in flight ended just now."""

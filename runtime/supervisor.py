@@ -49,6 +49,8 @@ _ATTACHABLE = _DRAINABLE | {pb.RUNTIME_STATE_PARKING, pb.RUNTIME_STATE_PARKED}
 
 State: TypeAlias = pb.RuntimeState.ValueType
 
+STOP_GRACE_S = 2.0  # for operations to end when everything below us is gone
+
 ResultT = TypeVar("ResultT")
 
 log = structlog.get_logger()
@@ -71,7 +73,7 @@ class Supervisor:
         self._zygote: ForkServer | None = None
         self._suspension = suspension or Suspension(ProcessCheckpoints.open)
         self._engine: EngineHandle | None = None
-        self._is_suspended = False
+        self._suspended: EngineHandle | None = None
         self._tasks: set[asyncio.Task[Any]] = set()
         self._restarts = Restarts()
         self._restart: asyncio.Task[None] | None = None
@@ -164,7 +166,7 @@ class Supervisor:
         return self._living_engine.open_stream()
 
     async def stop(self) -> None:
-        """End all streams and calls, then all processes."""
+        """End all streams and calls, then all processes; the driver is not waited for."""
         fault = ShuttingDown("the runtime is stopping")
         if self._engine is not None:
             self._engine.fail_streams(fault)
@@ -175,7 +177,8 @@ class Supervisor:
             self._restart.cancel()
         if self._zygote is not None:
             await self._zygote.stop()
-        await asyncio.gather(*self._tasks, return_exceptions=True)
+        if self._tasks:
+            await asyncio.wait(self._tasks, timeout=STOP_GRACE_S)
 
     async def _load(self, request: pb.LoadRequest) -> pb.LoadResponse:
         phase_log = PhaseLog()
@@ -227,7 +230,6 @@ class Supervisor:
     async def _end_engine(self, fault: RuntimeFault) -> None:
         """Kill the engine, if there is one, and return when its memory is free."""
         engine, self._engine = self._engine, None
-        self._is_suspended = False
         if engine is not None:
             engine.fail_streams(fault)
             engine.fail_calls(fault)
@@ -256,18 +258,20 @@ class Supervisor:
                 raise await self._given_up(engine, f"it cannot be parked: {failure}") from failure
             response.memory.kept_reason += f"; it was parked no deeper because {failure}"
         else:
-            self._is_suspended = True
+            self._suspended = engine
+            self._board.expect_silence(True)
             _say_suspended(response.memory)
 
     async def _resume(self, engine: EngineHandle) -> list[pb.Phase]:
         """Put a suspended engine back on its GPUs."""
-        if not self._is_suspended:
+        if engine is not self._suspended:
             return []
         try:
             phases = await self._suspension.resume(engine.pid)
         except CheckpointFailed as failure:
             raise await self._given_up(engine, f"it cannot be woken: {failure}") from failure
-        self._is_suspended = False
+        self._suspended = None
+        self._board.expect_silence(False)
         return phases
 
     async def _given_up(self, engine: EngineHandle, reason: str) -> EngineDied:
@@ -296,6 +300,11 @@ class Supervisor:
 
     async def _drain(self, request: pb.DrainRequest) -> pb.DrainResponse:
         return await self._living_engine.call(FrameKind.DRAIN, request, pb.DrainResponse)
+
+    @property
+    def _is_suspended(self) -> bool:
+        """Whether the engine there is now was suspended; an earlier one may have been, and died."""
+        return self._engine is not None and self._engine is self._suspended
 
     @property
     def _living_engine(self) -> EngineHandle:
@@ -354,7 +363,6 @@ class Supervisor:
         log.error("engine_died", engine_pid=engine.pid, reason=str(death))
         if engine is self._engine:
             self._engine = None
-            self._is_suspended = False
             self._board.engine_gone()
             self._board.update(state=pb.RUNTIME_STATE_FAILED, error=str(death))
         engine.fail_streams(death)

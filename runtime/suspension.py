@@ -2,9 +2,11 @@
 
 import asyncio
 import importlib
+import threading
 from collections.abc import Callable
-from concurrent.futures import ThreadPoolExecutor
-from typing import Protocol, TypeVar
+from concurrent.futures import Future
+from queue import SimpleQueue
+from typing import Any, Protocol, TypeVar
 
 from runtime.memory.checkpoint import CheckpointFailed
 from runtime.rpc import inference_pb2 as pb
@@ -37,12 +39,12 @@ class Suspension:
 
     def __init__(self, open_checkpoints: OpenCheckpoints) -> None:
         self._open = open_checkpoints
-        self._thread = _new_thread()
+        self._driver = _DriverThread()
         self._checkpoints: Checkpoints | CheckpointFailed | None = None
 
     def prepare(self) -> None:
         """Begin to load the driver, so that the first park need not wait for it."""
-        self._thread.submit(self._opened)
+        self._driver.submit(self._opened)
 
     async def suspend(self, pid: int) -> list[pb.Phase]:
         """Move what the GPUs hold of a process to the host.
@@ -62,22 +64,21 @@ class Suspension:
 
     def close(self) -> None:
         """Take no more calls; one that hangs is left behind."""
-        self._thread.shutdown(wait=False, cancel_futures=True)
+        self._driver.close()
 
     async def _run(self, call: Callable[[Checkpoints], ResultT]) -> ResultT:
-        loop = asyncio.get_running_loop()
+        answer = self._driver.submit(lambda: call(self._opened()))
         try:
             async with asyncio.timeout(TIMEOUT_S):
-                return await loop.run_in_executor(self._thread, lambda: call(self._opened()))
+                return await asyncio.wrap_future(answer)
         except CheckpointFailed:
             raise
         except TimeoutError as error:
             self.close()  # the call may never end, and nothing must wait behind it
-            self._thread = _new_thread()
+            self._driver = _DriverThread()
             raise CheckpointFailed(
                 f"the CUDA driver did not answer within {TIMEOUT_S:g} s", is_fatal=True
             ) from error
-
         except Exception as error:
             # Whatever it is, nobody knows what has become of the process.
             raise CheckpointFailed(f"the checkpoint failed: {error!r}", is_fatal=True) from error
@@ -93,8 +94,32 @@ class Suspension:
         return self._checkpoints
 
 
-def _new_thread() -> ThreadPoolExecutor:
-    return ThreadPoolExecutor(max_workers=1, thread_name_prefix="checkpoints")
+class _DriverThread:
+    """Runs calls one after the other. An executor's thread would keep the process from ending."""
+
+    def __init__(self) -> None:
+        self._calls: SimpleQueue[tuple[Future[Any], Callable[[], Any]] | None] = SimpleQueue()
+        threading.Thread(target=self._work, name="checkpoints", daemon=True).start()
+
+    def submit(self, call: Callable[[], ResultT]) -> Future[ResultT]:
+        """Have something called after all that was submitted before."""
+        answer: Future[ResultT] = Future()
+        self._calls.put((answer, call))
+        return answer
+
+    def close(self) -> None:
+        """End the thread after the last call; a call that hangs is left behind."""
+        self._calls.put(None)
+
+    def _work(self) -> None:
+        while (entry := self._calls.get()) is not None:
+            answer, call = entry
+            if not answer.set_running_or_notify_cancel():
+                continue
+            try:
+                answer.set_result(call())
+            except BaseException as error:  # noqa: BLE001  # whoever waits for it is told
+                answer.set_exception(error)
 
 
 def find_opener(path: str) -> OpenCheckpoints:

@@ -3,6 +3,7 @@
 import ctypes
 import os
 import signal
+import time
 from pathlib import Path
 from typing import Any
 
@@ -16,18 +17,25 @@ SUCCESS, INVALID_VALUE, OUT_OF_MEMORY, ILLEGAL_STATE, NOT_SUPPORTED = 0, 1, 2, 4
 class StoppingCheckpoints:
     """Suspends with SIGSTOP and resumes with SIGCONT.
 
-    A file called like a method in the runtime's home directory has that method fail.
+    A file called like a method in the runtime's home directory has that method fail, and as long
+    as there is one called `hang` the driver does not answer.
     """
 
     def suspend(self, pid: int) -> list[pb.Phase]:
         self._check("suspend", is_fatal=False)
         os.kill(pid, signal.SIGSTOP)
+        self._hang()
         return [pb.Phase(name="checkpoint", seconds=0.25)]
 
     def resume(self, pid: int) -> list[pb.Phase]:
         self._check("resume", is_fatal=True)
         os.kill(pid, signal.SIGCONT)
+        self._hang()
         return [pb.Phase(name="restore", seconds=0.125)]
+
+    def _hang(self) -> None:
+        while (Path.home() / "hang").exists():
+            time.sleep(0.01)
 
     def _check(self, name: str, *, is_fatal: bool) -> None:
         if (Path.home() / name).exists():

@@ -36,13 +36,13 @@ async def load(
     return server.engine()
 
 
-async def until_stopped(engine: psutil.Process) -> None:
+async def until_stopped(engine: psutil.Process, *, is_stopped: bool = True) -> None:
     """Wait for the signal to be taken."""
     for _ in range(200):
-        if engine.status() == psutil.STATUS_STOPPED:
+        if (engine.status() == psutil.STATUS_STOPPED) is is_stopped:
             return
         await asyncio.sleep(0.02)
-    raise AssertionError("it runs on")
+    raise AssertionError("it runs on" if is_stopped else "it is stopped")
 
 
 async def answers(server: Process) -> bool:
@@ -66,6 +66,18 @@ async def test_a_parked_engine_is_off_its_gpu_and_comes_back(server: Process) ->
     assert await answers(server)
     assert server.engine() == engine
     assert (await server.status()).memory.kept_bytes == 0
+
+
+async def test_no_signs_of_life_are_expected_of_a_suspended_engine(server: Process) -> None:
+    await load(server)
+    await server.client.park(timeout_s=TIMEOUT_S)
+    await asyncio.sleep(2.0)
+    assert (await server.status()).heartbeat_age_s == 0.0
+    await server.client.wake([GPU], timeout_s=TIMEOUT_S)
+    await server.until(lambda status: 0.0 < status.heartbeat_age_s < 2.0)
+    server.engine().suspend()
+    await server.until(lambda status: status.heartbeat_age_s > 2.0)
+    server.engine().resume()
 
 
 async def test_a_light_park_leaves_the_engine_where_it_is(server: Process) -> None:
@@ -119,6 +131,54 @@ async def test_a_suspended_engine_can_die(server: Process, name: str) -> None:
     await server.until(lambda status: status.state == pb.RUNTIME_STATE_STANDBY)
     await load(server, "other")
     assert (await server.client.park(timeout_s=TIMEOUT_S)).memory.kept_bytes == KEPT_BYTES
+
+
+async def test_an_engine_that_dies_while_it_is_suspended_leaves_nothing_to_the_next(
+    server: Process, home: Path
+) -> None:
+    engine = await load(server)
+    (home / "hang").touch()
+    park = asyncio.create_task(server.client.park(timeout_s=TIMEOUT_S))
+    await until_stopped(engine)
+    engine.kill()
+    await server.until(lambda status: status.state == pb.RUNTIME_STATE_FAILED)
+    (home / "hang").unlink()
+    with pytest.raises(RuntimeUnavailable, match="died while it was parked"):
+        await park
+    await load(server, "other")
+    await server.client.park(timeout_s=TIMEOUT_S, mode=pb.PARK_MODE_LIGHT)
+    assert (await server.status()).memory.kept_bytes == 0
+    woken = await server.client.wake([GPU], timeout_s=TIMEOUT_S)
+    assert "restore" not in [phase.name for phase in woken.phases]
+    assert await answers(server)
+
+
+async def test_an_engine_that_dies_while_it_is_resumed_is_not_waited_for(
+    server: Process, home: Path
+) -> None:
+    engine = await load(server)
+    await server.client.park(timeout_s=TIMEOUT_S)
+    (home / "hang").touch()
+    wake = asyncio.create_task(server.client.wake([GPU], timeout_s=TIMEOUT_S))
+    await until_stopped(engine, is_stopped=False)
+    engine.kill()
+    await server.until(lambda status: status.state == pb.RUNTIME_STATE_FAILED)
+    (home / "hang").unlink()
+    with pytest.raises(RuntimeUnavailable, match="the engine process ended"):
+        await wake
+
+
+async def test_a_driver_that_hangs_keeps_no_runtime_from_ending(
+    server: Process, home: Path
+) -> None:
+    engine = await load(server)
+    (home / "hang").touch()
+    park = asyncio.create_task(server.client.park(timeout_s=TIMEOUT_S))
+    await until_stopped(engine)
+    server.popen.send_signal(signal.SIGTERM)
+    assert await server.exited() == 0, "well before the driver's time is over"
+    with pytest.raises(RuntimeUnavailable):
+        await park
 
 
 async def test_a_suspended_engine_goes_with_its_server(server: Process) -> None:
