@@ -73,7 +73,8 @@ def main() -> None:
             new = {f"parked {park}" if tier == "parked" else tier: found[tier] for tier in found}
             print_waits(new, GOALS_S)
             waits |= new
-            _print_phases(controller, 2 * arguments.runs)
+            num_cold = arguments.runs * sum(tier != "ready" for tier in tiers)
+            _print_phases(controller, num_cold)
             if "parked" in tiers:
                 _print_parking(controller, park, arguments.runs)
     late = missed(waits, GOALS_S)
@@ -82,7 +83,7 @@ def main() -> None:
 
 
 def _print_phases(controller: Controller, limit: int) -> None:
-    """Print the median of each phase, in milliseconds."""
+    """Print the median of each phase of the last cold starts, in milliseconds."""
     found = controller.get("/api/v1/cold-starts", function=NAME, limit=limit)["cold_starts"]
     phases: defaultdict[str, defaultdict[str, list[float]]] = defaultdict(lambda: defaultdict(list))
     for cold_start in found:

@@ -34,6 +34,8 @@ LLAMA_3_1_8B = {
 class RandomWeights:
     """Normal weights of standard deviation 0.02, norms of 1, drawn on the device."""
 
+    is_read = True
+
     def __init__(
         self,
         config: ModelConfig,

@@ -72,8 +72,8 @@ def missed(waits: Waits, goals: Goals) -> list[str]:
 def print_waits(waits: Waits, goals: Goals) -> None:
     """Print median, 95th percentile and worst of each tier beside its goal.
 
-    Beside them stand the least share of a wait that its timeline explains, and the median of tokens
-    that had come a second after the first.
+    Beside them stand the share of a wait that its timeline explains, the median and the least, and
+    the median of tokens that had come a second after the first.
     """
     table = Table("from", "runs", "p50 s", "p95 s", "worst s", "goal s", "explained", "tokens")
     for tier, found in waits.items():
@@ -87,7 +87,7 @@ def print_waits(waits: Waits, goals: Goals) -> None:
             str(len(ranked)),
             *(f"{s:.3f}" for s in figures),
             "" if goal is None else f"{goal:g}",
-            f"{100 * min(shares):.1f} %" if shares else "",
+            f"{100 * statistics.median(shares):.1f} ({100 * min(shares):.1f}) %" if shares else "",
             f"{statistics.median(wait.num_tokens for wait in found):g}",
         )
     Console().print(table)

@@ -91,7 +91,9 @@ class StepLoop:
                 self._handle(frame)
             if self._engine.has_work():
                 self._busy_at = time.monotonic()
-                if self._engine.spare_s() >= TICK_S:
+                if (spare_s := self._engine.spare_s()) > 0.0:
+                    if spare_s < TICK_S:  # a step now would leave out who comes before its time
+                        time.sleep(spare_s)
                     continue
                 self._emit(self._engine.step())
                 self._flush()  # before anything else that takes time

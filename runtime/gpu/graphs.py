@@ -19,6 +19,7 @@ from runtime.gpu.limits import BatchLimits
 
 CAPTURE_AFTER = 2
 DECODE_SIZES = (1, 2, 4, 8, 16, 32, 48, 64, 96, 128, 160, 192, 224, 256, 320, 384, 448, 512)
+MAX_CAPTURED_TOKENS = 1024  # more takes the GPU longer than the host takes to launch it
 SPARE_TILES = 16  # each chunk of a prompt has one that is not full
 
 Result = TypeVar("Result")
@@ -135,5 +136,6 @@ class StepGraphs(Generic[Result]):
         mixed = [
             StepShape(num_tokens, self._usual_tiles(num_tokens))
             for num_tokens in self._limits.mixed_sizes
+            if num_tokens <= MAX_CAPTURED_TOKENS
         ]
         return tuple(shape for shape in chain(*zip_longest(decodes, mixed)) if shape is not None)

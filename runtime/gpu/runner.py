@@ -24,12 +24,12 @@ from runtime.gpu.prompt_logprobs import launch_prompt_logprobs
 from runtime.gpu.rows import Rows
 from runtime.gpu.sampling import GpuSampler, PendingChoice, PendingSample
 from runtime.gpu.staging import BatchDescription, BatchStaging, describe
+from runtime.gpu.step_sizes import PREFILL_TOKENS_ALONE, mixed_sizes, tokens_beside
 from runtime.gpu.warm_up import warm_up_batches, warm_up_masks
 from runtime.gpu.weights import GpuWeights, StreamedWeights
 from runtime.kernels.batch_inputs import ModelInputs, expand_batch
 from runtime.kernels.cache import KernelCache
 from runtime.kernels.chunk_attention import tile_size
-from runtime.kernels.launch import LateCompilations
 from runtime.memory.kv_plan import CONTEXT_BYTES, KvSizes, plan_kv
 from runtime.memory.slab import Slab
 from runtime.memory.weights import OnProgress
@@ -38,15 +38,6 @@ from runtime.model.description import check_dtype, read_model
 from snapshots.loader import LoadReport
 from snapshots.profiles import StepSize
 
-# On an H200, products of the tokens between these take as long as those of the next size, or longer.
-STEP = 64
-LARGE_STEP = 128
-LARGE = 384
-PREFILL_TOKENS_BESIDE_DECODES = (
-    480  # roughly; more would be faster a token, and decodes wait for it
-)
-PREFILL_TOKENS_ALONE = 1024
-CPU_STEP = 4
 PROMPT_LOGPROB_ROWS = 64  # at once: their probabilities are in memory beside their logits
 
 
@@ -75,10 +66,10 @@ class GpuRunner:
         self._weights = weights
         self._dtype = weights.dtype
         self._device = Device(device)
-        most = max(PREFILL_TOKENS_ALONE, _tokens_beside(config.max_num_seqs))
+        most = max(PREFILL_TOKENS_ALONE, tokens_beside(config.max_num_seqs))
         budget = min(config.max_num_batched_tokens, most)
         limits = BatchLimits(
-            mixed_sizes=_mixed_sizes(budget, is_gpu=self._device.is_gpu),
+            mixed_sizes=mixed_sizes(budget, is_gpu=self._device.is_gpu),
             num_seqs=min(config.max_num_seqs, budget),
             num_blocks_each=-(-self._wanted_len // config.block_size),
             tile_size=tile_size(self._dtype),
@@ -89,8 +80,7 @@ class GpuRunner:
         self._kv_slab: Slab | None = None
         self._kv_cache = torch.empty(0)
         self.kernels = KernelCache()
-        self._late_compilations = LateCompilations()
-        self._is_warm = False
+        self._num_compilations: int | None = None  # until it was warm
         self._work = WorkMemory(self._device)
         self._rows = Rows(limits.num_seqs)
         self._block_tables = torch.zeros(
@@ -161,7 +151,7 @@ class GpuRunner:
 
     def max_prefill_tokens(self, num_decodes: int) -> int:
         """Return how many tokens of prompts a step should run: fewer when decodes wait for it."""
-        return _tokens_beside(num_decodes) - num_decodes if num_decodes else PREFILL_TOKENS_ALONE
+        return tokens_beside(num_decodes) - num_decodes if num_decodes else PREFILL_TOKENS_ALONE
 
     @property
     def max_in_flight(self) -> int:
@@ -181,7 +171,9 @@ class GpuRunner:
     @property
     def num_late_compilations(self) -> int:
         """Kernels compiled since the engine was ready; more than 0 is a defect."""
-        return self._late_compilations.count
+        if self._num_compilations is None:
+            return 0
+        return self.kernels.num_compilations - self._num_compilations
 
     @property
     def num_graphs(self) -> int:
@@ -241,20 +233,23 @@ class GpuRunner:
         return self.num_kv_blocks
 
     def warm_up(self) -> None:
-        """Compile and load every kernel, so that nothing is compiled once requests come; once.
+        """Compile every kernel, so that nothing is compiled once requests come; once.
 
-        Weights need not be there yet.
+        Weights need not be there yet. Kernels that an earlier start has compiled need only be
+        loaded, which no request waits for longer than this would take: then it ends with the
+        reading of the weights, and other kernels are loaded when they are used, or in idle time.
         """
-        if self._is_warm:
+        if self._num_compilations is not None:
             return
         assert self._model is not None, "loading has started"
         with self._model.shortened(), self._graphs.suspended():
-            self._run_all_kernels()
-        self._late_compilations.start()
-        self._is_warm = True
+            self._run_kernels()
+        self._num_compilations = self.kernels.num_compilations
 
-    def _run_all_kernels(self) -> None:
+    def _run_kernels(self) -> None:
         for batch in warm_up_batches(self._limits, self._config.block_size, self.max_model_len):
+            if self.kernels.is_seeded and self._weights.is_read:
+                break
             pending = self.launch(batch)
             pending.choose(warm_up_masks(batch, self.vocab_size))
             pending.wait()
@@ -412,17 +407,3 @@ class GpuRunner:
             model_max_len=shape.max_position_embeddings,
             device=device_memory(self._device.name),
         )
-
-
-def _tokens_beside(num_decodes: int) -> int:
-    """Return the tokens of a step that runs decodes and prompts, so that none are padding."""
-    return LARGE_STEP * round((num_decodes + PREFILL_TOKENS_BESIDE_DECODES) / LARGE_STEP)
-
-
-def _mixed_sizes(budget: int, *, is_gpu: bool) -> tuple[int, ...]:
-    """Return the sizes of steps with prompts; the last one holds the whole budget."""
-    small, large = (STEP, LARGE_STEP) if is_gpu else (CPU_STEP, CPU_STEP)
-    sizes = [small]
-    while sizes[-1] < budget:
-        sizes.append(sizes[-1] + (small if sizes[-1] < LARGE else large))
-    return tuple(sizes)

@@ -16,6 +16,7 @@ EVERYTHING = SamplingParams(
     logit_bias={0: 1.0},
     num_logprobs=1,
 )
+PROMPTS = (500, 50)  # tokens of usual ones, for which products take different kernels
 GREEDY = SamplingParams(temperature=0.0)
 
 
@@ -30,15 +31,19 @@ class Anything:
 def warm_up_batches(
     limits: BatchLimits, block_size: int, max_model_len: int
 ) -> Iterator[ScheduledBatch]:
-    """Yield chunks of a prompt, alone and beside a decode, then decodes of every power of two.
+    """Yield chunks of prompts, alone and beside a decode, then decodes of every power of two.
 
     All sequences share the first blocks: their content is as meaningless as their tokens.
     """
     numbers = count(-1, -1)
-    num_tokens = min(limits.num_tokens // 2, max_model_len - 1)
+    num_tokens, few_tokens = (
+        min(size, limits.num_tokens // 2, max_model_len - 1) for size in PROMPTS
+    )
     yield _batch(numbers, [num_tokens], block_size, EVERYTHING)
+    yield _batch(numbers, [few_tokens], block_size, GREEDY)
+    yield _batch(numbers, [1], block_size, GREEDY)
     yield _batch(numbers, [1, num_tokens], block_size, GREEDY)
-    size = 1
+    size = 2
     while size < 2 * limits.num_seqs:
         yield _batch(numbers, [1] * min(size, limits.num_seqs), block_size, GREEDY)
         size *= 2

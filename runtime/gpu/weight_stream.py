@@ -14,6 +14,7 @@ import sys
 import threading
 import time
 from collections.abc import Iterator
+from typing import TYPE_CHECKING
 
 import structlog
 import torch
@@ -22,6 +23,9 @@ from torch import Tensor
 from runtime.memory.weights import OnProgress
 from snapshots.loader import LoadReport, OpenRank, chunk_sums, read_piece, verify
 from snapshots.manifest import CHUNK_BYTES
+
+if TYPE_CHECKING:
+    from runtime.gpu.pinned_copies import PinnedCopies
 
 PIECE_BYTES = 8 << 20
 MAX_READERS = 10
@@ -60,6 +64,11 @@ class WeightStream:
         ]
         for reader in self._readers:
             reader.start()
+
+    @property
+    def is_over(self) -> bool:
+        """Whether all readers have ended."""
+        return not any(reader.is_alive() for reader in self._readers)
 
     def start_copy(self, slab: Tensor) -> None:
         """Begin to copy; once only.
@@ -155,38 +164,26 @@ class _Buffer:
         pages = mmap.mmap(-1, PIECE_BYTES)
         self.memory = memoryview(pages)
         self._tensor = torch.frombuffer(pages, dtype=torch.uint8)
-        self._is_pinned = False
-        self._stream: torch.cuda.Stream | None = None
+        self._copies: PinnedCopies | None = None
 
     def copy_to(self, target: Tensor) -> None:
         """Start copying the leading bytes to the device."""
-        source = self._tensor[: len(target)]
         if not target.is_cuda:
-            target.copy_(source)
+            target.copy_(self._tensor[: len(target)])
             return
-        self._pin()
-        with torch.cuda.stream(self._stream):
-            target.copy_(source, non_blocking=True)
+        if self._copies is None:
+            from runtime.gpu.pinned_copies import PinnedCopies  # needs CUDA's driver library
+
+            self._copies = PinnedCopies(self._tensor.data_ptr(), PIECE_BYTES)
+        self._copies.start(target.data_ptr(), len(target))
 
     def wait(self) -> None:
         """Return when the memory can be written again."""
-        if self._stream is not None:
-            self._stream.synchronize()
+        if self._copies is not None:
+            self._copies.wait()
 
     def release(self) -> None:
         """Let go of the memory, which goes with the last reference to it."""
-        self.wait()
-        if self._is_pinned:
-            torch.cuda.cudart().cudaHostUnregister(self._tensor.data_ptr())
-            self._is_pinned = False
-
-    def _pin(self) -> None:
-        """Register the memory, which takes a tenth of the time once reading has touched it."""
-        if self._stream is not None:
-            return
-        self._stream = torch.cuda.Stream()
-        cudart = torch.cuda.cudart()
-        error = int(cudart.cudaHostRegister(self._tensor.data_ptr(), PIECE_BYTES, 0))
-        if error:  # copies from it are right, only slow
-            log.warning("memory_not_pinned", num_bytes=PIECE_BYTES, cuda_error=error)
-        self._is_pinned = not error
+        if self._copies is not None:
+            self._copies.close()
+            self._copies = None

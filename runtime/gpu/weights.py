@@ -19,6 +19,10 @@ from snapshots.loader import LoadReport, views
 class StreamedWeights(Weights, Protocol):
     """Weights whose places are known before they are there."""
 
+    @property
+    def is_read(self) -> bool:
+        """Whether `load` has nothing to wait for."""
+
     def start(self) -> Mapping[str, Tensor]:
         """Begin to bring them in, which `load` ends; return them, their content undefined."""
 
@@ -54,6 +58,11 @@ class GpuWeights:
     def held_bytes(self) -> int:
         """GPU memory held now."""
         return self._slab.num_bytes if self._slab is not None and self._slab.is_mapped else 0
+
+    @property
+    def is_read(self) -> bool:
+        """Whether every reader has ended, with all of it or with an error."""
+        return self._stream is None or self._stream.is_over
 
     def prefetch(self) -> None:
         """Begin to read into host memory, as far as buffers go; needs no device yet."""

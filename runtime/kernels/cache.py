@@ -25,10 +25,17 @@ log = structlog.get_logger()
 
 
 class KernelCache:
-    """Notes what this process takes from Triton's cache, from its making on."""
+    """Notes what this process takes from Triton's cache, from its making on.
+
+    Attributes:
+        num_compilations: Kernels that were not in it.
+        is_seeded: Whether all that an earlier start has used is in it, so that a kernel that this
+            one has not used yet is only loaded when it is.
+    """
 
     def __init__(self) -> None:
         self.num_compilations = 0
+        self.is_seeded = False
         self._files: set[Path] = set()
         triton.knobs.compilation.listener = self._note
 
@@ -45,17 +52,20 @@ class KernelCache:
             ProfileUnusable: The cache cannot be written to.
         """
         root = Path(triton.knobs.cache.dir)
+        self.is_seeded = True
         ordered = sorted(files, key=lambda file: file.path)
         for entry, group in groupby(ordered, key=lambda file: file.path.partition("/")[0]):
             try:
-                _seed_entry(root / entry, list(group), read)
+                self._files.update(_seed_entry(root / entry, list(group), read))
             except ProfileUnusable as reason:
+                self.is_seeded = False
                 log.warning("kernel_not_taken", entry=entry, reason=str(reason))
             except OSError as error:
+                self.is_seeded = False
                 raise ProfileUnusable(f"Triton's cache {root}: {error}") from error
 
     def collect(self) -> dict[str, bytes]:
-        """Return the files that a later start like this one needs, by entry/name."""
+        """Return the files that a later start needs, by entry/name: used here, or seeded."""
         found = {}
         for path in self._files | _loaded_libraries(Path(triton.knobs.cache.dir)):
             try:
@@ -72,12 +82,13 @@ class KernelCache:
 
 def _seed_entry(
     directory: Path, files: list[KernelFile], read: Callable[[KernelFile], bytes]
-) -> None:
+) -> Iterable[Path]:
+    """Put the files of an entry into its directory, unless it is complete; return their paths."""
     targets = {directory / Path(file.path).name: file for file in files}
     groups = [path for path in targets if path.suffix == ".json"]
     needed = [_group_file(path) for path in groups] or list(targets)
     if all(path.exists() for path in needed):
-        return
+        return targets
     contents = {path: read(file) for path, file in targets.items()}
     directory.mkdir(parents=True, exist_ok=True)
     for path, content in contents.items():
@@ -85,6 +96,7 @@ def _seed_entry(
     for path in groups:
         children = {child.name: str(child) for child in targets if child.suffix in USED_SUFFIXES}
         _replace(_group_file(path), json.dumps({"child_paths": children}).encode())
+    return targets
 
 
 def _group_file(path: Path) -> Path:

@@ -10,6 +10,7 @@ import triton.language as tl
 from torch import Tensor
 from triton.tools.tensor_descriptor import TensorDescriptor
 
+from runtime.kernels import hopper_attention
 from runtime.kernels.decode_attention import LOG2_E
 from runtime.kernels.launch import next_power_of_2
 
@@ -45,6 +46,20 @@ def chunk_attention(
     """
     _, _, num_kv_heads, block_size, head_dim = kv_cache.shape
     num_heads = out.shape[1] // head_dim
+    scale = head_dim**-0.5 * LOG2_E
+    if hopper_attention.is_usable(kv_cache):
+        hopper_attention.attend(
+            qkv,
+            kv_cache,
+            out,
+            tiles=tiles,
+            block_tables=block_tables,
+            rows=rows,
+            query_starts=query_starts,
+            seq_lens=seq_lens,
+            scale=scale,
+        )
+        return
     is_exact = kv_cache.dtype == torch.float32
     block_n = 32 if is_exact else 64
     # Whole tiles of keys are fetched by the GPU's copy engine where its conditions hold.
@@ -60,7 +75,7 @@ def chunk_attention(
         rows,
         query_starts,
         seq_lens,
-        head_dim**-0.5 * LOG2_E,
+        scale,
         TABLE_STRIDE=block_tables.stride(0),
         NUM_HEADS=num_heads,
         NUM_KV_HEADS=num_kv_heads,

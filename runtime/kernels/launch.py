@@ -1,4 +1,4 @@
-"""What every kernel launch needs: block sizes, a compiler, a count of compilations that came late."""
+"""What every kernel launch needs: block sizes and a compiler."""
 
 import importlib
 import sys
@@ -25,19 +25,3 @@ def prepare_compiler() -> None:
             for kernel in vars(module).values():
                 if isinstance(kernel, triton.JITFunction):
                     _ = kernel.cache_key  # kept by the kernel
-
-
-class LateCompilations:
-    """Counts Triton compilations from `start` on; a serving engine must see none."""
-
-    def __init__(self) -> None:
-        self.count = 0
-        self.names: list[str] = []
-
-    def start(self) -> None:
-        """Count from now on, in this process."""
-        triton.knobs.runtime.jit_post_compile_hook = self._note
-
-    def _note(self, **event: object) -> None:
-        self.count += 1
-        self.names.append(str(event.get("repr", "")))

@@ -26,18 +26,18 @@ class DeviceSlab:
     def __init__(self, num_bytes: int) -> None:
         self._num_bytes = num_bytes
         self._properties = _properties(torch.cuda.current_device())
-        granularity = _checked(
+        granularity = checked(
             cuda.cuMemGetAllocationGranularity(
                 self._properties,
                 cuda.CUmemAllocationGranularity_flags.CU_MEM_ALLOC_GRANULARITY_RECOMMENDED,
             )
         )
         self._mapped_bytes = -(-max(num_bytes, 1) // granularity) * granularity
-        self._address = int(_checked(cuda.cuMemAddressReserve(self._mapped_bytes, 0, 0, 0)))
+        self._address = int(checked(cuda.cuMemAddressReserve(self._mapped_bytes, 0, 0, 0)))
         self._handle: Any = None
         try:
             self.map()
-        except OutOfMemory:
+        except Exception:
             self.release()
             raise
         self._tensor: Tensor | None = torch.as_tensor(
@@ -74,27 +74,37 @@ class DeviceSlab:
                 f"the GPU has {free_bytes} of {total_bytes} bytes free, {self._mapped_bytes} are "
                 "needed: park or stop what else uses it, or lower gpu_memory_utilization"
             )
-        self._handle = _checked((error, handle))
-        _checked(cuda.cuMemMap(self._address, self._mapped_bytes, 0, handle, 0))
-        access = cuda.CUmemAccessDesc()
-        access.location = self._properties.location
-        access.flags = cuda.CUmemAccess_flags.CU_MEM_ACCESS_FLAGS_PROT_READWRITE
-        _checked(cuda.cuMemSetAccess(self._address, self._mapped_bytes, [access], 1))
+        handle = checked((error, handle))
+        try:
+            self._back_with(handle)
+        except Exception:
+            cuda.cuMemUnmap(self._address, self._mapped_bytes)  # refused if it never was mapped
+            cuda.cuMemRelease(handle)
+            raise
+        self._handle = handle
 
     def unmap(self) -> None:
         """Give the memory back and keep the addresses; waits for the GPU."""
         assert self._handle is not None, "unmapped already"
         torch.cuda.synchronize()
-        _checked(cuda.cuMemUnmap(self._address, self._mapped_bytes))
-        _checked(cuda.cuMemRelease(self._handle))
+        checked(cuda.cuMemUnmap(self._address, self._mapped_bytes))
+        checked(cuda.cuMemRelease(self._handle))
         self._handle = None
 
     def release(self) -> None:
         """Give memory and addresses back; views of the slab are dead."""
         if self._handle is not None:
             self.unmap()
-        _checked(cuda.cuMemAddressFree(self._address, self._mapped_bytes))
+        checked(cuda.cuMemAddressFree(self._address, self._mapped_bytes))
         self._tensor = None
+
+    def _back_with(self, handle: Any) -> None:
+        """Put memory behind the addresses and allow this GPU to use it."""
+        checked(cuda.cuMemMap(self._address, self._mapped_bytes, 0, handle, 0))
+        access = cuda.CUmemAccessDesc()
+        access.location = self._properties.location
+        access.flags = cuda.CUmemAccess_flags.CU_MEM_ACCESS_FLAGS_PROT_READWRITE
+        checked(cuda.cuMemSetAccess(self._address, self._mapped_bytes, [access], 1))
 
 
 class _Memory:
@@ -117,7 +127,7 @@ def _properties(device: int) -> Any:
     return properties
 
 
-def _checked(result: tuple[Any, ...]) -> Any:
+def checked(result: tuple[Any, ...]) -> Any:
     """Return a driver call's value; raise if it failed."""
     error, *values = result
     if error != cuda.CUresult.CUDA_SUCCESS:

@@ -10,6 +10,7 @@ from pathlib import Path
 import pytest
 
 from runtime.config import EngineConfig
+from runtime.engine.sequence import StepResult
 from runtime.ipc import Frame, FrameKind, FrameSocket, PeerClosed
 from runtime.profile import EngineProfile
 from runtime.rpc import inference_pb2 as pb
@@ -19,12 +20,25 @@ from tests.fakes.engine import FakeEngine, FakeRunner, Script
 pytestmark = pytest.mark.timeout(30)
 
 
+PACE_S = 0.0035
+
+
 class PatientEngine(FakeEngine):
-    """Takes every moment of idle time, and notes when."""
+    """Takes every moment of idle time and wants its steps apart; notes when either came."""
 
     def __init__(self, runner: FakeRunner) -> None:
         super().__init__(runner)
         self.idle_at: list[float] = []
+        self.too_early_s: list[float] = []
+        self._next_step_at = 0.0
+
+    def spare_s(self) -> float:
+        return max(0.0, self._next_step_at - time.monotonic())
+
+    def step(self) -> StepResult:
+        self.too_early_s.append(self.spare_s())
+        self._next_step_at = time.monotonic() + PACE_S
+        return super().step()
 
     def use_idle_time(self) -> bool:
         self.idle_at.append(time.monotonic())
@@ -90,3 +104,16 @@ def test_idle_time_is_left_alone_while_the_memory_is_away(peer: Peer) -> None:
     parked_at = peer.call(FrameKind.PARK, pb.ParkRequest().SerializeToString())
     time.sleep(2 * IDLE_AFTER_S)
     assert peer.engine.idle_at[-1] <= parked_at
+
+
+def test_no_step_begins_before_its_time(peer: Peer) -> None:
+    sampling = pb.SamplingParams(max_tokens=8)
+    submit = pb.Submit(sequence_id=1, prompt_token_ids=[1], sampling=sampling)
+    request = pb.AttachRequest(submit=submit)
+    peer.connection.send([Frame(FrameKind.ATTACH_REQUEST, 1, request.SerializeToString())])
+    num_tokens = 0
+    while num_tokens < 8:
+        for frame in peer.connection.receive(5.0):
+            if frame.kind is FrameKind.STEP_OUTPUT:
+                num_tokens += len(pb.StepOutput.FromString(frame.payload).token_ids)
+    assert peer.engine.too_early_s == [0.0] * 8

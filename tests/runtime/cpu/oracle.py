@@ -30,6 +30,7 @@ class TensorWeights:
         self.dtype = tensors["embed_tokens.weight"].dtype
         self.total_bytes = sum(tensor.nbytes for tensor in tensors.values())
         self.held_bytes = 0
+        self.is_read = True
         self.discarded: list[Tensor] = []
 
     def start(self) -> Mapping[str, Tensor]:

@@ -10,7 +10,7 @@ from runtime.gpu.device import Device
 from runtime.gpu.graphs import StepGraphs, StepShape
 from runtime.gpu.limits import BatchLimits
 
-LIMITS = BatchLimits(mixed_sizes=(64, 128), num_seqs=8, num_blocks_each=4, tile_size=16)
+LIMITS = BatchLimits(mixed_sizes=(64, 128, 1536), num_seqs=8, num_blocks_each=4, tile_size=16)
 
 
 @pytest.fixture
@@ -30,6 +30,7 @@ def test_small_steps_come_first_unless_others_are_preferred(graphs: StepGraphs[A
         graphs._graphs[shape] = cast(Any, None)
     assert order[:3] == [usual, StepShape(4, 0), StepShape(1, 0)]
     assert StepShape(5, 0) not in order  # it is padded to 8
+    assert max(shape.num_tokens for shape in order) == 128, "larger steps gain nothing"
     assert len(set(order)) == len(order) == 6
 
 

@@ -3,6 +3,8 @@
 from collections import defaultdict
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
+from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -10,6 +12,7 @@ import torch
 from transformers import LlamaForCausalLM
 
 from runtime.config import EngineConfig
+from runtime.engine.batch import ScheduledBatch
 from runtime.engine.engine import Engine
 from runtime.engine.sequence import FinishReason, SamplingParams, TokenLogprobs
 from runtime.gpu.linear import GpuLinear
@@ -227,8 +230,31 @@ def test_memory_is_given_back_and_taken_again() -> None:
     assert answers(engine, {1: [1, 2, 3]}, sampling)[0] == before
 
 
+@pytest.mark.parametrize(("is_seeded", "num_expected"), [(True, 2), (False, 7)])
+def test_a_warm_up_ends_with_the_reading_if_nothing_is_to_be_compiled(
+    monkeypatch: pytest.MonkeyPatch, *, is_seeded: bool, num_expected: int
+) -> None:
+    runner = new_gpu_runner(tiny_llama())
+    launched: list[ScheduledBatch] = []
+
+    def launch(batch: ScheduledBatch) -> Any:
+        launched.append(batch)
+        monkeypatch.setattr(runner._weights, "is_read", len(launched) >= 2)
+        return SimpleNamespace(choose=lambda _masks: None, wait=lambda: None)
+
+    monkeypatch.setattr(runner, "launch", launch)
+    monkeypatch.setattr(runner.kernels, "is_seeded", is_seeded)
+    monkeypatch.setattr(runner._weights, "is_read", False)
+    runner.warm_up()
+    assert len(launched) == num_expected
+    runner.warm_up()
+    assert len(launched) == num_expected, "once is enough"
+
+
 @pytest.mark.skipif(not IS_GPU, reason="CUDA graphs need a GPU")
-def test_graphs_change_no_answer_and_nothing_is_compiled_late() -> None:
+def test_graphs_change_no_answer_and_nothing_is_compiled_late(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     model = tiny_llama()
     runner = new_gpu_runner(model)
     runner.warm_up()
@@ -237,6 +263,7 @@ def test_graphs_change_no_answer_and_nothing_is_compiled_late() -> None:
     tokens, _ = answers(Engine(CONFIG, runner, frozenset()), prompts, sampling)
     assert runner.num_graphs > 1
     assert runner.num_late_compilations == 0
+    monkeypatch.setenv("TRITON_CACHE_DIR", str(tmp_path))
     rms_norm(torch.ones(1, 321, device=DEVICE), torch.ones(321, device=DEVICE), 1e-5,
              torch.empty(1, 321, device=DEVICE))  # fmt: skip
     assert runner.num_late_compilations == 1, "the counter counts"

@@ -10,7 +10,12 @@ from runtime.kernels.chunk_attention import chunk_attention, tile_size
 from runtime.kernels.decode_attention import SplitWorkspace, decode_attention, num_splits
 from tests.runtime.kernels.device import DEVICE, DTYPES, poisoned, relative_error, tolerance
 
-SHAPES = [(6, 2, 24, 16), (4, 4, 64, 64), (8, 1, 128, 32)]  # heads, kv heads, head_dim, block
+SHAPES = [
+    (6, 2, 24, 16),
+    (4, 4, 64, 64),
+    (8, 1, 128, 32),
+    (4, 1, 128, 64),
+]  # heads, kv heads, head_dim, block
 
 
 class Cache(NamedTuple):
@@ -98,7 +103,7 @@ def test_chunks_of_any_length_over_any_prefix(
     dtype: torch.dtype, shape: tuple[int, int, int, int]
 ) -> None:
     num_heads, num_kv_heads, head_dim, _ = shape
-    lens, chunks = [1, 17, 100, 70, 200], [1, 17, 30, 1, 150]
+    lens, chunks = [1, 17, 100, 70, 500], [1, 17, 30, 1, 150]
     cache = new_cache(shape, dtype, lens)
     starts = [sum(chunks[:index]) for index in range(len(chunks) + 1)]
     query_starts = torch.tensor(starts, dtype=torch.int32, device=DEVICE)

@@ -63,6 +63,23 @@ def test_what_triton_has_is_left_alone(cache: Path) -> None:
     assert not (cache / ENTRY / "k.cubin").exists()
 
 
+def test_kernels_are_seeded_if_none_is_left_out(cache: Path) -> None:
+    kernels, before = KernelCache(), KernelCache().is_seeded
+    good, bad = kernel_file("launcher.so", b"good"), kernel_file("other.so", b"bad")
+
+    def read(file: KernelFile) -> bytes:
+        if file is bad:
+            raise ProfileUnusable("damaged")
+        return b"good"
+
+    kernels.seed([good], read)
+    with_all = kernels.is_seeded
+    assert kernels.collect() == {good.path: b"good"}, "a later start needs what this one had"
+    (cache / good.path).unlink()
+    kernels.seed([good, bad], read)
+    assert (before, with_all, kernels.is_seeded) == (False, True, False)
+
+
 def test_a_cache_that_cannot_be_written_to_is_a_reason(cache: Path) -> None:
     cache.write_text("a file")
     with pytest.raises(ProfileUnusable, match="Triton's cache"):
