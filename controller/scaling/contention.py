@@ -172,6 +172,7 @@ class Contention:
         wait.stop_timer()
         if self._is_behind(party.name, wanted):
             return
+        held_the_line = self._holds_the_line(wait)
         owners = self._owners(party)
         num_devices = len(device_ids) if is_bound else None
         wait.room = self._room(replica_id, demand, device_ids, owners, wait.since, num_devices)
@@ -185,6 +186,8 @@ class Contention:
             for one in wait.room.yielding:
                 wait.yielding[one] = owners[one][0]
                 owners[one][0].yield_place(one, reason=reason)
+        if held_the_line and not self._holds_the_line(wait):
+            self.look_again()  # those behind may pass
 
     def _room(
         self,

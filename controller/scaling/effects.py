@@ -295,6 +295,7 @@ class Effects:
             self._guard(replica, effect, previous), name=f"effect on {replica.id}"
         )
         self._tasks[replica.id] = task
+        self._function.poke()  # the replica has moved, which may ask for another one
 
     async def settled(self, replicas: Iterable[Replica]) -> None:
         """Return when the effects now running on these replicas are over."""

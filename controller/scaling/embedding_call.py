@@ -41,6 +41,7 @@ class FunctionEmbedding:
     async def __aenter__(self) -> Self:
         self.admitted_at = self._host.clock.monotonic()
         self.record.tier = str(self._host.tier)
+        self._ticket.queued(self.admitted_at)
         self._host.admit(self._ticket)
         self._host.entered(self)
         return self
@@ -73,7 +74,7 @@ class FunctionEmbedding:
                         f"{error}; retry"
                     ) from error
                 self._host.release(replica)
-                self._ticket.decided.clear()
+                self._ticket.queued(self._host.clock.monotonic())
                 self._host.readmit(self._ticket)
             else:
                 self.record.first_token_s = self._elapsed_s()
@@ -82,9 +83,14 @@ class FunctionEmbedding:
                 return embeddings
         raise AssertionError("the last attempt returns or raises")
 
+    @property
+    def queued_at(self) -> float:
+        """Monotonic second it began to wait for the replica it has."""
+        return self._ticket.queued_at
+
     def check_deadlines(self, now: float) -> None:
         """End the call if it has waited too long for a lease; the rest has a time limit."""
-        expire_in_queue(self._host, self._ticket, self.admitted_at, now)
+        expire_in_queue(self._host, self._ticket, now)
 
     async def _lease(self) -> Replica:
         if self._ticket.replica is None:
@@ -93,8 +99,8 @@ class FunctionEmbedding:
             raise self._ticket.failure
         replica = self._ticket.replica
         assert replica is not None
-        if self.record.queue_s is None:
-            self.record.queue_s = self._elapsed_s()
+        self._ticket.leased(self._host.clock.monotonic())
+        self.record.queue_s = self._ticket.waited_s
         self.record.replica_id = replica.id
         return replica
 

@@ -13,7 +13,14 @@ from pathlib import Path
 import structlog
 
 from controller.backends.base import RuntimeBackend, RuntimeInfo
-from controller.errors import ActivationFailed, ApiError, Conflict, ModelNotFound, ShuttingDown
+from controller.errors import (
+    ActivationFailed,
+    ApiError,
+    Conflict,
+    ModelNotFound,
+    QueueFull,
+    ShuttingDown,
+)
 from controller.scaling.books import Books
 from controller.scaling.deployment import Deployment
 from controller.scaling.effects import DEFECT_PAUSE_S, Effects
@@ -177,7 +184,12 @@ class Function:
             )
         now = self.clock.monotonic()
         self.tenancy.called(now)
-        self.set.admit(ticket, now=now)
+        try:
+            self.set.admit(ticket, now=now)
+        except QueueFull as error:
+            eta_s = self.eta_s(self.tier, 0.0)  # nobody leaves the queue before a replica is up
+            error.retry_after_s = max(error.retry_after_s or 0.0, eta_s or 0.0)
+            raise
         self._after_grant(ticket)
 
     def readmit(self, ticket: Ticket) -> None:
@@ -192,6 +204,7 @@ class Function:
     def abandon(self, ticket: Ticket) -> None:
         """Leave the queue."""
         self.set.abandon(ticket)
+        self.poke()
 
     def release(self, replica: Replica) -> None:
         """Give a lease back."""
@@ -199,7 +212,6 @@ class Function:
         if replica.in_flight == 0:
             if (drained := self._drained.get(replica.id)) is not None:
                 drained.set()
-            self.node.contention.look_again()
             self.profiles.idle(replica)
         self.books.account(replica)
         self.poke()
@@ -222,7 +234,7 @@ class Function:
 
     def first_token(self, generation: LiveRequest, replica: Replica) -> None:
         """Note a request's first token; the first after a cold start closes its books."""
-        self.books.served(replica, waiting_since=generation.admitted_at)
+        self.books.served(replica, waiting_since=generation.queued_at)
         if generation.record.tier != Tier.READY:
             generation.record.timeline = self.books.timeline(
                 replica, received_at=generation.received_at, admitted_at=generation.admitted_at
@@ -292,7 +304,7 @@ class Function:
                 f"{self.name!r} was not ready within timeouts.startup, {limit:g} s"
             ) from error
         finally:
-            self.set.abandon(ticket)
+            self.abandon(ticket)
             if ticket.replica is not None:
                 self.release(ticket.replica)
 
@@ -363,6 +375,7 @@ class Function:
     def hold(self, reason: str) -> None:
         """Bring no replica up until `update`; requests that only that could serve fail."""
         self._notify(self.set.hold(reason))
+        self.poke()
 
     def snapshot_unusable(self, reason: str) -> None:
         """Note that a runtime found the snapshot missing or damaged."""
@@ -460,6 +473,7 @@ class Function:
         if may_act and self.execute(self.set.plan(self.clock.monotonic())):
             self.tenancy.leave_line()
         self.books.publish()
+        self.tenancy.show()
 
     async def _wait_for_change(self) -> None:
         now = self.clock.monotonic()
@@ -468,6 +482,7 @@ class Function:
         try:
             async with asyncio.timeout(wait_s):
                 await self._changed.wait()
+            await asyncio.sleep(0)  # first off with the request that was just admitted
         except TimeoutError:
             pass
         self._changed.clear()
@@ -564,7 +579,6 @@ class Function:
         log.info("replica moves", function=self.name, replica_id=replica.id, reason=reason)
         if self.set.drain(replica, now=self.clock.monotonic(), reason=reason) is not None:
             self._effects.run(replica, self._effects.stop(replica))
-        self.poke()
 
     def _new_replica_id(self) -> str:
         return f"{self.name[:40].rstrip('-')}-{secrets.token_hex(4)}"

@@ -63,10 +63,10 @@ class FunctionLoad:
 class GenerationRecord:
     """What became of one request; filled in as it happens.
 
-    Durations are seconds since admission except `queue_s`, which ends with the lease. `outcome`
-    is a finish reason, an error code, or "disconnected". `timeline` has the phases of a cold start
-    that the request waited for, from the call's arrival to the first token. Prompt tokens are what
-    was asked, output tokens what was computed, read or not.
+    Durations are seconds since admission except `queue_s`, all waits for a lease together.
+    `outcome` is a finish reason, an error code, or "disconnected". `timeline` has the phases of a
+    cold start that the request waited for, from the call's arrival to the first token. Prompt
+    tokens are what was asked, output tokens what was computed, read or not.
     """
 
     request_id: str

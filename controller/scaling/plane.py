@@ -502,11 +502,12 @@ class ControlPlane:
         return self._background.start(function.run(), f"own {function.name}")
 
     async def _watch(self, backend: RuntimeBackend) -> None:
-        """Tell functions of exits the backend sees, whatever happens to the backend."""
+        """Tell whom it concerns of exits the backend sees, whatever happens to the backend."""
         last_error = ""
         while True:
             try:
                 async for info in backend.watch():
+                    self.node.standbys.exited(info)
                     for function in self._all_functions():
                         await function.exited(info)
             except BackendError as error:

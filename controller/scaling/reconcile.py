@@ -35,6 +35,9 @@ ADOPTABLE = {
 }
 """What can be taken over; a half-started runtime is removed, which costs no request."""
 
+RESTING = frozenset({ReplicaState.READY, ReplicaState.PARKED})
+"""States in which no call to the runtime is under way that would fail by itself."""
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Found:
@@ -89,10 +92,13 @@ def adopted_claims(found: Iterable[Found]) -> dict[str, AdoptedClaim]:
 
 
 async def replace_silent(function: Function) -> None:
-    """Replace ready replicas whose runtime does not answer, or whose engine died or is silent."""
+    """Give up replicas whose runtime does not answer, or whose engine died or is silent.
+
+    Parked ones too: else the next request would be the first to notice, and would wait for it.
+    """
     for replica in list(function.set.replicas.values()):
         link = function.links.get(replica.id)
-        if link is None or replica.state is not ReplicaState.READY:
+        if link is None or replica.state not in RESTING:
             continue
         try:
             status = await link.connection.health(timeout_s=LIVENESS_LIMIT_S)

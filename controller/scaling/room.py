@@ -115,20 +115,20 @@ def make_room(
     idle = [one for one in free_to_go if not one.is_busy]
     ripe = [one for one in idle if _ripens_in_s(one, min_residency_s) <= 0]
     evicted = cheapest(ripe, missing_bytes)
-    missing_bytes -= sum(one.freed_bytes for one in evicted)
-    if missing_bytes <= 0:
+    if _freed(evicted) >= missing_bytes:
         return _room(evicted, ())
-    waits = [_ripens_in_s(one, min_residency_s) for one in idle if one not in ripe]
+    young = [one for one in idle if one not in ripe]
     busy = [one for one in free_to_go if one.is_busy]
     served = [one for one in busy if waited_s >= turn_s and one.resident_s >= turn_s]
+    waits = [_ripens_in_s(one, min_residency_s) for one in young]
     waits += [max(turn_s - waited_s, turn_s - one.resident_s) for one in busy if one not in served]
     retry_in_s = min(waits, default=None)
-    young_bytes = sum(one.freed_bytes for one in idle if one not in ripe)
-    yielding = cheapest(served, missing_bytes - young_bytes)
-    gained = young_bytes + sum(one.freed_bytes for one in yielding)
-    if gained < missing_bytes:
+    yielding = cheapest(served, missing_bytes - _freed(ripe) - _freed(young))
+    later = _freed(young) + _freed(yielding)
+    if _freed(ripe) + later < missing_bytes:
         # Parking some would not help whoever asks, and would cost their next callers a wake.
         return Room(is_enough=False, retry_in_s=retry_in_s)
+    evicted = cheapest(ripe, missing_bytes - later)
     return _room(evicted, yielding, retry_in_s=retry_in_s)
 
 
@@ -137,6 +137,10 @@ def _ripens_in_s(tenant: Tenant, min_residency_s: float) -> float:
     if tenant.state is ReplicaState.PARKED:
         return 0.0
     return max(min_residency_s - tenant.resident_s, BETWEEN_CALLS_S - tenant.idle_s)
+
+
+def _freed(tenants: Iterable[Tenant]) -> int:
+    return sum(one.freed_bytes for one in tenants)
 
 
 def cheapest(tenants: Sequence[Tenant], missing_bytes: int) -> list[Tenant]:

@@ -33,10 +33,23 @@ class Ticket(Waiter):
 
     Attributes:
         may_wake: Whether it may wait for a replica; else it wants one that has room now.
+        queued_at: Monotonic second its present or last wait began.
+        waited_s: All its waits that are over, together.
     """
 
     may_wake: bool = True
     decided: asyncio.Event = field(default_factory=asyncio.Event)
+    queued_at: float = 0.0
+    waited_s: float = 0.0
+
+    def queued(self, now: float) -> None:
+        """Begin a wait: the first, or another one after a replica was lost."""
+        self.decided.clear()
+        self.queued_at = now
+
+    def leased(self, now: float) -> None:
+        """End a wait."""
+        self.waited_s += now - self.queued_at
 
 
 class LiveRequest(Protocol):
@@ -45,6 +58,10 @@ class LiveRequest(Protocol):
     record: GenerationRecord
     received_at: float | None
     admitted_at: float
+
+    @property
+    def queued_at(self) -> float:
+        """Monotonic second it began to wait for the replica it has."""
 
     def check_deadlines(self, now: float) -> None:
         """End the request if it has waited too long for something."""
@@ -95,10 +112,10 @@ class Host(Protocol):
         """Note that a request is over; its record is complete."""
 
 
-def expire_in_queue(host: Host, ticket: Ticket, admitted_at: float, now: float) -> None:
-    """End a ticket's wait for a lease if it has lasted too long."""
+def expire_in_queue(host: Host, ticket: Ticket, now: float) -> None:
+    """End a ticket's wait for a lease if it has lasted too long, all its waits together."""
     limit = host.spec.queue.timeout
-    if ticket.replica is None and now - admitted_at > limit:
+    if ticket.replica is None and ticket.waited_s + now - ticket.queued_at > limit:
         host.abandon(ticket)
         ticket.failure = ActivationTimeout(
             f"no replica of {host.name!r} became ready within queue.timeout, {limit:g} s; retry, "
@@ -217,6 +234,7 @@ class FunctionGeneration:
     async def __aenter__(self) -> Self:
         self.admitted_at = self._host.clock.monotonic()
         self.record.tier = str(self._host.tier)
+        self._ticket.queued(self.admitted_at)
         self._host.admit(self._ticket)
         self._host.entered(self)
         return self
@@ -257,8 +275,13 @@ class FunctionGeneration:
             if not self._may_retry(buffer.error):
                 raise self._translate(buffer.error)
             self._buffer = None
-            self._ticket.decided.clear()
+            self._ticket.queued(self._host.clock.monotonic())
             self._host.readmit(self._ticket)
+
+    @property
+    def queued_at(self) -> float:
+        """Monotonic second it began to wait for the replica it has."""
+        return self._ticket.queued_at
 
     def eta_s(self) -> float | None:
         """Return the expected seconds to the first token while cold; None when not known."""
@@ -268,7 +291,7 @@ class FunctionGeneration:
         """End the request if it has waited too long for a lease, a first or a next token."""
         timeouts, name = self._host.spec.timeouts, self._host.name
         if self._buffer is None:
-            expire_in_queue(self._host, self._ticket, self.admitted_at, now)
+            expire_in_queue(self._host, self._ticket, now)
             return
         num_tokens, since = self._progress
         if self._buffer.num_tokens != num_tokens:
@@ -297,8 +320,8 @@ class FunctionGeneration:
         replica = self._ticket.replica
         assert replica is not None
         now = self._host.clock.monotonic()
-        if self.record.queue_s is None:
-            self.record.queue_s = now - self.admitted_at
+        self._ticket.leased(now)
+        self.record.queue_s = self._ticket.waited_s
         self.record.replica_id = replica.id
         self._num_attempts += 1
         self._progress = (0, now)

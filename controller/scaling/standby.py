@@ -81,7 +81,8 @@ class StandbyPool:
         self._epoch = epoch
         self._shelves: dict[RuntimeBackend, _Shelf] = {}
         self._in_use: set[RuntimeBackend] = set()
-        self._leaving: set[str] = set()
+        self._leaving: dict[str, Standby] = {}
+        self._starts: dict[str, asyncio.Timeout] = {}
         self._background = Background()
         self._watches: dict[str, asyncio.Task[None]] = {}
 
@@ -89,7 +90,7 @@ class StandbyPool:
     def runtime_ids(self) -> set[str]:
         """The ids of all, those included that are being made or removed."""
         kept = {one for backend in self._shelves for one in self._ids(backend)}
-        return kept | self._leaving
+        return kept | self._leaving.keys()
 
     def counts(self) -> Mapping[str, Mapping[str, int]]:
         """Return how many are ready and starting, by the backend's name."""
@@ -138,12 +139,22 @@ class StandbyPool:
             self._follow(standby), f"watch {standby.runtime_id}"
         )
 
+    def exited(self, info: RuntimeInfo) -> None:
+        """Hear that a runtime, of the pool or not, has exited: it is not waited for any longer."""
+        start = self._starts.pop(info.runtime_id, None)
+        if start is not None:
+            start.reschedule(0.0)
+
     async def close(self, *, remove: bool) -> None:
         """Make no more, and remove those there are or leave them to the next controller."""
         self._in_use = set()
+        leaving = self._leaving.values()
         ids = [(backend, one) for backend in self._shelves for one in self._ids(backend)]
+        ids += [(one.backend, one.runtime_id) for one in leaving]
         links = [one.link for shelf in self._shelves.values() for one in shelf.members.values()]
+        links += [one.link for one in leaving]
         await self._background.cancel()
+        self._leaving.clear()
         self._shelves.clear()
         await asyncio.gather(*(link.close() for link in links))
         if remove:
@@ -172,14 +183,11 @@ class StandbyPool:
     async def _make(self, backend: RuntimeBackend, runtime_id: str, delay_s: float) -> None:
         """Bring one up; whatever happens, its place is free again afterwards or taken by it."""
         shelf = self._shelf(backend)
-        standby: Standby | None = None
         try:
             await asyncio.sleep(delay_s)
             if not self.wants(backend):
                 return
-            info = await backend.create(self._spec(runtime_id))
-            standby = self.member(info, backend)
-            await standby.link.connection.wait_reachable(STARTUP_TIMEOUT_S)
+            standby = await self._start(backend, runtime_id)
             shelf.coming.discard(runtime_id)
             self.give(standby)
             if len(shelf.members) > self._wanted(backend):
@@ -190,11 +198,25 @@ class StandbyPool:
                 log.exception("standby not made", backend=backend.name, runtime_id=runtime_id)
             self._note_failure(backend, str(error))
             await self._delete(backend, runtime_id)
-            if standby is not None:
-                await standby.link.close()
         finally:
             shelf.coming.discard(runtime_id)
             self._refill(backend)
+
+    async def _start(self, backend: RuntimeBackend, runtime_id: str) -> Standby:
+        """Return a new runtime that answers."""
+        try:
+            async with asyncio.timeout(None) as self._starts[runtime_id]:
+                standby = self.member(await backend.create(self._spec(runtime_id)), backend)
+                try:
+                    await standby.link.connection.wait_reachable(STARTUP_TIMEOUT_S)
+                except BaseException:
+                    await standby.link.close()
+                    raise
+        except TimeoutError as error:
+            raise BackendError("the runtime exited before it answered") from error
+        finally:
+            self._starts.pop(runtime_id, None)
+        return standby
 
     def member(self, info: RuntimeInfo, backend: RuntimeBackend) -> Standby:
         """Return a runtime that exists as one of ours, its connection opened."""
@@ -240,7 +262,7 @@ class StandbyPool:
     def _discard(self, standby: Standby) -> None:
         self._shelf(standby.backend).members.pop(standby.runtime_id, None)
         self._unwatch(standby)
-        self._leaving.add(standby.runtime_id)
+        self._leaving[standby.runtime_id] = standby
         _ = self._background.start(self._remove(standby), f"remove {standby.runtime_id}")
 
     def _unwatch(self, standby: Standby) -> None:
@@ -253,7 +275,7 @@ class StandbyPool:
             await standby.link.close()
             await self._delete(standby.backend, standby.runtime_id)
         finally:
-            self._leaving.discard(standby.runtime_id)
+            self._leaving.pop(standby.runtime_id, None)
 
     async def _delete(self, backend: RuntimeBackend, runtime_id: str) -> None:
         try:

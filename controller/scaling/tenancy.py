@@ -28,6 +28,7 @@ class Tenancy:
         self._function = function
         self._node = function.node
         self._calls = CallRate()
+        self._shown: object = None
 
     @property
     def name(self) -> str:
@@ -70,6 +71,21 @@ class Tenancy:
     def leave_line(self) -> float:
         """Wait for no device any more; returns the seconds it was waited for."""
         return self._node.contention.leave(self.name)
+
+    def show(self) -> None:
+        """Have those in the line ask again if they would not see the same tenants any more."""
+        replicas = self._function.set
+        shown = (
+            replicas.floor,
+            replicas.num_queued > 0,
+            [
+                (one.id, one.state, one.in_flight > 0, one.is_yielding)
+                for one in replicas.replicas.values()
+            ],
+        )
+        if shown != self._shown:
+            self._shown = shown
+            self._node.contention.look_again()
 
     def adopted(self, replica: Replica) -> None:
         """Note what a replica holds that was there already."""

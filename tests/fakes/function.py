@@ -27,7 +27,7 @@ class FakeFunction:
     """Serves generations that play `script`: chunks are yielded, errors raised, events awaited.
 
     `refusal`, if set, is raised at admission. `generations` keeps all that were asked for, and
-    `entered` is set with the first admission.
+    `entered` is set with the first admission. Nothing is embedded before `may_embed` is set.
     """
 
     def __init__(
@@ -55,6 +55,8 @@ class FakeFunction:
         self.generations: list[FakeGeneration] = []
         self.embeddings: list[FakeEmbedding] = []
         self.entered = asyncio.Event()
+        self.may_embed = asyncio.Event()
+        self.may_embed.set()
 
     def generate(self, request: GenerationRequest) -> "FakeGeneration":
         """Prepare one generation."""
@@ -157,11 +159,13 @@ class FakeEmbedding:
             key_id=request.key_id,
             num_prompt_tokens=sum(map(len, request.texts)),
         )
+        self.left = asyncio.Event()
         self._function = function
 
     async def __aenter__(self) -> Self:
         if self._function.refusal is not None:
             raise self._function.refusal
+        self._function.entered.set()
         return self
 
     async def __aexit__(
@@ -170,11 +174,12 @@ class FakeEmbedding:
         error: BaseException | None,
         traceback: TracebackType | None,
     ) -> None:
-        pass
+        self.left.set()
 
     async def run(self) -> Sequence[bytes]:
         """Return the vectors."""
         assert self._function.pooling is not None
+        await self._function.may_embed.wait()
         self.record.queue_s = 0.0125
         size = self.request.dimensions or self._function.pooling.size
         return [struct.pack(f"<{size}f", *[len(text) / 3] * size) for text in self.request.texts]

@@ -4,10 +4,11 @@ import asyncio
 import random
 from collections.abc import AsyncIterator
 from contextlib import AsyncExitStack, asynccontextmanager
+from dataclasses import replace
 
 import pytest
 
-from controller.errors import ActivationTimeout
+from controller.errors import ActivationFailed, ActivationTimeout
 from controller.scaling.activation import ColdStart
 from controller.scaling.function import Function
 from controller.scaling.lifecycle import ReplicaState, Tier
@@ -211,6 +212,16 @@ async def test_parked_ones_whose_contexts_fill_the_gpu_are_stopped() -> None:
         assert tiers[-1] is Tier.READY
 
 
+async def test_parked_ones_stay_when_calls_to_others_come_fast() -> None:
+    world = World(num_gpus=1, make_runtime=lambda: FakeRuntime(kept_bytes=8 << 20))
+    async with functions(world, "a", "b", "c") as all_of_them:
+        for _ in range(3):
+            for function in all_of_them:
+                await collect(function)
+        assert len(world.backend.created) == 3
+        assert not world.backend.deleted
+
+
 async def test_who_came_first_is_served_first() -> None:
     world = World(num_gpus=1, make_runtime=lambda: FakeRuntime(step_s=1.0))
     order: list[str] = []
@@ -301,3 +312,95 @@ async def test_a_replica_yields_on_while_another_still_waits_for_its_place() -> 
         assert await waiting == [3]
         assert (await running)[-1] == 62
         assert await late == [3]
+
+
+@pytest.fixture
+def no_sweeps(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Have nothing happen by the clock alone but what somebody has set a timer for."""
+    monkeypatch.setattr(Function, "sweep", lambda _: None)
+
+
+@pytest.mark.usefixtures("no_sweeps")
+async def test_a_park_that_is_refused_is_asked_for_again() -> None:
+    world = World(num_gpus=1)
+    async with functions(world, "a", "b") as (a, b), asyncio.timeout(10.0):
+        await collect(a)
+        await asyncio.sleep(1.0)
+        world.runtime.fails = {"park"}
+        waiting = asyncio.create_task(collect(b))
+        await asyncio.sleep(0.2)
+        assert a.tier is Tier.READY
+        world.runtime.fails = set()
+        assert await waiting == [3, 4, 5, 6]
+
+
+@pytest.mark.usefixtures("no_sweeps")
+async def test_one_that_became_ready_for_nobody_gives_way() -> None:
+    world = World(num_gpus=1)
+    async with functions(world, "a", "b") as (a, b), asyncio.timeout(10.0):
+        async with a.generate(request()):
+            await asyncio.sleep(0.5)  # it loads, and then its client leaves
+            waiting = asyncio.create_task(collect(b))
+            await asyncio.sleep(0.1)
+        assert await waiting == [3, 4, 5, 6]
+
+
+@pytest.mark.usefixtures("no_sweeps")
+async def test_one_that_need_not_be_ready_any_more_gives_way() -> None:
+    world = World(num_gpus=1)
+    async with functions(world, "a", "b") as (a, b), asyncio.timeout(20.0):
+        floor_one = a.spec.scaling.model_copy(update={"min_replicas": 1})
+        kept = replace(a.deployment, spec=a.spec.model_copy(update={"scaling": floor_one}))
+        usual = a.deployment
+        a.update(kept, world.backend)
+        await asyncio.sleep(5.0)
+        waiting = asyncio.create_task(collect(b))
+        await asyncio.sleep(5.0)
+        assert not waiting.done()
+        a.update(usual, world.backend)
+        assert await waiting == [3, 4, 5, 6]
+
+
+@pytest.mark.usefixtures("no_sweeps")
+async def test_a_warm_up_that_has_no_more_time_leaves_the_line() -> None:
+    world = World(num_gpus=1, make_runtime=lambda: FakeRuntime(step_s=1.0))
+    async with functions(world, "a", "b", timeouts={"startup": 40.0}) as (a, b):
+        running = asyncio.create_task(collect(a, max_tokens=100))
+        await asyncio.sleep(5.0)
+        with pytest.raises(ActivationFailed):
+            await b.warm()
+        async with asyncio.timeout(5.0):
+            assert await collect(a, max_tokens=1) == [3], "its place is not wanted any more"
+        assert len(await running) == 100
+
+
+@pytest.mark.usefixtures("no_sweeps")
+async def test_one_that_has_lost_hope_lets_those_behind_it_pass() -> None:
+    world = World(num_gpus=1, make_runtime=lambda: FakeRuntime(step_s=1.0, load_s=0.0))
+    async with (
+        functions(world, "small", share=0.3) as (small,),
+        functions(world, "a", "b", share=0.6) as (a, b),
+        asyncio.timeout(20.0),
+    ):
+        await collect(a, max_tokens=1)
+        first = asyncio.create_task(collect(b))  # a will have to go, in a moment
+        await asyncio.sleep(0.01)
+        behind = asyncio.create_task(collect(small, max_tokens=1))
+        await asyncio.sleep(0.01)
+        running = asyncio.create_task(collect(a, max_tokens=10))  # and now it does not
+        assert await behind == [3]
+        assert not running.done()
+        assert await first == [3, 4, 5, 6]
+
+
+@pytest.mark.usefixtures("no_sweeps")
+async def test_one_that_must_be_ready_is_replaced_while_it_is_removed() -> None:
+    world = World(num_gpus=2)
+    async with functions(world, "a", scaling=KEPT_READY) as (a,):
+        await asyncio.sleep(5.0)
+        assert a.tier is Tier.READY
+        world.backend.delete_s = 10.0
+        world.runtime.crash()
+        await asyncio.sleep(5.0)
+        assert a.tier is Tier.READY
+        assert len(world.backend.created) == 2

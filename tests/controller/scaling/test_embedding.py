@@ -20,6 +20,7 @@ from controller.scaling.embedding import EmbeddingRequest, Pooling, pooling_of
 from controller.scaling.embedding_call import FunctionEmbedding
 from controller.scaling.function import Function
 from controller.scaling.journal import UsageEntry
+from controller.scaling.lifecycle import Tier
 from controller.scaling.placement import ENGINE_OVERHEAD_BYTES, demand_of
 from tests.fakes.world import World, spec_of
 
@@ -78,6 +79,17 @@ async def test_replica_that_dies_is_replaced_once() -> None:
         assert len(world.runtimes) == 2
 
 
+async def test_time_spent_embedding_is_no_wait_in_the_queue() -> None:
+    world = World()
+    async with world.function(spec_of(queue={"timeout": 3})) as function:
+        await embed(function)
+        world.runtime.embed_s = 10.0
+        running = asyncio.create_task(embed(function))
+        await asyncio.sleep(1)
+        world.runtime.crash()  # which the call hears of after ten seconds
+        assert await running == [1, 3]
+
+
 async def test_second_death_is_told() -> None:
     world = World()
     async with world.function() as function:
@@ -101,19 +113,26 @@ async def test_second_death_is_told() -> None:
         assert function.set.in_flight == 0
 
 
-async def test_leaving_gives_the_lease_back() -> None:
+@pytest.mark.parametrize("tier", [Tier.STOPPED, Tier.READY])
+async def test_leaving_gives_the_place_back_and_is_in_the_books(tier: Tier) -> None:
     world = World()
     async with world.function() as function:
-        await embed(function)
-        world.runtime.embed_s = 50.0
+        if tier is Tier.READY:
+            await embed(function)
+            world.runtime.embed_s = 50.0
         running = asyncio.create_task(embed(function))
-        await asyncio.sleep(1)
+        await asyncio.sleep(0.05)
+        assert (function.set.num_queued, function.set.in_flight) == (
+            (0, 1) if tier is Tier.READY else (1, 0)
+        )
         running.cancel()
         await asyncio.wait([running])
-        assert function.set.in_flight == 0
+        assert (function.set.num_queued, function.set.in_flight) == (0, 0)
         await world.node.journal.flush()
     records = [entry.record for entry in world.entries if isinstance(entry, UsageEntry)]
+    assert len(records) == (2 if tier is Tier.READY else 1)
     assert records[-1].outcome == "disconnected"
+    assert records[-1].tier == tier
 
 
 async def test_time_limits_and_refusals_are_told_apart() -> None:

@@ -62,6 +62,26 @@ async def test_the_first_request_starts_a_replica_and_is_answered() -> None:
         assert len(world.backend.created) == 1
 
 
+async def test_a_request_goes_off_before_its_function_looks_again(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    world = World()
+    order: list[str] = []
+    async with world.function() as function:
+        await collect(function)
+        plan = function.set.plan
+
+        def noted(_set: object, now: float) -> list[Instruction]:
+            order.append("looks")
+            return plan(now)
+
+        monkeypatch.setattr(type(function.set), "plan", noted)
+        async with function.generate(request()) as generation:
+            asyncio.get_running_loop().call_soon(order.append, "goes off")  # as on a real wire
+            await read_on(generation)
+    assert order[:2] == ["goes off", "looks"]
+
+
 async def test_a_crowd_shares_one_activation() -> None:
     world = World()
     async with world.function() as function:
@@ -270,6 +290,43 @@ async def test_waiting_for_a_replica_ends_at_the_queue_timeout() -> None:
         assert now() == pytest.approx(5.0, abs=0.6)
 
 
+@pytest.mark.parametrize(("load_s", "is_in_time"), [(1.0, True), (4.0, False)])
+async def test_the_queue_timeout_counts_all_waits_and_nothing_between_them(
+    load_s: float, *, is_in_time: bool
+) -> None:
+    runtimes = iter([FakeRuntime(load_s=2.0, step_s=100.0), FakeRuntime(load_s=load_s)])
+    world = World(make_runtime=lambda: next(runtimes))
+    async with world.function(spec_of(queue={"timeout": 5})) as function:
+        task = asyncio.create_task(collect(function))
+        await asyncio.sleep(12.0)  # two in the queue and ten in the engine
+        (first,) = world.runtimes.values()
+        first.crash()
+        began = now()
+        if is_in_time:
+            assert await task == [3, 4, 5, 6]
+        else:
+            with pytest.raises(ActivationTimeout):
+                await task
+            assert now() - began == pytest.approx(3.0, abs=0.6)
+        await world.node.journal.flush()
+    (record,) = (entry.record for entry in world.entries if isinstance(entry, UsageEntry))
+    assert record.queue_s == pytest.approx(3.0 if is_in_time else 2.0, abs=0.1)
+
+
+async def test_the_cold_start_that_replaces_a_lost_replica_is_not_blamed_for_its_work() -> None:
+    runtimes = iter([FakeRuntime(step_s=100.0), FakeRuntime()])
+    world = World(make_runtime=lambda: next(runtimes))
+    async with world.function() as function:
+        task = asyncio.create_task(collect(function))
+        await asyncio.sleep(10.0)
+        (first,) = world.runtimes.values()
+        first.crash()
+        await task
+        await world.node.journal.flush()
+    start = [entry for entry in world.entries if isinstance(entry, ColdStart)][-1]
+    assert start.total_s == pytest.approx(FakeRuntime().load_s, abs=0.1)
+
+
 async def test_a_silent_engine_ends_the_wait_for_the_first_token() -> None:
     world = World(make_runtime=lambda: FakeRuntime(is_stuck=True))
     async with world.function(spec_of(timeouts={"first_token": 3})) as function:
@@ -296,10 +353,26 @@ async def test_a_full_queue_refuses_and_admits_again_when_it_drains() -> None:
     async with world.function(spec_of(queue={"max_requests": 2})) as function:
         tasks = [asyncio.create_task(collect(function)) for _ in range(2)]
         await asyncio.sleep(0.1)
-        with pytest.raises(QueueFull):
+        with pytest.raises(QueueFull) as refused:
             await collect(function)
+        assert refused.value.retry_after_s == function.eta_s(Tier.STOPPED, 0.0) != 1.0
         await asyncio.gather(*tasks)
         assert await collect(function) == [3, 4, 5, 6]
+
+
+async def test_a_full_queue_of_a_warm_function_is_worth_asking_again_soon() -> None:
+    world = World()
+    limits = {"max_replicas": 1, "max_concurrency": 1, "target_concurrency": 1}
+    async with world.function(spec_of(queue={"max_requests": 1}, scaling=limits)) as function:
+        await collect(function)
+        tasks = [asyncio.create_task(collect(function, max_tokens=1000)) for _ in range(2)]
+        await asyncio.sleep(0.1)
+        with pytest.raises(QueueFull) as refused:
+            await collect(function)
+        assert refused.value.retry_after_s == 1.0
+        for task in tasks:
+            task.cancel()
+        await asyncio.wait(tasks)
 
 
 async def test_on_cold_reject_answers_at_once_and_wakes_for_the_next() -> None:

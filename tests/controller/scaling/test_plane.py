@@ -22,6 +22,7 @@ from controller.scaling.entry import StoredFunction
 from controller.scaling.lifecycle import Tier
 from controller.scaling.placement import CPU_DEVICE_ID
 from controller.scaling.plane import ControlPlane
+from controller.scaling.policy import backoff_s
 from controller.scaling.preparation import BuildProgress, PreparationFailed
 from controller.scaling.reaper import Reaper
 from controller.scaling.standby import REFILL_DELAY_S
@@ -283,6 +284,31 @@ async def test_a_dead_engine_nobody_told_of_is_replaced(smollm2_snapshot: Path) 
         await asyncio.sleep(0.1)
         assert await collect(plane.resolve("tiny")) == [3, 4, 5, 6]
         assert len(machine.world.backend.created) == 2
+
+
+@pytest.mark.parametrize("defect", ["silent", "dead", "hung"])
+async def test_a_parked_replica_that_cannot_wake_is_found_before_its_next_request(
+    smollm2_snapshot: Path, defect: str
+) -> None:
+    machine = Machine(smollm2_snapshot)
+    async with machine.controller() as plane:
+        await plane.deploy(spec_of(), "fake")
+        await until_built(plane)
+        await collect(plane.resolve("tiny"))
+        await plane.park("tiny")
+        await plane.reconcile()
+        assert plane.resolve("tiny").tier is Tier.PARKED
+        if defect == "silent":
+            machine.world.runtime.heartbeat_age_s = 60.0
+        elif defect == "dead":
+            machine.world.runtime.state = pb.RUNTIME_STATE_FAILED
+        else:
+            machine.world.runtime.is_alive = False
+        await plane.reconcile()
+        await asyncio.sleep(0.1)
+        assert plane.resolve("tiny").tier is Tier.STOPPED
+        assert not machine.world.backend.machine.runtimes
+        assert await collect(plane.resolve("tiny")) == [3, 4, 5, 6]
 
 
 async def test_an_exit_seen_by_the_backend_ends_the_start(smollm2_snapshot: Path) -> None:
@@ -548,6 +574,21 @@ async def test_standbys_and_replicas_in_them_outlive_the_controller(smollm2_snap
         assert plane.status()["standbys"] == {"fake": {"ready": 1, "starting": 0}}
         assert not machine.world.backend.deleted
         assert len(machine.world.backend.created) == 2
+
+
+async def test_an_exit_seen_by_the_backend_ends_the_wait_for_a_standby(
+    smollm2_snapshot: Path,
+) -> None:
+    machine = Machine(smollm2_snapshot, num_standbys=1)
+    machine.world.make_runtime = lambda: FakeRuntime(is_alive=False)
+    async with machine.controller() as plane:
+        await plane.deploy(spec_of(), "fake")
+        await until_built(plane)
+        await asyncio.sleep(0.1)
+        machine.world.make_runtime = FakeRuntime
+        machine.world.backend.exit(machine.world.backend.created[0].runtime_id)
+        await asyncio.sleep(backoff_s(1) + 0.1)
+        assert plane.status()["standbys"] == {"fake": {"ready": 1, "starting": 0}}
 
 
 async def test_standbys_go_with_the_last_function_that_could_use_them(

@@ -87,6 +87,13 @@ def test_a_parked_one_that_still_holds_memory_is_stopped() -> None:
     assert room(parked).evict == ("a",)
 
 
+@pytest.mark.parametrize("other", [{"resident_s": 0.25}, {"is_busy": True}], ids=["young", "busy"])
+def test_no_parked_one_is_stopped_for_what_another_gives_anyway(other: dict[str, object]) -> None:
+    parked = tenant("parked", state=S.PARKED, held_bytes=1, value_s=0.0)
+    assert room(parked, tenant("other", **other), waited_s=30.0).evict == ()
+    assert room(parked, tenant("other", **other), waited_s=30.0, missing=10).evict == ("parked",)
+
+
 def test_a_busy_one_serves_its_turn_and_then_takes_no_more() -> None:
     busy = tenant("a", is_busy=True, resident_s=100.0)
     assert room(busy, waited_s=10.0) == Room(is_enough=False, retry_in_s=20.0)

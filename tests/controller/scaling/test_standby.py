@@ -228,6 +228,32 @@ async def test_leaving_the_runtimes_leaves_the_standbys() -> None:
     assert not world.backend.deleted
 
 
+async def test_a_standby_that_is_just_being_removed_is_removed_when_the_pool_closes() -> None:
+    world = await world_with()
+    world.backend.delete_s = 5.0
+    world.node.standbys.use([])
+    await asyncio.sleep(SETTLE_S)
+    assert len(world.node.standbys.runtime_ids) == 1
+    await close(world)
+    assert not world.backend.machine.runtimes
+    assert not world.node.standbys.runtime_ids
+
+
+async def test_a_standby_that_dies_before_it_answers_is_replaced_at_once() -> None:
+    world = World(num_standbys=1, make_runtime=lambda: FakeRuntime(is_alive=False))
+    world.node.standbys.use([world.backend])
+    await asyncio.sleep(SETTLE_S)
+    (dead,) = world.node.standbys.runtime_ids
+    world.make_runtime = FakeRuntime
+    world.backend.exit(dead)
+    for _ in range(2):  # the second time, nobody waits for it any more
+        world.node.standbys.exited(world.backend.machine.runtimes[dead])
+    await asyncio.sleep(backoff_s(1) + SETTLE_S)
+    assert world.backend.deleted == [dead]
+    assert counts(world) == (1, 0)
+    await close(world)
+
+
 async def test_a_creation_that_fails_unforeseen_is_not_tried_again_at_once() -> None:
     world = World(num_standbys=1)
     calls: list[float] = []
