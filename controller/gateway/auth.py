@@ -17,7 +17,7 @@ from controller.clock import Clock
 from controller.errors import ApiError, Unauthorized
 from controller.gateway.failures import error_response
 
-PUBLIC_PATHS = frozenset({"/healthz", "/readyz"})
+PUBLIC_PATHS = frozenset({"/healthz", "/readyz", "/health", "/ping"})
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -1,6 +1,6 @@
 """From a validated body to generations: function, prompts, token budget, sampling parameters."""
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Annotated
 
@@ -161,21 +161,22 @@ class Call:
         told = self.logprob_writer(body).prompt(tokens)
         return TypeAdapter(PromptLogprobs).validate_python(told)
 
-    def check_token_ids(self, token_ids: Iterable[int], *, param: str) -> None:
+    def check_token_ids(self, token_ids: Collection[int], *, param: str) -> None:
         """Refuse ids the model does not have.
 
         Raises:
             InvalidRequest: With the first such id.
         """
         size = self.text.vocab_size
-        outside = next((token_id for token_id in token_ids if not 0 <= token_id < size), None)
-        if outside is not None:
-            shown = str(outside) if outside < 1 << 64 else "a huge number"
-            raise InvalidRequest(
-                f"{param}: {shown} is not a token of {self.function.name!r}; "
-                f"ids go from 0 to {size - 1}",
-                param=param,
-            )
+        if min(token_ids, default=0) >= 0 and max(token_ids, default=0) < size:
+            return
+        outside = next(token_id for token_id in token_ids if not 0 <= token_id < size)
+        shown = str(outside) if outside < 1 << 64 else "a huge number"
+        raise InvalidRequest(
+            f"{param}: {shown} is not a token of {self.function.name!r}; "
+            f"ids go from 0 to {size - 1}",
+            param=param,
+        )
 
     def _check_can_generate(self, num_choices: int) -> None:
         if self.function.pooling is not None:

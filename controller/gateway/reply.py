@@ -19,12 +19,14 @@ class ReplyPlan:
         parser: Of the tools' format; None if no tool may be called.
         tool_names: Of the tools that may be.
         max_calls: How many; None for any number.
+        tells_thoughts: Whether pieces have what the model thinks.
     """
 
     is_thought_open: bool | None = None
     parser: type[ToolCallParser] | None = None
     tool_names: Collection[str] = ()
     max_calls: int | None = None
+    tells_thoughts: bool = True
 
     @property
     def is_plain(self) -> bool:
@@ -38,6 +40,7 @@ class ReplyPlan:
             reader,
             None if is_open is None else ReasoningParser(is_open=is_open),
             None if parser is None else parser(self.tool_names, max_calls=self.max_calls),
+            tells_thoughts=self.tells_thoughts,
         )
 
 
@@ -53,11 +56,14 @@ class ReplyReader:
         reader: AnswerReader,
         reasoning: ReasoningParser | None,
         calls: ToolCallParser | None,
+        *,
+        tells_thoughts: bool,
     ) -> None:
         self.num_reasoning_tokens = 0
         self._reader = reader
         self._reasoning = reasoning
         self._calls = calls
+        self._tells_thoughts = tells_thoughts
         self._tokens: list[TokenReport] = []
 
     def read(self, chunk: TokenChunk) -> Piece:
@@ -67,6 +73,8 @@ class ReplyReader:
         thought, content = self._split(piece.text, is_last)
         if self._reasoning is not None and self._reasoning.is_thinking:
             self.num_reasoning_tokens += len(chunk.token_ids)
+        if not self._tells_thoughts:
+            thought = ""
         deltas: tuple[CallDelta, ...] = ()
         reason = piece.finish_reason
         if self._calls is not None:

@@ -62,6 +62,8 @@ def sampling_params(
         for name, default in asdict(defaults).items()
     }
     chosen["top_k"] = max(chosen["top_k"], 0)
+    if chosen["top_p"] == 0:
+        chosen |= {"top_p": 1.0, "top_k": 1}
     return pb.SamplingParams(
         **chosen,
         max_tokens=max_tokens,

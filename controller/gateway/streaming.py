@@ -23,6 +23,7 @@ from controller.gateway.tool_calls.base import CallDelta
 from controller.scaling.activation import PhaseTiming
 
 DONE = b"data: [DONE]\n\n"
+_CHOICES = '"choices":[{"index":'
 
 log = structlog.get_logger()
 _escape = json.JSONEncoder(ensure_ascii=False, separators=(",", ":")).encode
@@ -30,13 +31,17 @@ _escape = json.JSONEncoder(ensure_ascii=False, separators=(",", ":")).encode
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ChunkShape:
-    """How an endpoint wraps text: JSON before it and after it, and what opens each choice."""
+    """How an endpoint wraps text: JSON before it and after it, and what opens each choice.
+
+    The prompt of a conversation is told once; of several prompts, with the choices of each.
+    """
 
     object: str
     before_text: str
     after_text: str
     no_text: str
     opening: str | None
+    has_one_prompt: bool
 
 
 CHAT_CHUNK = ChunkShape(
@@ -45,6 +50,7 @@ CHAT_CHUNK = ChunkShape(
     after_text="}",
     no_text='"delta":{}',
     opening='"delta":{"role":"assistant","content":"","refusal":null}',
+    has_one_prompt=True,
 )
 TEXT_CHUNK = ChunkShape(
     object="text_completion",
@@ -52,6 +58,7 @@ TEXT_CHUNK = ChunkShape(
     after_text="",
     no_text='"text":""',
     opening=None,
+    has_one_prompt=False,
 )
 
 
@@ -84,7 +91,7 @@ class ChunkWriter:
         includes_usage: Whether the stream ends with a usage chunk; then the others say null.
         continues_usage: Whether every chunk carries the usage so far.
         logprobs: Writes a piece's log-probabilities, if they are asked for.
-        returns_token_ids: Whether chunks name their tokens.
+        prompt_of: Returns the prompt of a choice, if chunks are to name its tokens and their own.
     """
 
     def __init__(
@@ -96,18 +103,19 @@ class ChunkWriter:
         includes_usage: bool,
         continues_usage: bool = False,
         logprobs: Logprobs | None = None,
-        returns_token_ids: bool = False,
+        prompt_of: Callable[[int], list[int]] | None = None,
     ) -> None:
         self._shape = shape
         self._usage = usage
         self._includes_usage = includes_usage
         self._continues_usage = continues_usage
         self._logprobs = logprobs
-        self._returns_token_ids = returns_token_ids
-        self._is_plain = not (continues_usage or logprobs or returns_token_ids)
+        self._prompt_of = prompt_of
+        self._prompts_told: set[int] = set()
+        self._is_plain = not (continues_usage or logprobs or prompt_of)
         head = _escape({**identity, "object": shape.object})
         self._head = f"data: {head[:-1]},"
-        self._choice_head = f'{self._head}"choices":[{{"index":'
+        self._choice_head = f"{self._head}{_CHOICES}"
         self._tail = ',"usage":null}\n\n' if includes_usage else "}\n\n"
         self._unfinished = f'{shape.after_text},"logprobs":null,"finish_reason":null}}]{self._tail}'
 
@@ -151,12 +159,25 @@ class ChunkWriter:
             fields["logprobs"] = self._logprobs(piece.tokens)
         if piece.finish_reason is not None:
             fields["stop_reason"] = piece.stop_reason
-        if self._returns_token_ids:
+        if self._prompt_of is not None:
             fields["token_ids"] = [token.token_id for token in piece.tokens]
-        tail = self._tail
+        head, tail = self._choice_head, self._tail
+        if prompt := self._new_prompt(index):
+            if self._shape.has_one_prompt:
+                head = f"{self._head}{_escape(prompt)[1:-1]},{_CHOICES}"
+            else:
+                fields |= prompt
         if self._continues_usage:
             tail = f',"usage":{self._usage().model_dump_json()}}}\n\n'
-        return f"{self._choice_head}{index},{body},{_escape(fields)[1:]}]{tail}".encode()
+        return f"{head}{index},{body},{_escape(fields)[1:]}]{tail}".encode()
+
+    def _new_prompt(self, index: int) -> dict[str, list[int]]:
+        """Return the prompt of a choice as a field, the first time if it is to be told."""
+        place = 0 if self._shape.has_one_prompt else index
+        if self._prompt_of is None or place in self._prompts_told:
+            return {}
+        self._prompts_told.add(place)
+        return {"prompt_token_ids": self._prompt_of(index)}
 
 
 class EventStream(Response):
@@ -271,6 +292,7 @@ def _delta(piece: Piece) -> dict[str, Any]:
     delta: dict[str, Any] = {}
     if piece.reasoning:
         delta["reasoning_content"] = piece.reasoning
+        delta["reasoning"] = piece.reasoning
     if piece.text:
         delta["content"] = piece.text
     if piece.calls:

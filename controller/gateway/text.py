@@ -20,6 +20,7 @@ from controller.errors import InternalError, InvalidRequest
 from controller.gateway.chat_template import ChatTemplate
 from controller.gateway.detokenizer import Detokenizer, TokenTexts
 from controller.gateway.dialect import Dialect
+from controller.gateway.infill import Infill
 from controller.gateway.prompt_echo import PromptText
 from controller.gateway.sampling import SamplingDefaults
 from controller.gateway.token_bytes import TokenBytes
@@ -50,6 +51,7 @@ class ModelText:
         self._tokenizer = tokenizer
         self._token_texts = TokenTexts(tokenizer)
         self.token_bytes = TokenBytes(tokenizer)
+        self.infill = Infill.of(tokenizer)
         self._chat_template = chat_template
         self._template_source = template_source
         self._dialects: dict[ModelSpec, Dialect] = {}

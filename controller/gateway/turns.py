@@ -49,6 +49,7 @@ async def answer_turn(call: Call, body: SamplingBody, turn: Turn) -> Answer:
         parser=dialect.format.parser if offered.tools and not is_bound else None,
         tool_names=offered.names,
         max_calls=None if offered.is_parallel else 1,
+        tells_thoughts=turn.tells_thoughts,
     )
     return await call.answer(
         [prompt.token_ids], body, default_max_tokens=None, grammar=grammar, plan=plan

@@ -7,6 +7,7 @@ import subprocess
 import sys
 import tempfile
 import time
+from collections import defaultdict
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -16,6 +17,7 @@ import httpx
 import openai
 import psutil
 import pytest
+from prometheus_client.parser import text_string_to_metric_families
 
 from functions.loader import load_file
 from functions.spec import FunctionSpec
@@ -68,6 +70,14 @@ class Node:
     def view(self, name: str = "smollm2") -> Any:
         """Return a function's view."""
         return self.get(f"/api/v1/functions/{name}")
+
+    def figures(self) -> dict[str, float]:
+        """Return all metrics, each the sum over its labels."""
+        families = text_string_to_metric_families(httpx.get(f"{self.url}/metrics").text)
+        found: defaultdict[str, float] = defaultdict(float)
+        for sample in (sample for family in families for sample in family.samples):
+            found[sample.name] += sample.value
+        return found
 
     def deploy(self, spec: FunctionSpec, backend: str = "process") -> None:
         """Deploy a function and wait for its snapshot."""

@@ -15,7 +15,6 @@ from typing import Any, TypeAlias
 
 import httpx
 import pytest
-from prometheus_client.parser import text_string_to_metric_families
 
 from functions.spec import FunctionSpec
 from tests.e2e.conftest import Node, wait_for, with_scaling
@@ -31,7 +30,8 @@ FORMS: Mapping[str, tuple[str, int, dict[str, Any]]] = {
     "whole": ("/v1/chat/completions", 1, LONG | CHAT),
     "answers": ("/v1/completions", 2, LONG | {"prompt": "Once", "n": 2, "stream": True}),
     "prompts": ("/v1/completions", 2, LONG | {"prompt": ["Once", "Twice"]}),
-    "response": ("/v1/responses", 1, RESPONSE | {"stream": True}),
+    "streamed_response": ("/v1/responses", 1, RESPONSE | {"stream": True}),
+    "response": ("/v1/responses", 1, RESPONSE),
 }
 """Path, number of sequences, body."""
 ROUNDS = 4
@@ -48,15 +48,6 @@ def records(node: Node) -> dict[str, list[Record]]:
         ):
             call, _, _ = request_id.partition("-")  # and which sequence of it
             found[call].append((record[0], record[1], record[2]))
-    return found
-
-
-def figures(node: Node) -> dict[str, float]:
-    """Return what the only function has in flight and holds, by metric."""
-    families = text_string_to_metric_families(httpx.get(f"{node.url}/metrics").text)
-    found: defaultdict[str, float] = defaultdict(float)
-    for sample in (sample for family in families for sample in family.samples):
-        found[sample.name] += sample.value
     return found
 
 
@@ -94,8 +85,8 @@ async def test_clients_leave_at_random(node: Node, spec: FunctionSpec) -> None:
     assert {outcome for outcome, _, _ in left} <= {"disconnected", "stop"}
     assert any(replica is None for _, replica, _ in left), "some waited for a replica"
     assert any(tokens for _, _, tokens in left), "some were being answered"
-    wait_for(lambda: figures(node)["coldspark_requests_in_flight"] == 0, "the end of all calls")
-    wait_for(lambda: figures(node)["coldspark_engine_requests"] == 0, "the end of all sequences")
+    wait_for(lambda: node.figures()["coldspark_requests_in_flight"] == 0, "the end of all calls")
+    wait_for(lambda: node.figures()["coldspark_engine_requests"] == 0, "the end of all sequences")
     node.operate("park")  # which is refused while a sequence holds a block
     assert node.view()["tier"] == "parked"
     assert node.ask() == PARIS

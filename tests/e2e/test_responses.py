@@ -122,3 +122,37 @@ async def test_background_response_survives_its_controller(node: Node, spec: Fun
             max_output_tokens=20,
         )  # fmt: skip
         assert following.previous_response_id == done.id
+
+
+async def test_background_response_outlives_its_client_and_ends_when_it_is_cancelled(
+    node: Node, spec: FunctionSpec
+) -> None:
+    node.deploy(spec)
+
+    def num_sequences() -> float:
+        return node.figures()["coldspark_engine_requests"]
+
+    with node.client() as leaving:
+        accepted = leaving.responses.create(
+            model="smollm2",
+            input="Count as far as you can.",
+            max_output_tokens=1500,
+            background=True,
+            extra_body={"ignore_eos": True},
+        )
+    wait_for(lambda: num_sequences() == 1, "the sequence")
+    with node.client() as client:
+        assert client.responses.retrieve(accepted.id).status == "in_progress"
+        with pytest.raises(openai.ConflictError):
+            client.responses.delete(accepted.id)
+        assert client.responses.cancel(accepted.id).status == "cancelled"
+        wait_for(lambda: num_sequences() == 0, "the end of the sequence")
+        assert client.responses.retrieve(accepted.id).status == "cancelled"
+        assert client.responses.cancel(accepted.id).status == "cancelled", "again"
+        with pytest.raises(openai.BadRequestError):
+            client.responses.create(
+                model="smollm2", input="Go on.", previous_response_id=accepted.id
+            )
+        client.responses.delete(accepted.id)
+        with pytest.raises(openai.NotFoundError):
+            client.responses.retrieve(accepted.id)

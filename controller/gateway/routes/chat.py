@@ -39,7 +39,7 @@ async def create_chat_completion(
             includes_usage=body.includes_usage,
             continues_usage=body.continues_usage,
             logprobs=logprobs,
-            returns_token_ids=bool(body.return_token_ids),
+            prompt_of=answer.prompt_of if body.return_token_ids else None,
         )
         return EventStream(answer, writer, heartbeat_s=gateway.settings.heartbeat_s)
     wholes = await collect(answer)
@@ -75,5 +75,6 @@ def assistant_message(whole: Whole) -> AssistantMessage:
     return AssistantMessage(
         content=whole.text or (None if whole.calls or whole.reasoning else ""),
         reasoning_content=whole.reasoning or None,
+        reasoning=whole.reasoning or None,
         tool_calls=whole.calls or None,
     )

@@ -16,6 +16,7 @@ from controller.gateway.calls import (
     requested_grammar,
 )
 from controller.gateway.failures import ANSWER_RESPONSES
+from controller.gateway.infill import Infill
 from controller.gateway.schemas.common import CompletionLogprobs, FinishReason
 from controller.gateway.schemas.completions import (
     Completion,
@@ -42,7 +43,11 @@ async def create_completion(
         )
     grammar = await requested_grammar(body)
     call = await Call.open(gateway, request, body.model)
-    prompts = await _token_ids(call, body)
+    infill = _infill(call, body)
+    prompts = await _token_ids(call, body, infill)
+    if infill is not None:
+        ends = [*(body.stop_token_ids or ()), *infill.end_token_ids]
+        body = body.model_copy(update={"stop_token_ids": ends})
     answer = await call.answer(
         prompts, body, default_max_tokens=DEFAULT_MAX_TOKENS, grammar=grammar
     )
@@ -57,7 +62,7 @@ async def create_completion(
             includes_usage=body.includes_usage,
             continues_usage=body.continues_usage,
             logprobs=logprobs,
-            returns_token_ids=bool(body.return_token_ids),
+            prompt_of=answer.prompt_of if body.return_token_ids else None,
         )
         return EventStream(answer, writer, heartbeat_s=gateway.settings.heartbeat_s)
     choices = [
@@ -96,9 +101,28 @@ def _best(wholes: Sequence[Whole], body: CompletionRequest) -> list[tuple[int, W
     return best
 
 
-async def _token_ids(call: Call, body: CompletionRequest) -> list[list[int]]:
+def _infill(call: Call, body: CompletionRequest) -> Infill | None:
+    """Return how the model is asked to fill in, if it is to.
+
+    Raises:
+        InvalidRequest: It cannot.
+    """
+    if not body.suffix:
+        return None
+    if call.text.infill is None:
+        raise InvalidRequest(
+            f"suffix: {call.function.name!r} cannot fill in, its tokenizer has no tokens for it; "
+            "leave it out, or ask a model that can",
+            param="suffix",
+        )
+    return call.text.infill
+
+
+async def _token_ids(call: Call, body: CompletionRequest, infill: Infill | None) -> list[list[int]]:
     prompts = body.prompt
     texts = [prompt for prompt in prompts if isinstance(prompt, str)]
+    if infill is not None:
+        texts = [infill.prompt(text, body.suffix or "") for text in texts]
     add_special_tokens = body.add_special_tokens is not False
     encoded = iter(await call.text.encode(texts, add_special_tokens=add_special_tokens))
     token_ids = [next(encoded) if isinstance(prompt, str) else prompt for prompt in prompts]

@@ -80,7 +80,7 @@ async def _token_ids(call: Call, body: EmbeddingsRequest) -> list[list[int]]:
     max_tokens = limit if cut == -1 else cut
     encoded = iter(
         await call.text.encode(
-            strings, add_special_tokens=body.add_special_tokens, max_tokens=max_tokens
+            strings, add_special_tokens=body.add_special_tokens is not False, max_tokens=max_tokens
         )
     )
     texts = []

@@ -1,5 +1,7 @@
 """Probes and figures of the controller itself."""
 
+from typing import Any
+
 from fastapi import APIRouter, Response
 from starlette.responses import JSONResponse
 
@@ -15,13 +17,16 @@ async def get_health() -> JSONResponse:
     return JSONResponse({"status": "ok"})
 
 
-@router.get(
-    "/readyz",
-    response_model=dict[str, str],
-    responses={503: {"model": dict[str, str], "description": "Starting or stopping."}},
-)
+_NOT_READY: dict[int | str, dict[str, Any]] = {
+    503: {"model": dict[str, str], "description": "Starting or stopping."}
+}
+
+
+@router.get("/readyz", response_model=dict[str, str], responses=_NOT_READY)
+@router.get("/health", response_model=dict[str, str], responses=_NOT_READY)
+@router.get("/ping", response_model=dict[str, str], responses=_NOT_READY)
 async def get_readiness(gateway: GatewayDependency) -> JSONResponse:
-    """Say whether calls should be sent here."""
+    """Say whether calls should be sent here; two names are those that vLLM has for it."""
     if gateway.is_ready():
         return JSONResponse({"status": "ready"})
     return JSONResponse({"status": "not ready"}, status_code=503)

@@ -7,6 +7,7 @@ from fastapi import APIRouter, Query, Request, Response
 from controller.gateway.bodies import JsonRoute
 from controller.gateway.failures import ERROR_RESPONSES
 from controller.gateway.schemas.requests import (
+    DEFAULT_TIMEOUT_S,
     AsyncRequest,
     AsyncRequestBody,
     AsyncRequestDeleted,
@@ -33,7 +34,7 @@ def requests_router(requests: RequestService) -> APIRouter:
             key_id=request.scope["state"]["key_id"],
             endpoint=body.endpoint,
             body=body.body,
-            timeout_s=body.timeout_s,
+            timeout_s=DEFAULT_TIMEOUT_S if body.timeout_s is None else body.timeout_s,
             webhook_url=body.webhook_url,
             metadata=body.metadata,
         )

@@ -6,6 +6,7 @@ the answer, or refused unless its value asks for nothing. Nothing is dropped sil
 
 import difflib
 from collections.abc import Mapping
+from functools import cache
 from typing import Any, ClassVar
 
 from pydantic import BaseModel, ConfigDict, model_validator
@@ -25,19 +26,33 @@ def wrong_field(reason: str, *, field: str | None = None) -> PydanticCustomError
 
 
 class ApiBody(BaseModel):
-    """An object in a request body."""
+    """An object in a request body.
+
+    Attributes:
+        ignored: Fields that cannot change the answer.
+        unsupported: Fields that are refused, but for the values that ask for nothing.
+        replaced: Which other field does what some of those would.
+    """
 
     model_config = ConfigDict(strict=True, frozen=True)
 
     ignored: ClassVar[frozenset[str]] = frozenset()
     unsupported: ClassVar[Mapping[str, Neutral]] = {}
+    replaced: ClassVar[Mapping[str, str]] = {}
+
+    @classmethod
+    def screened(cls, body: Mapping[str, Any]) -> dict[str, Any]:
+        """Return the fields of an object that are read.
+
+        Raises:
+            PydanticCustomError: One is not honoured; the error names it.
+        """
+        return {name: value for name, value in body.items() if cls._is_read(name, value)}
 
     @model_validator(mode="before")
     @classmethod
     def _screen(cls, body: object) -> object:
-        if not isinstance(body, dict):
-            return body
-        return {name: value for name, value in body.items() if cls._is_read(name, value)}
+        return cls.screened(body) if isinstance(body, dict) else body
 
     @classmethod
     def _is_read(cls, name: str, value: object) -> bool:
@@ -50,12 +65,15 @@ class ApiBody(BaseModel):
         neutral = cls.unsupported[name]
         if value is None or any(_is_same(value, other) for other in neutral):
             return False
+        if name in cls.replaced:
+            raise wrong_field(f"not supported; send {cls.replaced[name]!r} instead", field=name)
         hint = f"leave it out or send {neutral[0]!r}" if neutral else "leave it out"
         raise wrong_field(f"not supported yet; {hint}", field=name)
 
     @classmethod
-    def _read_names(cls) -> list[str]:
-        return [field.alias or name for name, field in cls.model_fields.items()]
+    @cache
+    def _read_names(cls) -> tuple[str, ...]:
+        return tuple(field.alias or name for name, field in cls.model_fields.items())
 
     @classmethod
     def _nearest(cls, name: str) -> str:

@@ -22,8 +22,10 @@ from controller.gateway.schemas.common import (
 )
 from controller.gateway.schemas.generation import GenerationBody
 from controller.gateway.schemas.sampling import (
+    IGNORED,
     INT64_MAX,
     MAX_LOGPROBS,
+    REPLACED,
     UNSUPPORTED,
 )
 from controller.gateway.schemas.tools import (
@@ -40,8 +42,10 @@ from controller.gateway.schemas.turn import Turn
 MAX_MESSAGES = 10_000  # validated on the event loop, so a body of nothing else must stay cheap
 
 
-class TextPart(BaseModel):
+class TextPart(ApiBody):
     """One part of a message's content."""
+
+    ignored: ClassVar[frozenset[str]] = frozenset({"cache_control", "prompt_cache_breakpoint"})
 
     type: Literal["text"]
     text: str
@@ -53,7 +57,7 @@ class ChatMessage(ApiBody):
     The refused fields are those of an earlier answer, so that it can be sent back as it came.
     """
 
-    ignored: ClassVar[frozenset[str]] = frozenset({"reasoning", "parsed"})
+    ignored: ClassVar[frozenset[str]] = frozenset({"parsed"})
     unsupported: ClassVar[dict[str, Neutral]] = {
         "function_call": (),
         "refusal": (),
@@ -68,6 +72,9 @@ class ChatMessage(ApiBody):
     name: str | None = None
     reasoning_content: str | None = Field(
         default=None, description="What the assistant thought, for templates that read it."
+    )
+    reasoning: str | None = Field(
+        default=None, description="The same, as vLLM calls it; `reasoning_content` goes before it."
     )
     tool_calls: list[SentToolCall] | None = Field(
         default=None, max_length=MAX_CALLS, description="The calls the assistant made."
@@ -104,7 +111,7 @@ class ChatMessage(ApiBody):
         calls = [call.model_dump() for call in self.tool_calls or ()]
         optional = {
             "name": self.name,
-            "reasoning_content": self.reasoning_content,
+            "reasoning_content": self.reasoning_content or self.reasoning,
             "tool_calls": calls or None,
             "tool_call_id": self.tool_call_id,
         }
@@ -116,6 +123,7 @@ class ChatMessage(ApiBody):
 class ChatCompletionRequest(GenerationBody):
     """A conversation to continue."""
 
+    ignored: ClassVar[frozenset[str]] = IGNORED | {"prompt_cache_options"}
     unsupported: ClassVar[dict[str, Neutral]] = {
         **UNSUPPORTED,
         "functions": ([],),
@@ -126,6 +134,12 @@ class ChatCompletionRequest(GenerationBody):
         "web_search_options": (),
         "chat_template": (),
         "echo": (False,),
+        "moderation": (),
+    }
+    replaced: ClassVar[dict[str, str]] = {
+        **REPLACED,
+        "functions": "tools",
+        "function_call": "tool_choice",
     }
     prompt_field: ClassVar[str] = "messages"
 
@@ -172,6 +186,9 @@ class ChatCompletionRequest(GenerationBody):
     reasoning_effort: Literal["none", "minimal", "low", "medium", "high", "xhigh"] | None = Field(
         default=None, description="A variable of the model's chat template, if that reads it."
     )
+    include_reasoning: bool | None = Field(
+        default=None, description="Whether to tell what the model thought; true by default."
+    )
     documents: list[dict[str, Any]] | None = Field(
         default=None, description="The chat template's `documents`."
     )
@@ -214,6 +231,7 @@ class ChatCompletionRequest(GenerationBody):
             is_continued=bool(self.continue_final_message),
             is_prompted=self.add_generation_prompt is not False,
             has_special_tokens=bool(self.add_special_tokens),
+            tells_thoughts=self.include_reasoning is not False,
         )
 
     @property
@@ -239,13 +257,14 @@ class AssistantMessage(BaseModel):
     content: str | None
     refusal: None = None
     reasoning_content: str | None = None
+    reasoning: str | None = Field(default=None, description="The same, as vLLM calls it.")
     tool_calls: list[ToolCall] | None = None
 
     @model_serializer(mode="wrap")
     def _leave_out(self, handler: SerializerFunctionWrapHandler) -> dict[str, Any]:
         """Leave fields out that say nothing, as OpenAI does."""
         fields: dict[str, Any] = handler(self)
-        optional = ("reasoning_content", "tool_calls")
+        optional = ("reasoning_content", "reasoning", "tool_calls")
         return {name: value for name, value in fields.items() if value or name not in optional}
 
 
@@ -280,4 +299,6 @@ def _text_of(part: object) -> str:
         raise wrong_field(f"has a part of type {str(kind)[:64]!r}; only text is supported")
     if not isinstance(text, str):
         raise wrong_field("has a text part without a string 'text'")
+    if isinstance(part, dict) and len(part) > len(TextPart.model_fields):
+        TextPart.screened(part)
     return text

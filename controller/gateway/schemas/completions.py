@@ -27,7 +27,6 @@ class CompletionRequest(GenerationBody):
 
     unsupported: ClassVar[dict[str, Neutral]] = {
         **UNSUPPORTED,
-        "suffix": ("",),
         "prompt_embeds": (),
     }
 
@@ -42,6 +41,10 @@ class CompletionRequest(GenerationBody):
         description="Most tokens to generate, 16 by default; 0 only with `echo`.",
     )
     echo: bool | None = Field(default=None, description="Put the prompt before the answer.")
+    suffix: str | None = Field(
+        default=None,
+        description="What follows the answer, for models that can fill in; refused for others.",
+    )
     best_of: int | None = Field(
         default=None,
         ge=1,
@@ -73,6 +76,17 @@ class CompletionRequest(GenerationBody):
             raise wrong_field(
                 "must be greater than or equal to 1, unless 'echo' is true", field="max_tokens"
             )
+        return self
+
+    @model_validator(mode="after")
+    def _check_suffix(self) -> "CompletionRequest":
+        if not self.suffix:
+            return self
+        if not all(isinstance(prompt, str) for prompt in self.prompt):
+            raise wrong_field("only goes with prompts that are text", field="suffix")
+        for name in ("echo", "truncate_prompt_tokens"):
+            if getattr(self, name):
+                raise wrong_field(f"excludes {name!r}", field="suffix")
         return self
 
     @property
@@ -139,18 +153,15 @@ def checked_prompts(value: Any) -> list[Prompt]:
         return [value]
     if not isinstance(value, list) or not value:
         raise wrong_field("must be a string, token ids, or a list of either, not empty")
-    if _all_of(value, str) or (_all_of(value, list) and all(map(_is_token_ids, value))):
+    kinds = set(map(type, value))
+    if kinds == {str} or (kinds == {list} and all(map(_is_token_ids, value))):
         return value
-    if _is_token_ids(value):
+    if kinds == {int} and min(value) >= 0:
         return [value]
     raise wrong_field(
         "must be a string, a list of strings, a list of token ids, or a list of such lists"
     )
 
 
-def _all_of(values: list[Any], kind: type) -> bool:
-    return all(type(value) is kind for value in values)
-
-
 def _is_token_ids(values: list[Any]) -> bool:
-    return _all_of(values, int) and all(value >= 0 for value in values)
+    return set(map(type, values)) <= {int} and min(values, default=0) >= 0

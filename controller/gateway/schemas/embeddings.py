@@ -14,7 +14,7 @@ MAX_INPUT_TOKENS = 300_000  # both as OpenAI has them
 class EmbeddingsRequest(ApiBody):
     """Texts to embed, as strings or as token ids."""
 
-    ignored: ClassVar[frozenset[str]] = frozenset({"user"})
+    ignored: ClassVar[frozenset[str]] = frozenset({"cache_salt", "request_id", "user"})
     unsupported: ClassVar[dict[str, Neutral]] = {
         "messages": (),
         "embed_dtype": ("float32",),
@@ -22,8 +22,9 @@ class EmbeddingsRequest(ApiBody):
         "truncation_side": ("right",),
         "padding": (False,),
         "use_activation": (True,),
+        "normalize": (True,),
         "priority": (0,),
-        "cache_salt": (),
+        "mm_processor_kwargs": ({},),
     }
 
     model: str = Field(min_length=1, max_length=256, description="A function's served name.")
@@ -42,8 +43,9 @@ class EmbeddingsRequest(ApiBody):
         description="Cut texts to this many tokens; -1 to what the model takes. Left out, a text "
         "that is too long is refused.",
     )
-    add_special_tokens: bool = Field(
-        default=True, description="Whether the tokenizer adds its own special tokens to strings."
+    add_special_tokens: bool | None = Field(
+        default=None,
+        description="Whether the tokenizer adds its own special tokens to strings; true by default.",
     )
 
     @field_validator(

@@ -8,6 +8,7 @@ from controller.batches.lines import ENDPOINTS
 from controller.gateway.schemas.base import ApiBody, wrong_field
 from controller.gateway.schemas.batches import checked_metadata
 
+DEFAULT_TIMEOUT_S = 3600.0
 MAX_TIMEOUT_S = 7 * 86_400.0
 
 
@@ -16,12 +17,12 @@ class AsyncRequestBody(ApiBody):
 
     endpoint: str = Field(description="One of " + ", ".join(ENDPOINTS))
     body: dict[str, Any] = Field(description="What that endpoint takes; it cannot stream.")
-    timeout_s: float = Field(
-        default=3600.0,
+    timeout_s: float | None = Field(
+        default=None,
         ge=1,
         le=MAX_TIMEOUT_S,
         allow_inf_nan=False,
-        description="Seconds until it must be answered; it has failed then.",
+        description="Seconds until it must be answered, 3600 by default; it has failed then.",
     )
     webhook_url: str | None = Field(
         default=None,

@@ -6,7 +6,7 @@ An item of an answer can be sent back as it came.
 import uuid
 from typing import Annotated, Any, ClassVar, Literal
 
-from pydantic import BaseModel, BeforeValidator, Discriminator, Field, Tag, TypeAdapter
+from pydantic import BeforeValidator, Discriminator, Field, Tag, TypeAdapter
 
 from controller.gateway.schemas.base import ApiBody, Neutral, wrong_field
 from controller.gateway.schemas.chat import MAX_MESSAGES
@@ -15,11 +15,20 @@ Status = Literal["in_progress", "completed", "incomplete"]
 Json = dict[str, Any]
 
 
-class InputText(BaseModel):
-    """Text that the model reads."""
+class InputText(ApiBody):
+    """Text that the model reads; of an earlier answer, as it came."""
+
+    ignored: ClassVar[frozenset[str]] = frozenset(
+        {"annotations", "cache_control", "logprobs", "prompt_cache_breakpoint"}
+    )
 
     type: Literal["input_text", "output_text", "text", "reasoning_text"]
     text: str
+
+
+class _Refusal(ApiBody):
+    type: Literal["refusal"]
+    refusal: str
 
 
 def _texts(value: Any) -> list[str]:
@@ -38,6 +47,8 @@ def _text_of(part: object) -> str:
     text = part.get(_TEXT_FIELDS[kind])
     if not isinstance(text, str):
         raise wrong_field(f"has a part of type {kind!r} without a string {_TEXT_FIELDS[kind]!r}")
+    if len(part) > len(_Refusal.model_fields):
+        (_Refusal if kind == "refusal" else InputText).screened(part)
     return text
 
 

@@ -25,6 +25,7 @@ IGNORED = frozenset(
         "prompt_cache_retention",
         "safety_identifier",
         "service_tier",
+        "session_id",
         "store",
         "user",
     }
@@ -38,7 +39,20 @@ UNSUPPORTED: dict[str, Neutral] = {
     "guided_regex": (),
     "guided_choice": (),
     "guided_grammar": (),
+    "guided_decoding_backend": (),
+    "guided_whitespace_pattern": (),
+    "kv_transfer_params": ({},),
+    "logprob_token_ids": ([],),
+    "media_io_kwargs": ({},),
+    "mm_processor_kwargs": ({},),
+    "repetition_detection": (),
+    "return_prompt_text": (False,),
+    "return_token_offsets": (False,),
+    "stream_interval": (1,),
+    "thinking_token_budget": (),
+    "vllm_xargs": ({},),
 }
+REPLACED = {name: "structured_outputs" for name in UNSUPPORTED if name.startswith("guided_")}
 Penalty = Annotated[float, Field(ge=-2, le=2, allow_inf_nan=False)]
 TokenId = Annotated[int, Field(ge=0, le=(1 << 32) - 1)]
 
@@ -48,6 +62,7 @@ class SamplingBody(ApiBody):
 
     ignored: ClassVar[frozenset[str]] = IGNORED
     unsupported: ClassVar[dict[str, Neutral]] = UNSUPPORTED
+    replaced: ClassVar[dict[str, str]] = REPLACED
     prompt_field: ClassVar[str] = "prompt"
     format_field: ClassVar[str] = "response_format"
 
@@ -61,10 +76,11 @@ class SamplingBody(ApiBody):
     )
     top_p: float | None = Field(
         default=None,
-        gt=0,
+        ge=0,
         le=1,
         allow_inf_nan=False,
-        description="Sample from the smallest set of tokens with this much probability.",
+        description="Sample from the smallest set of tokens with this much probability; 0 takes "
+        "the likeliest.",
     )
     top_k: int | None = Field(
         default=None,

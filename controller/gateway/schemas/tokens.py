@@ -25,9 +25,7 @@ class TokenizeRequest(ApiBody):
     """A prompt or a conversation to count and split."""
 
     unsupported: ClassVar[dict[str, Neutral]] = {
-        "continue_final_message": (False,),
         "chat_template": (),
-        "chat_template_kwargs": ({},),
         "mm_processor_kwargs": ({},),
     }
 
@@ -42,8 +40,15 @@ class TokenizeRequest(ApiBody):
     tools: list[Tool] | None = Field(
         default=None, max_length=MAX_TOOLS, description="Tools that the template tells of."
     )
-    add_generation_prompt: bool = Field(
-        default=True, description="Whether `messages` end with what opens the next answer."
+    add_generation_prompt: bool | None = Field(
+        default=None,
+        description="Whether `messages` end with what opens the next answer; true by default.",
+    )
+    continue_final_message: bool | None = Field(
+        default=None, description="Leave the last message open, as if its answer went on."
+    )
+    chat_template_kwargs: dict[str, Any] | None = Field(
+        default=None, description="Variables for the model's chat template."
     )
     add_special_tokens: bool | None = Field(
         default=None,
@@ -58,6 +63,10 @@ class TokenizeRequest(ApiBody):
     def _check_input(self) -> "TokenizeRequest":
         if (self.prompt is None) == (self.messages is None):
             raise wrong_field("send either `prompt` or `messages`")
+        if self.continue_final_message and self.add_generation_prompt:
+            raise wrong_field(
+                "excludes 'add_generation_prompt': true", field="continue_final_message"
+            )
         return self
 
     @cached_property
@@ -77,8 +86,9 @@ class TokenizeRequest(ApiBody):
             messages=[message.variables() for message in self.messages or ()],
             offered=self.offered,
             field="messages",
-            variables={},
-            is_prompted=self.add_generation_prompt,
+            variables=self.chat_template_kwargs or {},
+            is_continued=bool(self.continue_final_message),
+            is_prompted=self.add_generation_prompt is not False,
             has_special_tokens=bool(self.add_special_tokens),
         )
 

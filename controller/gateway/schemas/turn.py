@@ -19,6 +19,7 @@ class Turn:
         is_continued: Whether the last message is left open: the answer goes on with it.
         is_prompted: Whether the prompt ends with what opens an answer.
         has_special_tokens: Whether the tokenizer adds its own special tokens.
+        tells_thoughts: Whether the answer has what the model thinks.
         is_cut: Whether the oldest turns are left out if there is no room for all.
     """
 
@@ -29,4 +30,5 @@ class Turn:
     is_continued: bool = False
     is_prompted: bool = True
     has_special_tokens: bool = False
+    tells_thoughts: bool = True
     is_cut: bool = False

@@ -84,7 +84,8 @@ async def test_body_of_a_stranger_is_not_read(make_app: AppMaker) -> None:
 async def test_probes_need_no_key_but_figures_do(make_app: AppMaker) -> None:
     async with client_of(make_app(keys=KEYS, require_api_keys=True)) as client:
         assert (await client.get("/healthz")).status_code == 200
-        assert (await client.get("/readyz")).status_code == 200
+        for path in ("/readyz", "/health", "/ping"):
+            assert (await client.get(path)).status_code == 200
         assert (await client.get("/metrics")).status_code == 401
 
 

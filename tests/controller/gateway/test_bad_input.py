@@ -90,7 +90,7 @@ async def test_surrogate_pairs_and_any_unicode_are_fine(
         ({"temperature": -0.1}, "temperature", "greater than or equal to 0"),
         ({"temperature": 10**400}, "temperature", "number"),
         ({"temperature": "hot"}, "temperature", "number"),
-        ({"top_p": 0}, "top_p", "greater than 0"),
+        ({"top_p": -0.1}, "top_p", "greater than or equal to 0"),
         ({"top_p": 1.5}, "top_p", "less than or equal to 1"),
         ({"top_k": -2}, "top_k", "greater than or equal to -1"),
         ({"min_p": 2}, "min_p", "less than or equal to 1"),
@@ -108,6 +108,7 @@ async def test_surrogate_pairs_and_any_unicode_are_fine(
         ({"stream_options": {"include_usage": True}}, "stream_options", "'stream': true"),
         ({"stream": True, "stream_options": {"include_use": 1}}, None, "did you mean"),
         ({"use_beam_search": True}, "use_beam_search", "not supported yet"),
+        ({"guided_json": {}}, "guided_json", "send 'structured_outputs' instead"),
         ({"n": 0}, "n", "greater than or equal to 1"),
         ({"n": 129}, "n", "less than or equal to 128"),
         ({"n": True}, "n", "integer"),
@@ -192,6 +193,15 @@ async def test_wrong_chat_field_is_named(
     assert (await refused(client, CHAT, {**HELLO, **change}))["param"] == param
 
 
+async def test_older_names_of_tools_are_told_the_newer_ones(client: httpx.AsyncClient) -> None:
+    for old, value, new in (
+        ("functions", [{"name": "f"}], "tools"),
+        ("function_call", {"name": "f"}, "tool_choice"),
+    ):
+        error = await refused(client, CHAT, {**HELLO, old: value})
+        assert (error["param"], f"send {new!r} instead" in error["message"]) == (old, True)
+
+
 @pytest.mark.parametrize(
     "prompt", [None, "", [], [[]], 7, {}, [1, "a"], [[1], "a"], [[1], ["a"]], [-1], [True], [1.5]]
 )
@@ -211,7 +221,10 @@ async def test_token_outside_the_vocabulary_is_refused(
     ("change", "param", "hint"),
     [
         ({"echo": 1}, "echo", "boolean"),
-        ({"suffix": "x"}, "suffix", "not supported"),
+        ({"suffix": "x"}, "suffix", "cannot fill in"),
+        ({"suffix": "x", "prompt": [104]}, "suffix", "prompts that are text"),
+        ({"suffix": "x", "echo": True}, "suffix", "excludes 'echo'"),
+        ({"suffix": "x", "truncate_prompt_tokens": 5}, "suffix", "excludes"),
         ({"logprobs": 21}, "logprobs", "less than or equal to 20"),
         ({"logprobs": True}, "logprobs", "integer"),
         ({"best_of": 2, "n": 3}, "best_of", "at least n"),
@@ -244,6 +257,15 @@ async def test_neutral_and_harmless_fields_are_accepted(client: httpx.AsyncClien
         "metadata": {"a": 1},
         "store": True,
         "service_tier": "auto",
+        "session_id": "s",
+        "prompt_cache_options": {"mode": "auto"},
+        "moderation": None,
+        "stream_interval": 1,
+        "vllm_xargs": {},
+        "mm_processor_kwargs": {},
+        "logprob_token_ids": [],
+        "return_prompt_text": False,
+        "thinking_token_budget": None,
     }
     response = await client.post(CHAT, json={**HELLO, **neutral})
     assert response.status_code == 200, response.text

@@ -43,6 +43,7 @@ def sampling_of(function: FakeFunction, index: int = -1) -> pb.SamplingParams:
         ({"allowed_token_ids": [4, 9]}, {"allowed_token_ids": [4, 9]}),
         ({"min_tokens": 3}, {"min_tokens": 3}),
         ({"temperature": 0, "top_k": -1}, {"temperature": 0, "top_k": 0}),
+        ({"top_p": 0, "top_k": 9}, {"top_p": 1, "top_k": 1}),
         ({"seed": -1}, {"seed": (1 << 64) - 1}),
         ({"ignore_eos": True}, {"ignore_eos": True}),
         ({"stop_token_ids": [5]}, {"stop_token_ids": [5]}),
@@ -227,6 +228,23 @@ async def test_token_ids_are_returned_when_asked_for(
     response = await client.post(CHAT, json={**HELLO, "return_token_ids": True, "stream": True})
     chunks = [event["choices"][0] for event in events(response.text)[:-1]]
     assert [id for chunk in chunks for id in chunk["token_ids"]] == [*answer_tokens, 2]
+
+
+async def test_prompts_are_returned_at_the_beginning_of_streams(
+    client: httpx.AsyncClient, function: FakeFunction
+) -> None:
+    fields = {"return_token_ids": True, "stream": True, "n": 2}
+    response = await client.post(CHAT, json=HELLO | fields)
+    told = [event["prompt_token_ids"] for event in events(response.text)[:-1]
+            if "prompt_token_ids" in event]  # fmt: skip
+    assert told == [list(function.generations[-1].request.prompt_token_ids)]
+    response = await client.post(TEXT, json=PROMPT | fields | {"prompt": [[104], [105, 106]]})
+    choices = [event["choices"][0] for event in events(response.text)[:-1]]
+    prompts = [(choice["index"], choice["prompt_token_ids"]) for choice in choices
+               if "prompt_token_ids" in choice]  # fmt: skip
+    assert sorted(prompts) == [(0, [104]), (1, [104]), (2, [105, 106]), (3, [105, 106])]
+    firsts = {choice["index"]: choice for choice in reversed(choices)}
+    assert all("prompt_token_ids" in choice for choice in firsts.values())
 
 
 @pytest.mark.parametrize("stream", [False, True])

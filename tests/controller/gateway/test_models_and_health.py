@@ -5,6 +5,7 @@ from prometheus_client.parser import text_string_to_metric_families
 from tests.controller.gateway.conftest import AppMaker, client_of
 from tests.fakes.function import FakeFunction
 
+READINESS = ("/readyz", "/health", "/ping")
 HELLO = {"model": "tiny", "messages": [{"role": "user", "content": "hello"}]}
 
 
@@ -47,9 +48,12 @@ async def test_unknown_model_is_404(client: httpx.AsyncClient) -> None:
 async def test_readiness_follows_the_controller_and_health_does_not(make_app: AppMaker) -> None:
     async with client_of(make_app(is_ready=False)) as client:
         assert (await client.get("/healthz")).json() == {"status": "ok"}
-        response = await client.get("/readyz")
-    assert response.status_code == 503
-    assert response.json() == {"status": "not ready"}
+        for path in READINESS:
+            response = await client.get(path)
+            assert response.status_code == 503
+            assert response.json() == {"status": "not ready"}
+    async with client_of(make_app()) as client:
+        assert [(await client.get(path)).status_code for path in READINESS] == [200] * 3
 
 
 async def test_figures_count_calls_and_times(

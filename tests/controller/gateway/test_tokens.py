@@ -1,3 +1,5 @@
+from pathlib import Path
+
 import httpx
 import openai
 import pytest
@@ -47,6 +49,28 @@ async def test_generation_prompt_can_be_left_out(client: httpx.AsyncClient) -> N
     assert len(longer) > len(shorter)
 
 
+async def test_last_message_can_be_left_open(
+    client: httpx.AsyncClient, function: FakeFunction
+) -> None:
+    messages = [*MESSAGES, {"role": "assistant", "content": "Well, "}]
+    body = {"model": "tiny", "messages": messages, "continue_final_message": True}
+    tokens = (await client.post("/tokenize", json=body)).json()["tokens"]
+    await client.post("/v1/chat/completions", json=body)
+    assert tokens == list(function.generations[0].request.prompt_token_ids)
+
+
+async def test_template_variables_are_counted(
+    make_app: AppMaker, tmp_path: Path, byte_level: Tokenizer
+) -> None:
+    snapshot = write_snapshot(
+        tmp_path, byte_level, eos_token="<|im_end|>", chat_template="{{ mood }}"
+    )
+    body = {"messages": MESSAGES, "chat_template_kwargs": {"mood": "calm"}}
+    async with client_of(make_app(FakeFunction(snapshot, lambda _: []))) as client:
+        answer = (await client.post("/tokenize", json=body)).json()
+    assert answer["tokens"] == byte_level.encode("calm").ids
+
+
 async def test_special_tokens_of_the_tokenizer_are_added_to_prompts_only(
     tmp_path_factory: pytest.TempPathFactory, byte_fallback: Tokenizer, make_app: AppMaker
 ) -> None:
@@ -91,6 +115,12 @@ TOOL = {"type": "function", "function": {"name": "weather"}}
         ("/tokenize", {"prompt": "a", "promptt": "b"}, "promptt", "did you mean 'prompt'"),
         ("/tokenize", {"messages": []}, "messages", "at least 1"),
         ("/tokenize", {"messages": MESSAGES, "tools": [TOOL, TOOL]}, "tools", "two functions"),
+        (
+            "/tokenize",
+            {"messages": MESSAGES, "add_generation_prompt": True, "continue_final_message": True},
+            "continue_final_message",
+            "excludes",
+        ),
         ("/detokenize", {"tokens": [1, -1]}, "tokens", "is not a token"),
         ("/detokenize", {"tokens": [10**30]}, "tokens", "huge"),
         ("/detokenize", {"tokens": [1] * ((1 << 20) + 1)}, "tokens", "at most"),

@@ -263,8 +263,48 @@ async def test_thoughts_come_apart(make_app: AppMaker, thinker: Speaker) -> None
     num_thought = whole["usage"]["completion_tokens_details"]["reasoning_tokens"]
     assert 5 < num_thought < whole["usage"]["completion_tokens"] - 20
     deltas = [chunk["choices"][0]["delta"] for chunk in events(stream.text)[:-1]]
-    for field in ("reasoning_content", "content"):
+    for field in ("reasoning_content", "reasoning", "content"):
         assert "".join(delta.get(field) or "" for delta in deltas) == message[field]
+    assert message["reasoning"] == message["reasoning_content"]
+
+
+async def test_thoughts_can_be_kept_back(make_app: AppMaker, thinker: Speaker) -> None:
+    asked = WITH_TOOL | {"include_reasoning": False, "return_token_ids": True}
+    async with client_of(make_app(thinker)) as http:
+        whole = (await http.post(PATH, json=asked)).json()
+        stream = await http.post(PATH, json={**asked, "stream": True})
+    message = whole["choices"][0]["message"]
+    assert "reasoning" not in json.dumps(message)
+    assert message["content"] == "I see."
+    assert whole["usage"]["completion_tokens_details"]["reasoning_tokens"] > 5
+    choices = [chunk["choices"][0] for chunk in events(stream.text)[:-1]]
+    assert "Hm" not in stream.text
+    assert "".join(choice["delta"].get("content") or "" for choice in choices) == "I see."
+    told = [token_id for choice in choices for token_id in choice["token_ids"]]
+    assert told == whole["choices"][0]["token_ids"], "nothing is lost beside them"
+
+
+@pytest.mark.parametrize(
+    ("sent", "read"),
+    [
+        ({"reasoning": "Hm."}, "Hm."),
+        ({"reasoning_content": "Hm."}, "Hm."),
+        ({"reasoning_content": "Hm.", "reasoning": "Ah."}, "Hm."),
+        ({"reasoning_content": None, "reasoning": None}, ""),
+    ],
+)
+async def test_thoughts_that_are_sent_back_reach_the_template(
+    make_app: AppMaker, tmp_path: Path, byte_level: Tokenizer, sent: dict[str, Any], read: str
+) -> None:
+    template = "{% for m in messages %}[{{ m.reasoning_content }}]{{ m.content }}{% endfor %}"
+    snapshot = write_snapshot(
+        tmp_path / "it@0", byte_level, eos_token="<|im_end|>", chat_template=template
+    )
+    speaker = Speaker(snapshot, byte_level)
+    messages = [{"role": "assistant", "content": "Hi.", **sent}, {"role": "user", "content": "?"}]
+    async with client_of(make_app(speaker)) as http:
+        assert (await http.post(PATH, json=HELLO | {"messages": messages})).is_success
+    assert speaker.prompt == f"[{read}]Hi.[]?"
 
 
 async def test_thoughts_can_be_left_in_the_text(make_app: AppMaker, thinker: Speaker) -> None:

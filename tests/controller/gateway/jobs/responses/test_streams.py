@@ -12,10 +12,12 @@ import pytest
 from fastapi import FastAPI
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
+from sqlalchemy import select
 
 from controller.errors import QueueFull, RuntimeDied
 from controller.gateway.routes import responses
 from controller.scaling.generation import GenerationRequest, TokenChunk
+from controller.store import tables
 from controller.store.database import Database
 from controller.store.errors import NotStored
 from controller.store.responses import Responses
@@ -115,6 +117,27 @@ async def test_failure_before_the_first_token_has_a_status(
             await sdk.responses.create(model="tiny", input="x", stream=is_streamed)
     with pytest.raises(openai.NotFoundError, match="no function serves"):
         await sdk.responses.create(model="other", input="x")
+
+
+async def test_leaving_ends_a_whole_response_and_keeps_nothing(
+    app: FastAPI, function: Speaker, database: Database
+) -> None:
+    tokens = function.tokenizer.encode(function.text).ids[:8]
+    reached = asyncio.Event()
+
+    def script(request: GenerationRequest) -> Iterable[Step]:
+        yield TokenChunk(tokens)
+        reached.set()
+        yield asyncio.Event()
+
+    function.script = script
+    call = AsgiCall(app, PATH, [json.dumps(HELLO).encode()], headers={"host": "localhost"})
+    await reached.wait()
+    call.leave()
+    await call.finished()
+    assert function.num_running == 0
+    assert call.messages == []
+    assert await database.run(lambda c: c.execute(select(tables.responses)).all()) == []
 
 
 async def test_leaving_ends_the_response_and_keeps_nothing(
