@@ -75,7 +75,7 @@ class Demonstration:
         self._controller.operate(self._name, "stop")
         self._controller.wait_for_standby(self._backend)
         with self._timeline():
-            self._ask("What is the capital of Italy?")
+            self._ask("What is the capital of Japan?")
         console.rule("what it cost")
         coldspark("cost", COLDSPARK_URL=self._controller.url)
 

@@ -15,7 +15,7 @@ import os
 import sys
 import tempfile
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -86,12 +86,13 @@ def main() -> None:
         _measure(up, arguments)
 
 
-def serve_scripted() -> None:
-    """Run a controller whose runtimes pretend."""
+def serve_scripted(factory: str = FACTORY, passed_on: Sequence[str] = (STEP_S,)) -> None:
+    """Run a controller whose runtimes pretend, with some of this process's variables."""
     settings = load_settings()
     path = os.pathsep.join([str(REPOSITORY), os.environ.get("PYTHONPATH", "")])
-    variables = ("env", f"PYTHONPATH={path}", f"{STEP_S}={os.environ[STEP_S]}")
-    command = (*variables, *RUNTIME_COMMAND, "--engine-factory", FACTORY)
+    given = (f"{name}={os.environ[name]}" for name in passed_on)
+    variables = ("env", f"PYTHONPATH={path}", *given)
+    command = (*variables, *RUNTIME_COMMAND, "--engine-factory", factory)
     backend = ProcessBackend(settings.runtimes_dir, cluster=settings.cluster, command=command)
     serve(settings, backends=[backend])
 

@@ -18,8 +18,9 @@ import statistics
 import sys
 import threading
 import time
-from collections import defaultdict
-from collections.abc import Iterator, Mapping, Sequence
+from collections import defaultdict, deque
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -64,14 +65,18 @@ def main() -> None:
         deployed = {
             function["name"] for function in controller.get("/api/v1/functions")["functions"]
         }
-        for seed, name in enumerate(names):
-            if name in deployed:
-                continue
-            checkpoint = (arguments.checkpoints or arguments.work) / name
+        missing = [name for name in names if name not in deployed]
+
+        def write(name: str) -> Path:
+            checkpoint: Path = (arguments.checkpoints or arguments.work) / name
+            seed = names.index(name)
             if arguments.device == "cuda":
                 write_checkpoint_apart(checkpoint, arguments.tokenizer, arguments.layers, seed)
             else:
                 write_checkpoint(checkpoint, SMALL, arguments.tokenizer, "cpu", seed=seed)
+            return checkpoint
+
+        for name, checkpoint in zip(missing, _one_ahead(write, missing), strict=True):
             controller.deploy(_spec(name, checkpoint, device))
             shutil.rmtree(checkpoint)  # the snapshot is all that is used from here on
         with _memory_watch(controller, str(device["id"])) as most_bytes:
@@ -79,6 +84,18 @@ def main() -> None:
     _print(waits, most_bytes[0])
     if arguments.plot is not None:
         _plot(waits, arguments.plot)
+
+
+def _one_ahead(make: Callable[[str], Path], names: Sequence[str]) -> Iterator[Path]:
+    """Yield what is made of each name; the next one is made meanwhile."""
+    with ThreadPoolExecutor(1) as maker:
+        upcoming: deque[Future[Path]] = deque()
+        for name in names:
+            upcoming.append(maker.submit(make, name))
+            if len(upcoming) > 1:
+                yield upcoming.popleft().result()
+        while upcoming:
+            yield upcoming.popleft().result()
 
 
 def _spec(name: str, checkpoint: Path, device: Mapping[str, object]) -> FunctionSpec:

@@ -21,8 +21,9 @@ from controller.cli import profile
 from controller.cli.app import app
 from controller.cli.errors import EXIT_CODES
 from controller.gateway.schemas.base import ApiBody, Neutral
-from controller.gateway.schemas.chat import ChatCompletionRequest
+from controller.gateway.schemas.chat import ChatCompletionRequest, ChatMessage, TextPart
 from controller.gateway.schemas.completions import CompletionRequest
+from controller.gateway.schemas.response_input import InputText, MessageItem
 from controller.gateway.schemas.responses import ResponseRequest
 from controller.gateway.schemas.sampling import SamplingBody
 from controller.settings import PREFIX, Settings
@@ -142,6 +143,13 @@ BODIES: Mapping[str, type[SamplingBody]] = {
 }
 
 
+CONTENT_PARTS: Mapping[type[ApiBody], type[ApiBody]] = {
+    ChatMessage: TextPart,
+    MessageItem: InputText,
+}
+"""Contents are read into plain text, so these are in no annotation."""
+
+
 def request_fields_page() -> str:
     """Return the page of every field of the bodies that generate text."""
     lines = [
@@ -208,6 +216,8 @@ def _by_path(
 def _parts(body: type[ApiBody], prefix: str) -> Iterator[tuple[str, type[ApiBody]]]:
     """Yield a body and the objects in it, with what their fields' paths begin with."""
     yield prefix, body
+    if body in CONTENT_PARTS:
+        yield f"{prefix}content[].", CONTENT_PARTS[body]
     for name, field in body.model_fields.items():
         for is_listed, part in _objects(field.annotation):
             path = f"{prefix}{field.alias or name}{'[]' if is_listed else ''}."
