@@ -4,10 +4,11 @@ import asyncio
 import random
 import shutil
 import tempfile
-from collections.abc import AsyncIterator, Callable
+from collections.abc import AsyncIterator, Callable, Coroutine
 from contextlib import AsyncExitStack, asynccontextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Any
 
 import psutil
 import pytest
@@ -27,6 +28,7 @@ from tests.runtime.conftest import FAKE_FACTORY
 pytestmark = [pytest.mark.e2e, pytest.mark.timeout(120)]
 
 GPU = "GPU-0"
+CHECKPOINTS = "COLDSPARK_RUNTIME_CHECKPOINTS=tests.fakes.checkpoints:StoppingCheckpoints"
 SOON_S = 30.0
 
 
@@ -70,6 +72,11 @@ class Machine:
             await asyncio.sleep(0.25)
             function.sweep()
 
+    def home_of(self, function: Function) -> Path:
+        """Return the home directory of a function's only runtime, which tells its fake driver."""
+        (runtime_id,) = function.runtime_ids
+        return self.home / "runtimes" / runtime_id
+
     def poke_all(self) -> None:
         """Have every function look again."""
         for function in self.functions:
@@ -110,7 +117,7 @@ async def machine(monkeypatch: pytest.MonkeyPatch) -> AsyncIterator[Machine]:
     monkeypatch.setenv("PYTHONPATH", str(REPOSITORY))
     home = Path(tempfile.mkdtemp(prefix="cs-", dir="/tmp"))
     (home / "snapshots").mkdir()
-    command = (*RUNTIME_COMMAND, "--engine-factory", FAKE_FACTORY)
+    command = ("env", CHECKPOINTS, *RUNTIME_COMMAND, "--engine-factory", FAKE_FACTORY)
     backend = ProcessBackend(home / "runtimes", cluster="test", command=command)
     world = World(num_gpus=1)
     standbys = StandbyPool(
@@ -185,22 +192,46 @@ async def test_random_calls_to_functions_on_one_gpu_get_their_own_answers(
 
 async def bring_to(machine: Machine, function: Function, state: str) -> psutil.Process:
     """Bring a function's replica into a state; return its runtime server."""
-    await until(lambda: machine.node.standbys.has_ready(machine.backend), "a standby")
+    if state != "starting":
+        await until(lambda: machine.node.standbys.has_ready(machine.backend), "a standby")
     if state == "standby":
         (runtime_id,) = machine.node.standbys.runtime_ids
         return machine.server(runtime_id)
-    if state != "loading":
+    if state not in ("starting", "loading"):
         await collect(function)
     if state in ("parked", "waking"):
         await function.park()
-    if state in ("loading", "waking"):
-        pending = asyncio.create_task(collect(function), name="pending")
-        pending.add_done_callback(lambda task: task.cancelled() or task.exception())
-        await until(
-            lambda: {r.state for r in function.set.replicas.values()} == {ReplicaState.LOADING},
-            "loading",
-        )
+    if state in ("starting", "loading", "waking"):
+        begin(collect(function))
+    elif state == "parking":
+        (machine.home_of(function) / "hang").touch()
+        begin(function.park())
+    elif state == "draining":
+        begin(collect(function, max_tokens=1 << 20))
+        await until(lambda: function.set.in_flight, "a request in flight")
+        begin(function.stop())
+    now = {"waking": ReplicaState.LOADING}.get(state) or ReplicaState(state)
+    await until(lambda: {r.state for r in function.set.replicas.values()} == {now}, state)
+    if state == "parking":
+        server = machine.server_of(function)
+        await until(lambda: victim(server, "engine").status() == psutil.STATUS_STOPPED, "a stop")
+    if state == "starting":
+        await until(lambda: function.runtime_ids and server_is_there(machine, function), "a server")
     return machine.server_of(function)
+
+
+def begin(work: Coroutine[Any, Any, object]) -> None:
+    """Have something done whose end does not matter here."""
+    task = asyncio.create_task(work, name="begun")
+    task.add_done_callback(lambda task: task.cancelled() or task.exception())
+
+
+def server_is_there(machine: Machine, function: Function) -> bool:
+    try:
+        machine.server_of(function)
+    except ValueError:
+        return False
+    return True
 
 
 def victim(server: psutil.Process, name: str) -> psutil.Process:
@@ -211,24 +242,32 @@ def victim(server: psutil.Process, name: str) -> psutil.Process:
     return found
 
 
+STATES = ["standby", "starting", "loading", "ready", "parking", "parked", "waking", "draining"]
+FIRST = ("starting", "loading")
+"""Only a first start that fails is told to who waits for it."""
+
+
 @pytest.mark.parametrize("name", ["server", "zygote", "engine"])
-@pytest.mark.parametrize("state", ["standby", "loading", "ready", "parked", "waking"])
+@pytest.mark.parametrize("state", STATES)
 async def test_killing_any_process_in_any_state_costs_at_most_the_call_that_started_it(
     machine: Machine, state: str, name: str
 ) -> None:
-    if (state, name) == ("standby", "engine"):
-        pytest.skip("a standby has no engine")
+    if (state, name) in {("standby", "engine"), ("starting", "engine"), ("starting", "zygote")}:
+        pytest.skip("there is none yet")
     async with machine.function("f", Script(load_s=0.5)) as function:
         server = await bring_to(machine, function, state)
         if state in ("loading", "waking"):
             await until(lambda: len(server.children(recursive=True)) == 2, "the engine's fork")
         tree = [server, *server.children(recursive=True)]
+        homes = [machine.home / "runtimes" / runtime_id for runtime_id in function.runtime_ids]
         victim(server, name).kill()
         await until(lambda: not victim_is_alive(tree, name), "its death")
+        for home in homes:
+            (home / "hang").unlink(missing_ok=True)
         try:
             assert await collect(function) == [2, 3, 4, 5]
         except ActivationFailed:
-            assert state == "loading", "only a start that fails is told to who waits for it"
+            assert state in FIRST
             await until(lambda: not function.set.replicas, "its removal")
             await asyncio.sleep(1.1)  # the back-off
             assert await collect(function) == [2, 3, 4, 5]
@@ -240,6 +279,23 @@ async def test_killing_any_process_in_any_state_costs_at_most_the_call_that_star
                 lambda: function.tier is Tier.READY and not victim_is_alive(tree, "engine"),
                 "the end of the engine that was killed",
             )
+
+
+async def test_an_engine_that_cannot_be_restored_is_replaced_without_the_client_noticing(
+    machine: Machine,
+) -> None:
+    async with machine.function("f") as function:
+        await collect(function)
+        server = machine.server_of(function)
+        engine = victim(server, "engine")
+        await function.park()
+        await until(lambda: engine.status() == psutil.STATUS_STOPPED, "its suspension")
+        (machine.home_of(function) / "resume").touch()
+        assert await collect(function) == [2, 3, 4, 5]
+        await until(lambda: not is_alive(engine), "the end of the engine that was lost")
+        (replica,) = function.set.replicas.values()
+        assert dict(machine.node.memory.held(GPU)).keys() == {replica.id}
+        assert machine.server_of(function) != server
 
 
 def victim_is_alive(tree: list[psutil.Process], name: str) -> bool:
