@@ -17,7 +17,7 @@ from runtime.kernels.rope import rope_and_cache
 from runtime.kernels.sampling import SamplingTable, sample
 
 HEADS, KV_HEADS, HEAD_DIM, HIDDEN, INTERMEDIATE, VOCAB = 32, 8, 128, 4096, 14336, 128256
-PAGE = 16
+PAGE = 64  # as functions on a GPU have it
 BANDWIDTH = 4.3e12
 MATRIX_RATE = 788e12
 
