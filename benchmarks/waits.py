@@ -108,10 +108,12 @@ def _first_token(client: openai.OpenAI, model: str, max_tokens: int) -> Wait:
     )
     first_at, num_tokens = None, 0
     for chunk in response.parse():
-        if first_at is None and chunk.choices and chunk.choices[0].delta.content:
-            first_at = time.perf_counter()
-        if first_at is None or time.perf_counter() < first_at + 1.0:
-            num_tokens = chunk.usage.completion_tokens if chunk.usage else num_tokens
+        now = time.perf_counter()
+        count = chunk.usage.completion_tokens if chunk.usage else 0
+        if first_at is None and count:  # its text may be empty, when it is half a character
+            first_at = now
+        if first_at is None or now < first_at + 1.0:
+            num_tokens = max(num_tokens, count)
     if first_at is None:
         raise RuntimeError("the stream ended without a token")
     seconds = first_at - started_at

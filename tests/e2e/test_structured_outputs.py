@@ -98,7 +98,6 @@ def random_schemas(count: int) -> list[dict[str, Any]]:
         max_examples=2 * count,
         derandomize=True,
         database=None,
-        deadline=None,
         phases=[Phase.generate],
         suppress_health_check=list(HealthCheck),
     )

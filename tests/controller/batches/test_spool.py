@@ -36,7 +36,7 @@ def test_answers_and_errors_are_apart_and_survive(tmp_path: Path) -> None:
 
 
 @given(cut=st.integers(0, 200), before=st.integers(0, 3))
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60)
 def test_wherever_it_is_cut_off_every_answer_is_there_once(
     tmp_path_factory: pytest.TempPathFactory, cut: int, before: int
 ) -> None:

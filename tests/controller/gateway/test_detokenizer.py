@@ -42,19 +42,19 @@ def test_no_piece_holds_half_a_character(tokenizer: Tokenizer) -> None:
     assert [piece for piece in pieces(tokenizer, ids) if piece.strip()] == ["日", "🔥"]
 
 
-@settings(max_examples=300, deadline=None)
+@settings(max_examples=300)
 @given(st.lists(st.integers(0, BYTE_LEVEL.get_vocab_size() + 3), max_size=40))
 def test_any_byte_level_tokens_join_to_the_decoded_text(ids: list[int]) -> None:
     assert "".join(pieces(BYTE_LEVEL, ids)) == BYTE_LEVEL.decode(ids)
 
 
-@settings(max_examples=300, deadline=None)
+@settings(max_examples=300)
 @given(st.lists(st.integers(259, BYTE_FALLBACK.get_vocab_size() + 3), max_size=40))
 def test_any_sentencepiece_tokens_join_to_the_decoded_text(ids: list[int]) -> None:
     assert "".join(pieces(BYTE_FALLBACK, ids)) == BYTE_FALLBACK.decode(ids)
 
 
-@settings(max_examples=100, deadline=None)
+@settings(max_examples=100)
 @given(st.text(alphabet="the low Hall東é日🔥\n", max_size=30))
 def test_sentencepiece_text_with_byte_fallback_survives(text: str) -> None:
     ids = BYTE_FALLBACK.encode(text).ids

@@ -56,7 +56,7 @@ VALUES = st.recursive(
 
 @pytest.mark.parametrize("kind", GOOD, ids=lambda kind: kind.__name__)
 @given(data=st.data())
-@settings(max_examples=150, deadline=None)
+@settings(max_examples=150)
 def test_every_body_is_taken_or_refused(kind: type[ApiBody], data: st.DataObject) -> None:
     fields = [*kind.model_fields, *kind.unsupported, *kind.ignored, "unknown"]
     changes = data.draw(st.dictionaries(st.sampled_from(fields), VALUES, max_size=3))

@@ -5,7 +5,7 @@ from functools import partial
 from pathlib import Path
 
 import pytest
-from hypothesis import HealthCheck, given, settings
+from hypothesis import given, settings
 from hypothesis import strategies as st
 from tokenizers import Tokenizer
 
@@ -53,9 +53,7 @@ def read(
     raise AssertionError("the last chunk ends the answer")
 
 
-@settings(
-    max_examples=300, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture]
-)
+@settings(max_examples=300)
 @given(data=st.data())
 def test_pieces_join_to_the_whole_however_tokens_arrive(
     texts: TokenTexts, data: st.DataObject

@@ -123,7 +123,7 @@ async def test_stream_tells_what_the_whole_tells(
             assert whole.is_success, whole.text
             return whole.json(), events(streamed.text)
 
-        @settings(max_examples=100, deadline=None)
+        @settings(max_examples=100)
         @given(
             parts=st.lists(st.sampled_from(PARTS), max_size=6),
             sizes=st.lists(st.integers(1, 9), min_size=1, max_size=4),

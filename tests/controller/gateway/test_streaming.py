@@ -4,7 +4,7 @@ from collections.abc import Iterable
 from typing import Any
 
 import pytest
-from hypothesis import HealthCheck, given, settings
+from hypothesis import given, settings
 from hypothesis import strategies as st
 from structlog.testing import capture_logs
 
@@ -270,9 +270,7 @@ async def test_shutting_down_the_server_ends_the_generation(
     assert function.num_running == 0
 
 
-@settings(
-    max_examples=60, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture]
-)
+@settings(max_examples=60)
 @given(
     chunks=st.lists(st.lists(st.integers(0, 399), max_size=4), max_size=12),
     stops=st.lists(st.text(alphabet="aeirt .,", min_size=1, max_size=3), max_size=3),

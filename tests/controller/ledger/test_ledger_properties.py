@@ -213,7 +213,7 @@ class World:
             oracle.reach(until_us)
 
 
-@settings(max_examples=150, deadline=None)
+@settings(max_examples=150)
 @given(st.lists(events, max_size=40))
 def test_every_microsecond_is_in_exactly_one_state_through_crashes_and_clock_jumps(
     history: list[Event],

@@ -63,7 +63,7 @@ def test_logits_equal_transformers(overrides: dict[str, Any]) -> None:
     num_shared_tokens=st.integers(0, 58),
     together=st.booleans(),
 )
-@settings(max_examples=40, deadline=None)
+@settings(max_examples=40)
 def test_logits_do_not_depend_on_how_a_sequence_was_run(
     budget: int,
     block_size: int,

@@ -83,7 +83,7 @@ def test_draws_follow_the_distribution(params: SamplingParams) -> None:
     top_p=st.floats(0.01, 1.0),
     min_p=st.floats(0.0, 0.9),
 )
-@settings(max_examples=200, deadline=None)
+@settings(max_examples=200)
 def test_filters_keep_exactly_the_reference_support(
     seed: int, temperature: float, top_k: int, top_p: float, min_p: float
 ) -> None:

@@ -173,7 +173,7 @@ def test_only_allowed_tokens_are_chosen() -> None:
     assert set(tokens[1]) <= allowed
 
 
-@settings(max_examples=50, deadline=None)
+@settings(max_examples=50)
 @given(
     st.lists(st.lists(st.sampled_from([40, 41, 42]), min_size=1, max_size=3), max_size=6),
     st.integers(1, 9),

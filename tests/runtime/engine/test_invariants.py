@@ -157,4 +157,4 @@ def _distinct(tables: Iterable[list[int]]) -> set[int]:
 
 
 TestEngineMachine = EngineMachine.TestCase
-TestEngineMachine.settings = settings(max_examples=100, stateful_step_count=40, deadline=None)
+TestEngineMachine.settings = settings(max_examples=100, stateful_step_count=40)

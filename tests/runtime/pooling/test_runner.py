@@ -135,7 +135,7 @@ def test_random_llama_equals_transformers(mode: str, overrides: dict[str, Any]) 
 
 
 @given(lengths=st.lists(st.integers(1, 60), min_size=1, max_size=12), seed=st.integers(0, 1 << 30))
-@settings(max_examples=30, deadline=None)
+@settings(max_examples=30)
 def test_what_else_is_in_a_batch_changes_nothing(lengths: list[int], seed: int) -> None:
     generator = torch.Generator().manual_seed(seed)
     texts = [torch.randint(0, 90, (n,), generator=generator).tolist() for n in lengths]

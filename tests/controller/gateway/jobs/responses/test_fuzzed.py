@@ -63,7 +63,7 @@ async def test_every_request_is_answered_or_refused(app: FastAPI) -> None:
             counted = (await client.post(f"{PATH}/input_tokens", json=body)).status_code
             return max(status, counted)
 
-        @settings(max_examples=NUM_REQUESTS, deadline=None, suppress_health_check=list(HealthCheck))
+        @settings(max_examples=NUM_REQUESTS, suppress_health_check=list(HealthCheck))
         @given(known=KNOWN, changes=st.dictionaries(st.sampled_from(FIELDS), VALUES, max_size=2))
         def check(known: dict[str, Any], changes: dict[str, Any]) -> None:
             body = {**HELLO, **known, **changes}

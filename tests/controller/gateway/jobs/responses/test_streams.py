@@ -10,7 +10,7 @@ import httpx
 import openai
 import pytest
 from fastapi import FastAPI
-from hypothesis import HealthCheck, given, settings
+from hypothesis import given, settings
 from hypothesis import strategies as st
 from sqlalchemy import select
 
@@ -161,9 +161,7 @@ PARTS = st.sampled_from(
 )
 
 
-@settings(
-    max_examples=25, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture]
-)
+@settings(max_examples=25)
 @given(
     parts=st.lists(PARTS, max_size=6),
     sizes=st.lists(st.integers(1, 40), min_size=1),
