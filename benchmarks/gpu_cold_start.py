@@ -2,7 +2,7 @@
 
     python -m benchmarks.gpu_cold_start --tokenizer DIR [--runs 10] [--backend docker]
 
-From the request to the first streamed text through the official SDK, one request at a time, the
+From the request to the first streamed token by the client's clock, one request at a time, the
 snapshot in the page cache: warm, from parked deep and light, from standby, and from stopped with no
 runtime at all. Then how long it takes from an idle timeout to parked, and what
 stays on the GPU. DIR holds the tokenizer.json of any small model. Exits with 1 if a median misses

@@ -1,8 +1,8 @@
 """Client-side wait for the first token of SmolLM2 on this machine's CPU, by tier.
 
 `python -m benchmarks.wake_cpu [--runs 10]` starts a controller of its own, and measures from the
-request to the first streamed byte of content through the official SDK: warm, from parked, from
-standby, and from stopped (a new process, torch imported anew). Exits with 1 if a median misses its goal.
+request to the first streamed token by the client's clock: warm, from parked, from standby, and
+from stopped (a new process, torch imported anew). Exits with 1 if a median misses its goal.
 """
 
 import argparse
