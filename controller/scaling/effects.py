@@ -345,6 +345,7 @@ class Effects:
             async for status in link.connection.watch():
                 link.status = status
                 self._function.engines.update(replica.id, status.load)
+                self._function.tenancy.reported(replica, status)
                 # The call of an effect that is under way fails too, and says more.
                 if status.state == pb.RUNTIME_STATE_FAILED and replica.id not in self._tasks:
                     self._function.lost(replica, f"the engine died: {status.error}")

@@ -9,6 +9,7 @@ from controller.scaling.node import Home
 from controller.scaling.replica import Replica
 from controller.scaling.reuse import CallRate
 from controller.scaling.room import Tenant
+from runtime.rpc import inference_pb2 as pb
 
 if TYPE_CHECKING:
     from controller.scaling.function import Function
@@ -94,6 +95,17 @@ class Tenancy:
             self.parked(replica, self._function.links[replica.id].status.memory.kept_bytes)
         else:
             self._node.memory.hold(replica.id, device_ids, self._function.deployment.demand)
+
+    def reported(self, replica: Replica, status: pb.RuntimeStatus) -> None:
+        """Take the memory back that a replica has released, while the rest is still suspended."""
+        memory = status.memory
+        if (
+            replica.state is ReplicaState.PARKING
+            and status.state == pb.RUNTIME_STATE_PARKING
+            and not (memory.weights_bytes or memory.kv_cache_bytes)
+        ):
+            device_ids = self._function.homes[replica.id].device_ids
+            self._node.memory.keep(replica.id, device_ids, memory.kept_bytes)
 
     def parked(self, replica: Replica, kept_bytes: int) -> None:
         """Note that a replica holds no more than this of each of its devices."""

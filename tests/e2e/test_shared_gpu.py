@@ -281,6 +281,20 @@ async def test_killing_any_process_in_any_state_costs_at_most_the_call_that_star
             )
 
 
+async def test_a_function_gets_the_gpu_while_the_driver_still_works_on_the_one_before(
+    machine: Machine,
+) -> None:
+    async with machine.function("a") as before, machine.function("b") as after:
+        await collect(before)
+        (replica,) = before.set.replicas.values()
+        hang = machine.home_of(before) / "hang"
+        hang.touch()
+        assert await collect(after) == [2, 3, 4, 5]
+        assert replica.state is ReplicaState.PARKING
+        hang.unlink()
+        assert await collect(before) == [2, 3, 4, 5]
+
+
 async def test_an_engine_that_cannot_be_restored_is_replaced_without_the_client_noticing(
     machine: Machine,
 ) -> None:

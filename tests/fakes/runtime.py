@@ -24,6 +24,7 @@ class FakeRuntime:
 
     load_s: float = 1.0
     park_s: float = 0.1
+    suspend_s: float = 0.0  # more of a park, when only a context is left on the GPU
     wake_s: float = 0.2
     step_s: float = 0.01
     embed_s: float = 0.05
@@ -39,6 +40,7 @@ class FakeRuntime:
     num_submitted: int = 0
     num_cached_tokens: int = 0
     kept_bytes: int = 0
+    context_bytes: int = 0
     park_modes: list[int] = field(default_factory=list)
     heartbeat_age_s: float = 0.0
     profile: pb.ProfileUse | None = None
@@ -54,7 +56,7 @@ class FakeRuntime:
             owner=self.owner,
             device_uuids=self.device_uuids,
             state=self.state,  # type: ignore[arg-type]  # the stubs want the enum type
-            memory=pb.Memory(weights_bytes=held),
+            memory=pb.Memory(weights_bytes=held, kept_bytes=self.context_bytes),
             heartbeat_age_s=self.heartbeat_age_s,
             profile=self.profile,
         )
@@ -192,6 +194,9 @@ class FakeConnection:
         if self._runtime.sequences:
             raise RuntimeRefused("sequences in flight")
         await self._runtime.work("park", self._runtime.park_s)
+        if self._runtime.suspend_s:
+            self._runtime.enter(pb.RUNTIME_STATE_PARKING)
+            await self._runtime.work("suspend", self._runtime.suspend_s)
         self._runtime.enter(pb.RUNTIME_STATE_PARKED)
         memory = pb.Memory(kept_bytes=self._runtime.kept_bytes)
         return pb.ParkResponse(freed_bytes=WEIGHTS_BYTES, memory=memory)

@@ -68,6 +68,21 @@ async def test_a_parked_engine_is_off_its_gpu_and_comes_back(server: Process) ->
     assert (await server.status()).memory.kept_bytes == 0
 
 
+async def test_what_is_released_is_told_before_the_rest_is_suspended(
+    server: Process, home: Path
+) -> None:
+    engine = await load(server)
+    assert (await server.status()).memory.weights_bytes
+    (home / "hang").touch()
+    park = asyncio.create_task(server.client.park(timeout_s=TIMEOUT_S))
+    await until_stopped(engine)
+    status = await server.status()
+    assert status.state == pb.RUNTIME_STATE_PARKING
+    assert (status.memory.weights_bytes, status.memory.kv_cache_bytes) == (0, 0)
+    (home / "hang").unlink()
+    await park
+
+
 async def test_no_signs_of_life_are_expected_of_a_suspended_engine(server: Process) -> None:
     await load(server)
     await server.client.park(timeout_s=TIMEOUT_S)

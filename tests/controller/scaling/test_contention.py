@@ -68,6 +68,28 @@ async def test_a_waking_function_parks_the_idle_one() -> None:
         assert b.tier is Tier.PARKED
 
 
+@pytest.mark.parametrize(("context_gib", "is_waited_for"), [(1, False), (20, True)])
+async def test_a_function_does_not_wait_for_more_of_a_park_than_it_needs(
+    context_gib: int, *, is_waited_for: bool
+) -> None:
+    world = World(
+        num_gpus=1,
+        make_runtime=lambda: FakeRuntime(suspend_s=5.0, context_bytes=context_gib * GIB),
+    )
+    async with functions(world, "a", "b") as (a, b):
+        await collect(a)
+        await asyncio.sleep(1.0)
+        began = now()
+        await collect(b)
+        assert (now() - began > 5.0) is is_waited_for
+        (replica,) = a.set.replicas.values()
+        assert (replica.state is ReplicaState.PARKED) is is_waited_for
+        await asyncio.sleep(5.0)
+        assert replica.state is ReplicaState.PARKED
+        assert sum(world.node.memory.held("GPU-0").values()) == 90 * GIB, "nothing stays of a"
+        assert await collect(a) == [3, 4, 5, 6]
+
+
 async def test_the_wait_for_room_is_a_phase_of_the_cold_start() -> None:
     world = World(num_gpus=1)
     async with functions(world, "a", "b") as (a, b):
