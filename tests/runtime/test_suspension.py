@@ -173,6 +173,7 @@ async def test_an_engine_that_dies_while_it_is_resumed_is_not_waited_for(
 ) -> None:
     engine = await load(server)
     await server.client.park(timeout_s=TIMEOUT_S)
+    await until_stopped(engine)
     (home / "hang").touch()
     wake = asyncio.create_task(server.client.wake([GPU], timeout_s=TIMEOUT_S))
     await until_stopped(engine, is_stopped=False)
