@@ -217,7 +217,7 @@ class Effects:
 
     async def stop(self, replica: Replica) -> None:
         """Wait for the replica's leases, then remove it; its runtime may go back to the pool."""
-        await self._function.drained(replica)
+        await self._function.leases.drained(replica)
         if await self._give_back(replica):
             await self._forget(replica)
         else:

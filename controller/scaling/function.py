@@ -14,12 +14,7 @@ import structlog
 
 from controller.backends.base import RuntimeBackend, RuntimeInfo
 from controller.errors import (
-    ActivationFailed,
-    ApiError,
     Conflict,
-    ModelNotFound,
-    QueueFull,
-    ShuttingDown,
 )
 from controller.scaling.books import Books
 from controller.scaling.deployment import Deployment
@@ -28,8 +23,9 @@ from controller.scaling.embedding import EmbeddingRequest, Pooling
 from controller.scaling.embedding_call import FunctionEmbedding
 from controller.scaling.engine_figures import EngineFigures
 from controller.scaling.generation import FunctionLoad, GenerationRequest
+from controller.scaling.leases import Leases
 from controller.scaling.lifecycle import COMING, ENDING, Lifecycle, ReplicaState, Tier
-from controller.scaling.link import RuntimeConnection, RuntimeLink, SequenceStream
+from controller.scaling.link import RuntimeLink
 from controller.scaling.node import Home, Node
 from controller.scaling.policy import Floor, replica_floor
 from controller.scaling.profiles import Profiles
@@ -38,13 +34,12 @@ from controller.scaling.replica import (
     ParkReplica,
     Replica,
     StartReplica,
-    Waiter,
     WakeReplica,
 )
 from controller.scaling.replica_set import ReplicaSet
-from controller.scaling.serving import FunctionGeneration, LiveRequest, Ticket
+from controller.scaling.serving import FunctionGeneration
 from controller.scaling.tenancy import Tenancy
-from functions.spec import ColdPolicy, FunctionSpec
+from functions.spec import FunctionSpec
 
 log = structlog.get_logger(__name__)
 
@@ -52,7 +47,7 @@ TIMER_RESOLUTION_S = 0.001
 
 
 class Function:
-    """A deployed function with a snapshot: its replicas, its queue, its requests.
+    """A deployed function with a snapshot, and its replicas; its requests are in `leases`.
 
     Args:
         deployment: The current revision.
@@ -85,13 +80,10 @@ class Function:
         self.tenancy = Tenancy(self)
         self.engines = EngineFigures(deployment.spec.name, node.metrics)
         self.profiles = Profiles(self)
+        self.leases = Leases(self)
         self._effects = Effects(self)
-        self._warming: asyncio.Task[None] | None = None
-        self._live: set[LiveRequest] = set()
         self._changed = asyncio.Event()
-        self._is_shut = False
         self._known_floor: Floor | None = None
-        self._drained: dict[str, asyncio.Event] = {}
 
     @property
     def name(self) -> str:
@@ -126,7 +118,7 @@ class Function:
             num_ready=self.set.num_ready,
             in_flight=self.set.in_flight,
             num_queued=self.set.num_queued,
-            wake_s=0.0 if tier is Tier.READY else self.eta_s(tier, 0.0) or 0.0,
+            wake_s=0.0 if tier is Tier.READY else self.books.eta_s(tier, 0.0) or 0.0,
         )
 
     @property
@@ -151,103 +143,11 @@ class Function:
 
     def generate(self, request: GenerationRequest) -> FunctionGeneration:
         """Prepare one generation; nothing happens until it is entered."""
-        return FunctionGeneration(self, request)
+        return FunctionGeneration(self.leases, request)
 
     def embed(self, request: EmbeddingRequest) -> FunctionEmbedding:
         """Prepare one call to embed; nothing happens until it is entered."""
-        return FunctionEmbedding(self, request)
-
-    # Requests: called by FunctionGeneration and FunctionEmbedding.
-
-    def admit(self, ticket: Ticket) -> None:
-        """Lease or queue at once, or raise why not.
-
-        Raises:
-            QueueFull: No place is left.
-            ActivationFailed: No replica can be brought up now.
-            ModelNotFound: The function has been deleted.
-            ShuttingDown: The controller is stopping.
-        """
-        if self._is_shut:
-            raise self._refusal()
-        if not ticket.may_wake and not self.set.has_place:
-            raise ActivationFailed(
-                f"no replica of {self.name!r} has room now and this request may wake none",
-                retry_after_s=1.0,
-            )
-        if self.tier is not Tier.READY and self.spec.queue.on_cold is ColdPolicy.REJECT:
-            self._wake_without_waiting()
-            eta = self.eta_s(self.tier, 0.0)
-            raise ActivationFailed(
-                f"{self.name!r} is {self.tier} and its queue.on_cold is reject; it is being woken",
-                retry_after_s=eta,
-            )
-        now = self.clock.monotonic()
-        self.tenancy.called(now)
-        try:
-            self.set.admit(ticket, now=now)
-        except QueueFull as error:
-            eta_s = self.eta_s(self.tier, 0.0)  # nobody leaves the queue before a replica is up
-            error.retry_after_s = max(error.retry_after_s or 0.0, eta_s or 0.0)
-            raise
-        self._after_grant(ticket)
-
-    def readmit(self, ticket: Ticket) -> None:
-        """Queue again, at the head, after the leased replica was lost; a shut function refuses."""
-        if ticket.replica is not None:
-            self.lost(ticket.replica, "the connection to the runtime broke")
-        self.set.readmit(ticket)
-        if self._is_shut:
-            self._refuse_waiters()
-        self.poke()
-
-    def abandon(self, ticket: Ticket) -> None:
-        """Leave the queue."""
-        self.set.abandon(ticket)
-        self.poke()
-
-    def release(self, replica: Replica) -> None:
-        """Give a lease back."""
-        self.set.release(replica, now=self.clock.monotonic())
-        if replica.in_flight == 0:
-            if (drained := self._drained.get(replica.id)) is not None:
-                drained.set()
-            self.profiles.idle(replica)
-        self.books.account(replica)
-        self.poke()
-
-    def attachment(self, replica: Replica) -> SequenceStream:
-        """Return a leased replica's stream."""
-        return self.links[replica.id].attachment
-
-    def connection(self, replica: Replica) -> RuntimeConnection:
-        """Return a leased replica's connection."""
-        return self.links[replica.id].connection
-
-    def eta_s(self, tier: str, waited_s: float) -> float | None:
-        """Return the expected rest of a cold start, from the measured ones."""
-        return self.books.eta_s(tier, waited_s)
-
-    def entered(self, generation: LiveRequest) -> None:
-        """Note that a request was admitted."""
-        self._live.add(generation)
-
-    def first_token(self, generation: LiveRequest, replica: Replica) -> None:
-        """Note a request's first token; the first after a cold start closes its books."""
-        self.books.served(replica, waiting_since=generation.queued_at)
-        if generation.record.tier != Tier.READY:
-            generation.record.timeline = self.books.timeline(
-                replica, received_at=generation.received_at, admitted_at=generation.admitted_at
-            )
-
-    def left(self, generation: LiveRequest) -> None:
-        """Note that a request is over; its record is complete."""
-        self._live.discard(generation)
-        replica = self.set.replicas.get(generation.record.replica_id or "")
-        if replica is not None and generation.record.first_token_s is None:
-            self.books.ready(replica)
-        self.books.used(generation.record)
-        self.poke()
+        return FunctionEmbedding(self.leases, request)
 
     # Operations: called by the control plane.
 
@@ -264,11 +164,8 @@ class Function:
                     continue
                 await self._wait_for_change()
         finally:
-            self._is_shut = True
             self.tenancy.leave_line()
-            self._refuse_waiters()
-            if self._warming is not None:
-                self._warming.cancel()
+            self.leases.close()
             await self.profiles.close()
             await self._effects.close()
 
@@ -278,9 +175,7 @@ class Function:
 
     def sweep(self) -> None:
         """Look at every deadline; called on a tick."""
-        now = self.clock.monotonic()
-        for generation in list(self._live):
-            generation.check_deadlines(now)
+        self.leases.check_deadlines()
         self.poke()
 
     async def warm(self) -> None:
@@ -289,24 +184,7 @@ class Function:
         Raises:
             ApiError: It could not be brought up in time.
         """
-        if self._is_shut:
-            raise self._refusal()
-        ticket = Ticket(num_bytes=0)
-        now = self.clock.monotonic()
-        self.set.admit(ticket, now=now)
-        self._after_grant(ticket)
-        try:
-            async with asyncio.timeout(self.spec.timeouts.startup):
-                self.books.ready(await self._lease_of(ticket))
-        except TimeoutError as error:
-            limit = self.spec.timeouts.startup
-            raise ActivationFailed(
-                f"{self.name!r} was not ready within timeouts.startup, {limit:g} s"
-            ) from error
-        finally:
-            self.abandon(ticket)
-            if ticket.replica is not None:
-                self.release(ticket.replica)
+        await self.leases.warm()
 
     async def park(self) -> None:
         """Park every ready replica now and return when it is done.
@@ -341,9 +219,8 @@ class Function:
 
     def close(self) -> None:
         """Take no more requests and remove every replica; `run` returns when they are gone."""
-        self._is_shut = True
         self.set.is_closing = True
-        self._refuse_waiters()
+        self.leases.shut()
         now = self.clock.monotonic()
         for replica in list(self.set.replicas.values()):
             instruction = self.set.drain(replica, now=now, reason="function deleted")
@@ -353,10 +230,9 @@ class Function:
 
     async def finish_requests(self, timeout_s: float) -> None:
         """Take no more requests and give the running ones time; replicas stay as they are."""
-        self._is_shut = True
-        self._refuse_waiters()
+        self.leases.shut()
         deadline = self.clock.monotonic() + timeout_s
-        while self._live and self.clock.monotonic() < deadline:
+        while self.leases.num_live and self.clock.monotonic() < deadline:
             self._changed.clear()
             try:
                 async with asyncio.timeout(max(deadline - self.clock.monotonic(), 0.0)):
@@ -374,7 +250,7 @@ class Function:
 
     def hold(self, reason: str) -> None:
         """Bring no replica up until `update`; requests that only that could serve fail."""
-        self._notify(self.set.hold(reason))
+        self.leases.notify(self.set.hold(reason))
         self.poke()
 
     def snapshot_unusable(self, reason: str) -> None:
@@ -433,7 +309,7 @@ class Function:
         self.books.failed(replica)
         now = self.clock.monotonic()
         waiters = self.set.failed(replica, now=now, reason=reason, is_start=is_start)
-        self._notify(waiters)
+        self.leases.notify(waiters)
         self.books.publish()
         self._effects.run(replica, self._effects.remove(replica))
 
@@ -441,7 +317,7 @@ class Function:
         """Note that a replica can serve."""
         self.set.ready(replica, now=self.clock.monotonic())
         self.last_error = ""
-        self._grant()
+        self.leases.grant()
         if replica.in_flight == 0:
             self.books.ready(replica)
         self.changed()
@@ -451,25 +327,12 @@ class Function:
         self.books.publish()
         self.poke()
 
-    async def drained(self, replica: Replica) -> None:
-        """Return when the replica has no lease out or the drain timeout has passed."""
-        if replica.in_flight == 0:
-            return
-        event = self._drained.setdefault(replica.id, asyncio.Event())
-        try:
-            async with asyncio.timeout(self.spec.timeouts.drain):
-                await event.wait()
-        except TimeoutError:
-            log.warning("drain timeout", function=self.name, replica_id=replica.id)
-        finally:
-            self._drained.pop(replica.id, None)
-
     # Inside.
 
     def _turn(self) -> None:
-        self.set.floor = 0 if self._is_shut else self._floor()
-        self._grant()
-        may_act = not self._is_shut or self.set.is_closing
+        self.set.floor = 0 if self.leases.is_shut else self._floor()
+        self.leases.grant()
+        may_act = not self.leases.is_shut or self.set.is_closing
         if may_act and self.execute(self.set.plan(self.clock.monotonic())):
             self.tenancy.leave_line()
         self.books.publish()
@@ -492,48 +355,6 @@ class Function:
         if self._known_floor is None or not self._known_floor.holds(now):
             self._known_floor = replica_floor(self.spec.scaling, self.spec.schedules, now)
         return self._known_floor.num_replicas
-
-    def _grant(self) -> None:
-        for waiter in self.set.grant():
-            self._after_grant(waiter)
-
-    def _after_grant(self, waiter: Waiter) -> None:
-        if waiter.replica is not None:
-            self.books.account(waiter.replica)
-            self._notify([waiter])
-        self.poke()
-
-    def _refusal(self) -> ApiError:
-        """Return why a shut function takes no request."""
-        if self.set.is_closing:
-            return ModelNotFound(f"{self.name!r} was deleted; GET /v1/models lists what is served")
-        return ShuttingDown("the controller is stopping; retry elsewhere", retry_after_s=5.0)
-
-    def _refuse_waiters(self) -> None:
-        self._notify(self.set.fail_waiters(self._refusal()))
-
-    def _notify(self, waiters: Iterable[Waiter]) -> None:
-        for waiter in waiters:
-            assert isinstance(waiter, Ticket)
-            waiter.decided.set()
-
-    async def _lease_of(self, ticket: Ticket) -> Replica:
-        await ticket.decided.wait()
-        if ticket.failure is not None:
-            raise ticket.failure
-        assert ticket.replica is not None
-        return ticket.replica
-
-    def _wake_without_waiting(self) -> None:
-        """Bring a replica up for the sake of later requests."""
-        if self._warming is None or self._warming.done():
-            self._warming = asyncio.create_task(self._warm_quietly(), name=f"warm {self.name}")
-
-    async def _warm_quietly(self) -> None:
-        try:
-            await self.warm()
-        except ApiError as error:
-            log.warning("warm-up failed", function=self.name, error=error.message)
 
     def execute(self, instructions: Iterable[Instruction]) -> bool:
         """Begin to carry instructions out; says whether every replica got its place."""

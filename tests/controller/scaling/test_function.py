@@ -355,7 +355,7 @@ async def test_a_full_queue_refuses_and_admits_again_when_it_drains() -> None:
         await asyncio.sleep(0.1)
         with pytest.raises(QueueFull) as refused:
             await collect(function)
-        assert refused.value.retry_after_s == function.eta_s(Tier.STOPPED, 0.0) != 1.0
+        assert refused.value.retry_after_s == function.books.eta_s(Tier.STOPPED, 0.0) != 1.0
         await asyncio.gather(*tasks)
         assert await collect(function) == [3, 4, 5, 6]
 

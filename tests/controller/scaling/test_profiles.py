@@ -189,7 +189,7 @@ async def test_the_profile_says_what_a_reload_costs_until_one_was_seen(world: Wo
         assert function.books.reload_s("stopped") == 6.0  # a guess
         function.deployment = known
         assert function.books.reload_s("stopped") == 30.0
-        assert function.eta_s("stopped", 10.0) == 20.0
+        assert function.books.eta_s("stopped", 10.0) == 20.0
         await collect(function)
         assert function.books.reload_s("stopped") < 2.0  # seen
         assert function.books.reload_s("parked") == 0.25
