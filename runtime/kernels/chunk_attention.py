@@ -47,7 +47,7 @@ def chunk_attention(
     _, _, num_kv_heads, block_size, head_dim = kv_cache.shape
     num_heads = out.shape[1] // head_dim
     scale = head_dim**-0.5 * LOG2_E
-    if hopper_attention.is_usable(kv_cache):
+    if hopper_attention.is_usable(kv_cache, num_heads):
         hopper_attention.attend(
             qkv,
             kv_cache,

@@ -1,8 +1,9 @@
 """Causal attention of chunks with Hopper's matrix instructions, which Triton's dialect Gluon has.
 
-What `chunk_attention` computes, and as it does, one program for a tile of queries of one head. Keys
-and values come by the copy engine (TMA) some tiles ahead, and the products of a tile's keys run
-beside those of the values before it, which is what FlashAttention 3 does within a warp group.
+What `chunk_attention` computes, and as it does, one program for a tile of queries of two heads that
+share their keys. A warp fetches keys and values by the copy engine (TMA) some tiles ahead. Two
+groups of warps, one a head, share the matrix units: one's products run beside the other's softmax,
+and the products of a tile's keys beside those of the values before it (FlashAttention 3).
 """
 
 from functools import cache
@@ -20,23 +21,30 @@ from triton.experimental.gluon.language.nvidia.hopper import (
 )
 from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
 
-BLOCK = 64  # queries of a program, as in `chunk_attention`, and keys at a time
-STAGES = 3
-NUM_WARPS = 4  # one warp group; with two that wait for each other it is slower
+QUERIES = 64  # of each head, as in `chunk_attention`
+KEYS = 128  # at a time
+PIECE = 64  # rows that are copied at once, all of one block of the cache
+SLOTS = 4  # of the ring of keys and values, a tile each
+NUM_WARPS = 4  # of each head
+REGISTERS = 240  # of each thread of theirs; the warp that fetches needs few
 HEAD_DIMS = (64, 128)
 HOPPER = (9, 0)
 
 barrier = gl.barrier if hasattr(gl, "barrier") else gl.thread_barrier  # its name in Triton 3.6
 
 
-def is_usable(kv_cache: Tensor) -> bool:
-    """Return whether this cache is on such a GPU, in 16 bits and in blocks of whole tiles."""
-    block_size, head_dim = kv_cache.shape[3:]
+def is_usable(kv_cache: Tensor, num_heads: int) -> bool:
+    """Return whether this cache is on such a GPU, in 16 bits and in blocks of whole pieces.
+
+    Two of the heads must have their keys in common.
+    """
+    num_kv_heads, block_size, head_dim = kv_cache.shape[2:]
     return (
         kv_cache.is_cuda
         and kv_cache.dtype.itemsize == 2
         and head_dim in HEAD_DIMS
-        and block_size % BLOCK == 0
+        and block_size % PIECE == 0
+        and num_heads // num_kv_heads % 2 == 0
         and _capability(kv_cache.device) == HOPPER
     )
 
@@ -60,10 +68,10 @@ def attend(
     _, _, num_kv_heads, block_size, head_dim = kv_cache.shape
     num_heads = out.shape[1] // head_dim
     dtype = gl.bfloat16 if kv_cache.dtype == torch.bfloat16 else gl.float16
-    layout = gl.NVMMASharedLayout.get_default_for([BLOCK, head_dim], dtype)
-    _hopper_kernel[(len(tiles), num_heads)](
+    layout = gl.NVMMASharedLayout.get_default_for([PIECE, head_dim], dtype)
+    _hopper_kernel[(num_heads // 2, len(tiles))](
         qkv,
-        TensorDescriptor.from_tensor(kv_cache.view(-1, head_dim), [BLOCK, head_dim], layout),
+        TensorDescriptor.from_tensor(kv_cache.view(-1, head_dim), [PIECE, head_dim], layout),
         out,
         tiles,
         block_tables,
@@ -76,8 +84,11 @@ def attend(
         NUM_KV_HEADS=num_kv_heads,
         HEAD_DIM=head_dim,
         PAGE=block_size,
-        BLOCK=BLOCK,
-        STAGES=STAGES,
+        QUERIES=QUERIES,
+        KEYS=KEYS,
+        PIECE=PIECE,
+        SLOTS=SLOTS,
+        REGISTERS=REGISTERS,
         num_warps=NUM_WARPS,
     )
 
@@ -89,25 +100,30 @@ def _capability(device: torch.device) -> tuple[int, int]:
 
 @gluon.jit
 def _fetch(
-    tile,
     kv_tiles,
     table_ptr,
     kv_head,
-    bars,
-    ks,
-    vs,
+    num_tiles,
+    last_token,
+    ring,
+    full,
+    empty,
     NUM_KV_HEADS: gl.constexpr,
     PAGE: gl.constexpr,
-    BLOCK: gl.constexpr,
-    STAGES: gl.constexpr,
+    KEYS: gl.constexpr,
+    PIECE: gl.constexpr,
+    SLOTS: gl.constexpr,
 ):
-    stage = tile % STAGES
-    bar = bars.index(stage)
-    mbarrier.expect(bar, 2 * kv_tiles.block_type.nbytes)
-    block = gl.load(table_ptr + tile * BLOCK // PAGE)
-    row = (block * 2 * NUM_KV_HEADS + kv_head) * PAGE + tile * BLOCK % PAGE
-    tma.async_copy_global_to_shared(kv_tiles, [row, 0], bar, ks.index(stage))
-    tma.async_copy_global_to_shared(kv_tiles, [row + NUM_KV_HEADS * PAGE, 0], bar, vs.index(stage))
+    for index in range(2 * num_tiles):  # a tile's keys, its values, the next tile's keys
+        slot = index % SLOTS
+        mbarrier.wait(empty.index(slot), ((index // SLOTS) & 1) ^ 1)
+        mbarrier.expect(full.index(slot), KEYS // PIECE * kv_tiles.block_type.nbytes)
+        for piece in gl.static_range(KEYS // PIECE):
+            token = gl.minimum(index // 2 * KEYS + piece * PIECE, last_token // PIECE * PIECE)
+            block = gl.load(table_ptr + token // PAGE)
+            row = ((block * 2 + index % 2) * NUM_KV_HEADS + kv_head) * PAGE + token % PAGE
+            place = ring.index(slot).slice(piece * PIECE, PIECE)
+            tma.async_copy_global_to_shared(kv_tiles, [row, 0], full.index(slot), place)
 
 
 @gluon.jit
@@ -116,16 +132,16 @@ def _softmax(
     maxima,
     sums,
     tile,
-    num_plain,
     last_tokens,
     scale,
     dtype: gl.constexpr,
-    BLOCK: gl.constexpr,
+    KEYS: gl.constexpr,
     LAYOUT: gl.constexpr,
     WEIGHTS_LAYOUT: gl.constexpr,
+    IS_MASKED: gl.constexpr,
 ):
-    if tile >= num_plain:
-        tokens = tile * BLOCK + gl.arange(0, BLOCK, layout=gl.SliceLayout(0, LAYOUT))
+    if IS_MASKED:
+        tokens = tile * KEYS + gl.arange(0, KEYS, layout=gl.SliceLayout(0, LAYOUT))
         scores = gl.where(tokens[None, :] <= last_tokens[:, None], scores, -float("inf"))
     new_maxima = gl.maximum(maxima, gl.max(scores, 1) * scale)
     weights = gl.exp2(scores * scale - new_maxima[:, None])
@@ -135,13 +151,130 @@ def _softmax(
 
 
 @gluon.jit
-def _clear_behind(v, tile, seq_len, BLOCK: gl.constexpr, LAYOUT: gl.constexpr):
-    # What lies behind the last token may be no number, and 0 times that is none either.
-    tokens = tile * BLOCK + gl.arange(0, BLOCK, layout=gl.SliceLayout(1, LAYOUT))
-    values = v.load(LAYOUT)
-    v.store(gl.where(tokens[:, None] < seq_len, values, gl.zeros_like(values)))
-    fence_async_shared()
-    barrier()
+def _attend_tiles(
+    first,
+    end,
+    q,
+    ring,
+    full,
+    empty,
+    acc,
+    weights,
+    maxima,
+    sums,
+    last_tokens,
+    scale,
+    QUERIES: gl.constexpr,
+    KEYS: gl.constexpr,
+    SLOTS: gl.constexpr,
+    SCORES: gl.constexpr,
+    ACC: gl.constexpr,
+    WEIGHTS: gl.constexpr,
+    IS_MASKED: gl.constexpr,
+):
+    # Each iteration ends a tile's softmax and the products of the values before it.
+    for tile in range(first, end):
+        here = 2 * tile
+        before = here - 1
+        mbarrier.wait(full.index(here % SLOTS), (here // SLOTS) & 1)
+        mbarrier.wait(full.index(before % SLOTS), (before // SLOTS) & 1)
+        nothing = gl.full([QUERIES, KEYS], 0.0, gl.float32, SCORES)
+        k = ring.index(here % SLOTS).permute((1, 0))
+        scores = warpgroup_mma(q, k, nothing, use_acc=False, is_async=True)
+        acc = warpgroup_mma(weights, ring.index(before % SLOTS), acc, is_async=True)
+        scores, acc = warpgroup_mma_wait(1, deps=[scores, acc])
+        mbarrier.arrive(empty.index(here % SLOTS), count=1)
+        new_weights, maxima, sums, rescale = _softmax(
+            scores,
+            maxima,
+            sums,
+            tile,
+            last_tokens,
+            scale,
+            ring.dtype,
+            KEYS,
+            SCORES,
+            WEIGHTS,
+            IS_MASKED,
+        )
+        acc, weights = warpgroup_mma_wait(0, deps=[acc, weights])
+        mbarrier.arrive(empty.index(before % SLOTS), count=1)
+        acc = acc * gl.convert_layout(rescale, gl.SliceLayout(1, ACC))[:, None]
+        weights = new_weights
+    return acc, weights, maxima, sums
+
+
+@gluon.jit
+def _attend_head(
+    qs,
+    ring,
+    full,
+    empty,
+    out_ptr,
+    first_token,
+    seq_len,
+    num_queries,
+    num_tiles,
+    scale,
+    HALF: gl.constexpr,
+    OUT_STRIDE: gl.constexpr,
+    SLOTS: gl.constexpr,
+    NUM_WARPS: gl.constexpr,
+):
+    QUERIES: gl.constexpr = qs.shape[1]
+    HEAD_DIM: gl.constexpr = qs.shape[2]
+    KEYS: gl.constexpr = ring.shape[1]
+    SCORES: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [NUM_WARPS, 1], [16, KEYS, 16])
+    ACC: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [NUM_WARPS, 1], [16, HEAD_DIM, 16])
+    WEIGHTS: gl.constexpr = gl.DotOperandLayout(0, ACC, 2)
+    ROWS: gl.constexpr = gl.BlockedLayout(
+        [1, 8], [256 // HEAD_DIM, HEAD_DIM // 8], [NUM_WARPS, 1], [1, 0]
+    )
+    lines: gl.constexpr = gl.SliceLayout(1, SCORES)
+
+    q = qs.index(HALF)
+    last_tokens = first_token + gl.arange(0, QUERIES, layout=lines)
+    maxima = gl.full([QUERIES], -float("inf"), gl.float32, lines)
+    sums = gl.full([QUERIES], 0.0, gl.float32, lines)
+    nothing = gl.full([QUERIES, KEYS], 0.0, gl.float32, SCORES)
+    acc = gl.full([QUERIES, HEAD_DIM], 0.0, gl.float32, ACC)
+
+    mbarrier.wait(full.index(0), 0)
+    scores = warpgroup_mma(q, ring.index(0).permute((1, 0)), nothing, use_acc=False, is_async=True)
+    scores = warpgroup_mma_wait(0, deps=[scores])
+    mbarrier.arrive(empty.index(0), count=1)
+    weights, maxima, sums, _ = _softmax(
+        scores, maxima, sums, 0, last_tokens, scale, ring.dtype, KEYS, SCORES, WEIGHTS, True
+    )
+    num_plain = gl.maximum((first_token + 1) // KEYS, 1)  # tiles that every query sees all of
+    acc, weights, maxima, sums = _attend_tiles(
+        1, num_plain, q, ring, full, empty, acc, weights, maxima, sums, last_tokens, scale,
+        QUERIES, KEYS, SLOTS, SCORES, ACC, WEIGHTS, False,
+    )  # fmt: skip
+    acc, weights, maxima, sums = _attend_tiles(
+        num_plain, num_tiles, q, ring, full, empty, acc, weights, maxima, sums, last_tokens,
+        scale, QUERIES, KEYS, SLOTS, SCORES, ACC, WEIGHTS, True,
+    )  # fmt: skip
+
+    last = 2 * num_tiles - 1
+    mbarrier.wait(full.index(last % SLOTS), (last // SLOTS) & 1)
+    v = ring.index(last % SLOTS)
+    if num_tiles * KEYS > seq_len:
+        # What lies behind the last token may be no number, and 0 times that is none either. Both
+        # heads write the same zeros.
+        tokens = (num_tiles - 1) * KEYS + gl.arange(0, KEYS, layout=gl.SliceLayout(1, ROWS))
+        values = v.load(ROWS)
+        v.store(gl.where(tokens[:, None] < seq_len, values, gl.zeros_like(values)))
+        fence_async_shared()
+        barrier()
+    acc = warpgroup_mma(weights, v, acc, is_async=True)
+    acc = warpgroup_mma_wait(0, deps=[acc])
+    acc = acc / gl.convert_layout(sums, gl.SliceLayout(1, ACC))[:, None]
+    queries = gl.arange(0, QUERIES, layout=gl.SliceLayout(1, ROWS))
+    dims = gl.arange(0, HEAD_DIM, layout=gl.SliceLayout(0, ROWS))
+    head_ptr = out_ptr + HALF * HEAD_DIM + queries[:, None] * OUT_STRIDE + dims[None, :]
+    out = gl.convert_layout(acc.to(ring.dtype), ROWS)
+    gl.store(head_ptr, out, mask=(queries < num_queries)[:, None])
 
 
 @gluon.jit
@@ -160,108 +293,67 @@ def _hopper_kernel(
     NUM_KV_HEADS: gl.constexpr,
     HEAD_DIM: gl.constexpr,
     PAGE: gl.constexpr,
-    BLOCK: gl.constexpr,
-    STAGES: gl.constexpr,
+    QUERIES: gl.constexpr,
+    KEYS: gl.constexpr,
+    PIECE: gl.constexpr,
+    SLOTS: gl.constexpr,
+    REGISTERS: gl.constexpr,
     num_warps: gl.constexpr,
 ):
     dtype: gl.constexpr = qkv_ptr.dtype.element_ty
-    SCORES: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [num_warps, 1], [16, BLOCK, 16])
-    ACC: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [num_warps, 1], [16, HEAD_DIM, 16])
-    WEIGHTS: gl.constexpr = gl.DotOperandLayout(0, ACC, 2)
     ROWS: gl.constexpr = gl.BlockedLayout(
         [1, 8], [256 // HEAD_DIM, HEAD_DIM // 8], [num_warps, 1], [1, 0]
     )
-
-    head = gl.program_id(1)
+    # A chunk's last tiles see most keys: they begin first, all heads of one together.
+    head = 2 * gl.program_id(0)
     kv_head = head // (NUM_HEADS // NUM_KV_HEADS)
-    seq = gl.load(tiles_ptr + 2 * gl.program_id(0))
+    entry_ptr = tiles_ptr + 2 * (gl.num_programs(1) - 1 - gl.program_id(1))
+    seq = gl.load(entry_ptr)
     if seq < 0:
         return
-    tile_start = gl.load(tiles_ptr + 2 * gl.program_id(0) + 1)
+    tile_start = gl.load(entry_ptr + 1)
     query_start = gl.load(query_starts_ptr + seq)
     num_queries = gl.load(query_starts_ptr + seq + 1) - query_start
     seq_len = gl.load(seq_lens_ptr + seq)
     table_ptr = block_tables_ptr + gl.load(rows_ptr + seq).to(gl.int64) * TABLE_STRIDE
     first_token = seq_len - num_queries + tile_start
-    num_plain = (first_token + 1) // BLOCK  # tiles that every query sees all of
-    num_tiles = (gl.minimum(first_token + BLOCK, seq_len) + BLOCK - 1) // BLOCK
+    num_tiles = (gl.minimum(first_token + QUERIES, seq_len) + KEYS - 1) // KEYS
+    num_queries -= tile_start
+    batch_row = (query_start + tile_start).to(gl.int64)
 
-    ks = gl.allocate_shared_memory(dtype, [STAGES, BLOCK, HEAD_DIM], kv_tiles.layout)
-    vs = gl.allocate_shared_memory(dtype, [STAGES, BLOCK, HEAD_DIM], kv_tiles.layout)
-    bars = gl.allocate_shared_memory(gl.int64, [STAGES, 1], mbarrier.MBarrierLayout())
-    for stage in gl.static_range(STAGES):
-        mbarrier.init(bars.index(stage), count=1)
-    fence_async_shared()
-    barrier()
-    for tile in gl.static_range(STAGES):
-        if tile < num_tiles:
-            _fetch(
-                tile, kv_tiles, table_ptr, kv_head, bars, ks, vs, NUM_KV_HEADS, PAGE, BLOCK, STAGES
-            )
+    layout: gl.constexpr = kv_tiles.layout
+    ring = gl.allocate_shared_memory(dtype, [SLOTS, KEYS, HEAD_DIM], layout)
+    full = gl.allocate_shared_memory(gl.int64, [SLOTS, 1], mbarrier.MBarrierLayout())
+    empty = gl.allocate_shared_memory(gl.int64, [SLOTS, 1], mbarrier.MBarrierLayout())
+    for slot in gl.static_range(SLOTS):
+        mbarrier.init(full.index(slot), count=1)
+        mbarrier.init(empty.index(slot), count=2)
 
-    queries = tile_start + gl.arange(0, BLOCK, layout=gl.SliceLayout(1, ROWS))
-    dims = gl.arange(0, HEAD_DIM, layout=gl.SliceLayout(0, ROWS))
-    is_query = (queries < num_queries)[:, None]
-    batch_rows = (query_start + queries).to(gl.int64)
     Q_STRIDE: gl.constexpr = (NUM_HEADS + 2 * NUM_KV_HEADS) * HEAD_DIM
-    q_ptr = qkv_ptr + batch_rows[:, None] * Q_STRIDE + head * HEAD_DIM + dims[None, :]
-    q = gl.allocate_shared_memory(
-        dtype, [BLOCK, HEAD_DIM], kv_tiles.layout, gl.load(q_ptr, mask=is_query, other=0.0)
-    )
+    queries = gl.arange(0, QUERIES, layout=gl.SliceLayout(1, ROWS))
+    dims = gl.arange(0, HEAD_DIM, layout=gl.SliceLayout(0, ROWS))
+    q_ptr = qkv_ptr + batch_row * Q_STRIDE + head * HEAD_DIM
+    q_ptr = q_ptr + queries[:, None] * Q_STRIDE + dims[None, :]
+    qs = gl.allocate_shared_memory(dtype, [2, QUERIES, HEAD_DIM], layout)
+    for half in gl.static_range(2):
+        is_query = (queries < num_queries)[:, None]
+        qs.index(half).store(gl.load(q_ptr + half * HEAD_DIM, mask=is_query, other=0.0))
     fence_async_shared()
     barrier()
 
-    lines: gl.constexpr = gl.SliceLayout(1, SCORES)
-    last_tokens = first_token + gl.arange(0, BLOCK, layout=lines)
-    maxima = gl.full([BLOCK], -float("inf"), gl.float32, lines)
-    sums = gl.full([BLOCK], 0.0, gl.float32, lines)
-    nothing = gl.full([BLOCK, BLOCK], 0.0, gl.float32, SCORES)
-    acc = gl.full([BLOCK, HEAD_DIM], 0.0, gl.float32, ACC)
-
-    mbarrier.wait(bars.index(0), 0)
-    scores = warpgroup_mma(q, ks.index(0).permute((1, 0)), nothing, use_acc=False, is_async=True)
-    scores = warpgroup_mma_wait(0, deps=[scores])
-    weights, maxima, sums, _ = _softmax(
-        scores, maxima, sums, 0, num_plain, last_tokens, scale, dtype, BLOCK, SCORES, WEIGHTS
-    )
-    for tile in range(1, num_tiles):
-        here = tile % STAGES
-        mbarrier.wait(bars.index(here), (tile // STAGES) & 1)
-        k = ks.index(here).permute((1, 0))
-        scores = warpgroup_mma(q, k, nothing, use_acc=False, is_async=True)
-        acc = warpgroup_mma(weights, vs.index((tile - 1) % STAGES), acc, is_async=True)
-        scores, acc = warpgroup_mma_wait(1, deps=[scores, acc])
-        new_weights, maxima, sums, rescale = _softmax(
-            scores, maxima, sums, tile, num_plain, last_tokens, scale, dtype, BLOCK, SCORES, WEIGHTS
-        )
-        acc, weights = warpgroup_mma_wait(0, deps=[acc, weights])
-        barrier()
-        next_tile = tile - 1 + STAGES
-        if next_tile < num_tiles:
-            _fetch(
-                next_tile,
-                kv_tiles,
-                table_ptr,
-                kv_head,
-                bars,
-                ks,
-                vs,
-                NUM_KV_HEADS,
-                PAGE,
-                BLOCK,
-                STAGES,
-            )
-        acc = acc * gl.convert_layout(rescale, gl.SliceLayout(1, ACC))[:, None]
-        weights = new_weights
-    last = (num_tiles - 1) % STAGES
-    if num_tiles * BLOCK > seq_len:
-        _clear_behind(vs.index(last), num_tiles - 1, seq_len, BLOCK, ROWS)
-    acc = warpgroup_mma(weights, vs.index(last), acc, is_async=True)
-    acc = warpgroup_mma_wait(0, deps=[acc])
-    for stage in gl.static_range(STAGES):
-        mbarrier.invalidate(bars.index(stage))
-
-    acc = acc / gl.convert_layout(sums, gl.SliceLayout(1, ACC))[:, None]
-    out_rows_ptr = out_ptr + batch_rows[:, None] * NUM_HEADS * HEAD_DIM
-    out = gl.convert_layout(acc.to(dtype), ROWS)
-    gl.store(out_rows_ptr + head * HEAD_DIM + dims[None, :], out, mask=is_query)
+    OUT_STRIDE: gl.constexpr = NUM_HEADS * HEAD_DIM
+    out_ptr += batch_row * OUT_STRIDE + head * HEAD_DIM
+    gl.warp_specialize(
+        [
+            (_attend_head, (qs, ring, full, empty, out_ptr, first_token, seq_len,
+                            num_queries, num_tiles, scale, 0, OUT_STRIDE, SLOTS,
+                            num_warps)),
+            (_attend_head, (qs, ring, full, empty, out_ptr, first_token, seq_len,
+                            num_queries, num_tiles, scale, 1, OUT_STRIDE, SLOTS,
+                            num_warps)),
+            (_fetch, (kv_tiles, table_ptr, kv_head, num_tiles,
+                      seq_len - 1, ring, full, empty, NUM_KV_HEADS, PAGE, KEYS, PIECE, SLOTS)),
+        ],
+        [num_warps, 1],
+        [REGISTERS, 24],
+    )  # fmt: skip

@@ -18,20 +18,23 @@ POINTERS = {"qkv_ptr", "out_ptr"}
 def compile_for(name: str, dtype: gl.dtype, head_dim: int) -> int:
     """Return the size of the machine code."""
     kernel = hopper._hopper_kernel
-    layout = gl.NVMMASharedLayout.get_default_for([hopper.BLOCK, head_dim], dtype)
+    layout = gl.NVMMASharedLayout.get_default_for([hopper.PIECE, head_dim], dtype)
     constants: Mapping[str, int] = {
         "TABLE_STRIDE": 128,
         "NUM_HEADS": 32,
         "NUM_KV_HEADS": 8,
         "HEAD_DIM": head_dim,
-        "PAGE": 2 * hopper.BLOCK,
-        "BLOCK": hopper.BLOCK,
-        "STAGES": hopper.STAGES,
+        "PAGE": hopper.PIECE,
+        "QUERIES": hopper.QUERIES,
+        "KEYS": hopper.KEYS,
+        "PIECE": hopper.PIECE,
+        "SLOTS": hopper.SLOTS,
+        "REGISTERS": hopper.REGISTERS,
         "num_warps": hopper.NUM_WARPS,
     }
     types = dict.fromkeys(kernel.arg_names, "*i32") | dict.fromkeys(constants, "constexpr")
     types |= dict.fromkeys(POINTERS, f"*{name}") | {"scale": "fp32"}
-    types["kv_tiles"] = f"tensordesc<{name}[{hopper.BLOCK}, {head_dim}],{layout!r}>"
+    types["kv_tiles"] = f"tensordesc<{name}[{hopper.PIECE}, {head_dim}],{layout!r}>"
     places = {argument: (index,) for index, argument in enumerate(kernel.arg_names)}
     source = GluonASTSource(
         kernel,

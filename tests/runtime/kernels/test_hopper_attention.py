@@ -21,4 +21,4 @@ def test_it_compiles_for_a_gpu_that_is_not_there() -> None:
 
 
 def test_a_cache_in_host_memory_is_not_for_it() -> None:
-    assert not is_usable(torch.zeros(1, 2, 1, 64, 64, dtype=torch.float16))
+    assert not is_usable(torch.zeros(1, 2, 1, 64, 64, dtype=torch.float16), 2)
