@@ -1,4 +1,4 @@
-"""Matrix products with weights that do not change: cuBLAS, and for one token a kernel of our own."""
+"""Matrix products with weights that do not change: cuBLAS, and kernels of our own where they win."""
 
 from collections.abc import Mapping
 
@@ -6,6 +6,8 @@ import torch
 from torch import Tensor
 
 from runtime.errors import LoadFailed
+from runtime.kernels import hopper_gated_product as hopper
+from runtime.kernels.activation import silu_mul
 from runtime.kernels.matvec import ROWS_ALIGNMENT, matvec
 
 
@@ -51,6 +53,37 @@ class GpuLinear:
             matvec(self._weight, x, out, add=True)
         else:
             out.addmm_(x, self._transposed)
+
+
+class GpuGatedLinear:
+    """silu(x @ gate.T) * (x @ up.T), for an MLP.
+
+    Args:
+        weights: Has the tensor `name`.weight [2 * size, num_inputs], gate before up, and perhaps
+            `name`.bias.
+        name: Whose.
+    """
+
+    def __init__(self, weights: Mapping[str, Tensor], name: str) -> None:
+        self._both = GpuLinear(weights, name)
+        self._weight = named_tensor(weights, f"{name}.weight")
+        self._is_fusable = f"{name}.bias" not in weights and hopper.is_usable(self._weight)
+
+    def __call__(self, x: Tensor, gate_up: Tensor, out: Tensor) -> None:
+        """Write the result of x [num_tokens, num_inputs] to out [num_tokens, size].
+
+        `gate_up` [num_tokens, 2 * size] is room for the products.
+        """
+        if self._is_fusable and len(x) >= hopper.MIN_TOKENS:
+            hopper.gated_product(x, self._weight, out)
+        else:
+            self._both(x, gate_up)
+            silu_mul(gate_up, out)
+
+    def compile(self, x: Tensor, out: Tensor) -> None:
+        """Compile kernels that only some numbers of tokens need; what is in `out` is lost."""
+        if self._is_fusable:
+            hopper.run_every_width(x, self._weight, out)
 
 
 def named_tensor(weights: Mapping[str, Tensor], name: str) -> Tensor:

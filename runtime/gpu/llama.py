@@ -1,4 +1,4 @@
-"""The Llama decoder on the GPU: four matrix products and five or six small kernels a layer.
+"""The Llama decoder on the GPU: four matrix products and four to six small kernels a layer.
 
 Every intermediate result has its place in buffers made once, so that a forward pass allocates
 nothing and a CUDA graph of it stays valid. The residual is added by the matrix products. What comes
@@ -14,9 +14,8 @@ from torch import Tensor
 
 from runtime.gpu.device import SideStream
 from runtime.gpu.limits import BatchLimits
-from runtime.gpu.linear import GpuLinear, named_tensor
+from runtime.gpu.linear import GpuGatedLinear, GpuLinear, named_tensor
 from runtime.gpu.memory import WorkMemory
-from runtime.kernels.activation import silu_mul
 from runtime.kernels.batch_inputs import ModelInputs
 from runtime.kernels.chunk_attention import chunk_attention
 from runtime.kernels.decode_attention import SplitWorkspace, decode_attention
@@ -167,8 +166,7 @@ class GpuLlama:
         )
         layer.output.add(attended, hidden)
         rms_norm(hidden, layer.mlp_norm, self._config.rms_norm_eps, normed)
-        layer.gate_up(normed, gate_up)
-        silu_mul(gate_up, gated)
+        layer.gate(normed, gate_up, gated)
         layer.down.add(gated, hidden)
 
     @contextmanager
@@ -179,6 +177,10 @@ class GpuLlama:
             yield
         finally:
             self._layers = layers
+
+    def compile_products(self) -> None:
+        """Compile kernels of matrix products that a batch of some size may need."""
+        self._layers[0].gate.compile(self._buffers["normed"], self._buffers["gated"])
 
     def logits(self, batch: Unfinished, rows: Tensor | None) -> Tensor:
         """Finish some tokens of a batch.
@@ -214,7 +216,7 @@ class _Layer:
         self.qkv = GpuLinear(weights, f"{name}.self_attn.qkv_proj")
         self.output = GpuLinear(weights, f"{name}.self_attn.o_proj")
         self.mlp_norm = named_tensor(weights, f"{name}.post_attention_layernorm.weight")
-        self.gate_up = GpuLinear(weights, f"{name}.mlp.gate_up_proj")
+        self.gate = GpuGatedLinear(weights, f"{name}.mlp.gate_up_proj")
         self.down = GpuLinear(weights, f"{name}.mlp.down_proj")
 
 

@@ -247,13 +247,16 @@ class GpuRunner:
         self._num_compilations = self.kernels.num_compilations
 
     def _run_kernels(self) -> None:
+        assert self._model is not None, "loading has started"
         for batch in warm_up_batches(self._limits, self._config.block_size, self.max_model_len):
             if self.kernels.is_seeded and self._weights.is_read:
-                break
+                return
             pending = self.launch(batch)
             pending.choose(warm_up_masks(batch, self.vocab_size))
             pending.wait()
             self._rows.retire(tuple(item.number for item in batch.sequences))
+        with self._device.computing():
+            self._model.compile_products()
 
     def environment(self) -> dict[str, str]:
         """Return what of machine and software its profile depends on."""

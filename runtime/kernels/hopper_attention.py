@@ -6,8 +6,6 @@ groups of warps, one a head, share the matrix units: one's products run beside t
 and the products of a tile's keys beside those of the values before it (FlashAttention 3).
 """
 
-from functools import cache
-
 import torch
 from torch import Tensor
 from triton.experimental import gluon
@@ -21,6 +19,8 @@ from triton.experimental.gluon.language.nvidia.hopper import (
 )
 from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
 
+from runtime.kernels.launch import barrier, is_hopper
+
 QUERIES = 64  # of each head, as in `chunk_attention`
 KEYS = 128  # at a time
 PIECE = 64  # rows that are copied at once, all of one block of the cache
@@ -28,9 +28,6 @@ SLOTS = 4  # of the ring of keys and values, a tile each
 NUM_WARPS = 4  # of each head
 REGISTERS = 240  # of each thread of theirs; the warp that fetches needs few
 HEAD_DIMS = (64, 128)
-HOPPER = (9, 0)
-
-barrier = gl.barrier if hasattr(gl, "barrier") else gl.thread_barrier  # its name in Triton 3.6
 
 
 def is_usable(kv_cache: Tensor, num_heads: int) -> bool:
@@ -45,7 +42,7 @@ def is_usable(kv_cache: Tensor, num_heads: int) -> bool:
         and head_dim in HEAD_DIMS
         and block_size % PIECE == 0
         and num_heads // num_kv_heads % 2 == 0
-        and _capability(kv_cache.device) == HOPPER
+        and is_hopper(kv_cache.device)
     )
 
 
@@ -91,11 +88,6 @@ def attend(
         REGISTERS=REGISTERS,
         num_warps=NUM_WARPS,
     )
-
-
-@cache
-def _capability(device: torch.device) -> tuple[int, int]:
-    return torch.cuda.get_device_capability(device)
 
 
 @gluon.jit
