@@ -72,7 +72,7 @@ def record(weights: list[list[Tensor]], num_tokens: int, gate: Gate) -> torch.cu
             hidden.addmm_(gated, down.t(), beta=0)
 
     graph = torch.cuda.CUDAGraph()
-    stream = torch.cuda.Stream()
+    stream = torch.cuda.Stream()  # type: ignore[no-untyped-call]  # torch's own
     with torch.cuda.stream(stream):
         run()
         stream.synchronize()
@@ -84,6 +84,7 @@ def record(weights: list[list[Tensor]], num_tokens: int, gate: Gate) -> torch.cu
 def repeat(graph: torch.cuda.CUDAGraph, seconds: float) -> tuple[float, float, float]:
     """Replay for some time; return seconds a replay, watts and megahertz at the end."""
     began, count = time.perf_counter(), 0
+    watts = megahertz = 0.0
     while time.perf_counter() - began < seconds:
         graph.replay()
         graph.replay()
