@@ -3,10 +3,11 @@
     python -m benchmarks.soak [--requests 20000] [--layers 8] [--concurrency 256]
 
 One engine on one GPU with the 8B shape's layers, few of them so that it takes minutes. Prompts,
-lengths, sampling, seeds, stop tokens, shared prefixes and cancels are random; the KV cache is so
-small that sequences are preempted. Exits with 1 if a request is lost or ends twice, a block is not
-given back, memory of the host or the GPU has grown after the first tenth, or a kernel was compiled.
-What torch takes for log-probabilities it keeps, so a batch full of them comes first.
+lengths, sampling, seeds, stop tokens, shared prefixes and cancels are random. Now and then a wave
+of short prompts with long answers comes, which all begin and then outgrow the KV cache, so that
+sequences are preempted. Exits with 1 if a request is lost or ends twice, a block is not given back,
+memory of the host or the GPU has grown after the first tenth, a kernel was compiled, or nothing was
+preempted. What torch takes for log-probabilities it keeps, so a batch full of them comes first.
 """
 
 import argparse
@@ -36,6 +37,10 @@ from runtime.model.config import ModelConfig
 CANCEL_SHARE = 0.2
 HOST_GROWTH_BYTES = 64 << 20
 MAX_LEN = 2048
+KV_TOKENS_EACH = 150
+"""Room in the KV cache, on average."""
+WAVE, WAVES_APART = 300, 8
+"""Requests of a wave, and how many times as many there are until the next."""
 
 
 @dataclass(slots=True)
@@ -68,7 +73,7 @@ def main() -> None:
         max_model_len=MAX_LEN,
         max_num_seqs=arguments.concurrency,
         block_size=64,
-        kv_cache_bytes=arguments.concurrency * 300 * shape.kv_elements_per_token * 2,
+        kv_cache_bytes=arguments.concurrency * KV_TOKENS_EACH * shape.kv_elements_per_token * 2,
     )
     runner = GpuRunner(shape, config, RandomWeights(shape))
     runner.load_weights()
@@ -93,6 +98,8 @@ def main() -> None:
     if after["host_bytes"] > before["host_bytes"] + HOST_GROWTH_BYTES:
         faults.append(f"host memory grew from {before['host_bytes']} to {after['host_bytes']}")
     figures = engine.figures()
+    if not figures.num_preemptions:
+        faults.append("no sequence was preempted")
     print(
         json.dumps(
             {
@@ -134,7 +141,12 @@ def run(
     while num_sent < num_requests or engine.has_work():
         while num_sent < num_requests and len(soak.open) < concurrency * 5 // 4:
             key = SequenceKey(0, first_id * 100_000 + num_sent)
-            request = random_request(key, prefixes, vocab_size, rng)
+            is_wave = num_sent // WAVE % WAVES_APART == 0
+            request = (
+                long_answer(key, vocab_size, rng)
+                if is_wave
+                else random_request(key, prefixes, vocab_size, rng)
+            )
             engine.submit(request)
             soak.open[key] = request.sampling.max_tokens
             num_sent += 1
@@ -177,6 +189,13 @@ def random_request(
         ignore_eos=rng.random() < 0.5,
     )
     return SequenceRequest(key=key, prompt_token_ids=prompt[: MAX_LEN // 2], sampling=sampling)
+
+
+def long_answer(key: SequenceKey, vocab_size: int, rng: random.Random) -> SequenceRequest:
+    """Return a request that needs little of the KV cache at first and much at last."""
+    prompt = [rng.randrange(vocab_size) for _ in range(16)]
+    sampling = SamplingParams(max_tokens=320, ignore_eos=True)
+    return SequenceRequest(key=key, prompt_token_ids=prompt, sampling=sampling)
 
 
 def _take(engine: Engine, soak: Soak) -> None:
