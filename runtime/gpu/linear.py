@@ -74,7 +74,7 @@ class GpuGatedLinear:
 
         `gate_up` [num_tokens, 2 * size] is room for the products.
         """
-        if self._is_fusable and len(x) >= hopper.MIN_TOKENS:
+        if self._is_fusable and hopper.is_faster(len(x)):
             hopper.gated_product(x, self._weight, out)
         else:
             self._both(x, gate_up)
