@@ -92,9 +92,12 @@ class Runner(Protocol):
     def release(self) -> int:
         """Give weights and KV memory back; return the bytes freed."""
 
+    def settle(self) -> None:
+        """Once, a while after `release`: do now what taking memory back would wait for."""
+
 
 class NothingCompiled:
-    """The part of a Runner whose steps need no preparation."""
+    """The part of a Runner whose steps need no preparation, and whose memory none either."""
 
     kernels: Kernels | None = None
 
@@ -104,6 +107,9 @@ class NothingCompiled:
 
     def prefer_steps(self, steps: Sequence[StepSize]) -> None:
         """Ignore which steps others have used."""
+
+    def settle(self) -> None:
+        """Do nothing."""
 
 
 class StepEngine(Protocol):

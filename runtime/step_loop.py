@@ -40,6 +40,7 @@ from runtime.translate import (
 HEARTBEAT_S = 1.0
 TICK_S = 0.001  # the shortest time for which a socket can be waited for
 IDLE_AFTER_S = 0.1  # the next request of a conversation is seldom sooner
+SETTLED_AFTER_S = 0.5  # after parking; until then a GPU clears what it was given back
 BUSY_REPORT_S = 0.1  # figures change with every step; more would only load the watchers
 
 log = structlog.get_logger()
@@ -90,15 +91,15 @@ class StepLoop:
             for frame in self._connection.receive(self._patience_s()):
                 self._handle(frame)
             if self._engine.has_work():
-                self._busy_at = time.monotonic()
+                self._be_busy()
                 if (spare_s := self._engine.spare_s()) > 0.0:
                     if spare_s < TICK_S:  # a step now would leave out who comes before its time
                         time.sleep(spare_s)
                     continue
                 self._emit(self._engine.step())
                 self._flush()  # before anything else that takes time
-            elif self._is_idle():
-                self._has_idle_work = self._engine.use_idle_time()
+            elif self._has_idle_work and self._quiet_s() >= self._idle_after_s:
+                self._has_idle_work = self._use_idle_time()
             for call_id in self._drains.advance(self._live):
                 self._reply(call_id, pb.DrainResponse(num_cancelled=self._drains.num_cancelled))
             self._report_if_due()
@@ -106,15 +107,40 @@ class StepLoop:
     def _patience_s(self) -> float:
         if self._engine.has_work():
             return self._engine.spare_s() // TICK_S * TICK_S
-        if self._has_idle_work and self._is_idle():
-            return 0.0
-        soon_s = IDLE_AFTER_S if self._has_idle_work else HEARTBEAT_S
-        return max(0.0, min(soon_s, self._reported_at + HEARTBEAT_S - time.monotonic()))
+        wait_s = self._reported_at + HEARTBEAT_S - time.monotonic()
+        if self._has_idle_work:
+            wait_s = min(wait_s, self._idle_after_s - self._quiet_s())
+        return max(0.0, wait_s)
 
-    def _is_idle(self) -> bool:
-        """Return whether nothing came for a moment, while memory is there."""
-        is_quiet = time.monotonic() - self._busy_at >= IDLE_AFTER_S
-        return is_quiet and not self._residency.is_parked
+    @property
+    def _idle_after_s(self) -> float:
+        return SETTLED_AFTER_S if self._residency.is_parked else IDLE_AFTER_S
+
+    def _be_busy(self) -> None:
+        self._busy_at = time.monotonic()
+        self._has_idle_work = True
+
+    def _quiet_s(self) -> float:
+        return time.monotonic() - self._busy_at
+
+    def _use_idle_time(self) -> bool:
+        """Return whether there may be more to do."""
+        if not self._residency.is_parked:
+            return self._engine.use_idle_time()
+        self._runner.settle()
+        return False
+
+    def _park(self, frame: Frame) -> None:
+        mode = pb.ParkRequest.FromString(frame.payload).mode
+        self._answer(frame, self._residency.park)
+        if self._residency.is_parked:
+            self._busy_at = time.monotonic()
+            self._has_idle_work = mode == pb.PARK_MODE_LIGHT  # else it is taken off its GPUs now
+
+    def _wake(self, frame: Frame) -> None:
+        request = pb.WakeRequest.FromString(frame.payload)
+        self._answer(frame, lambda: self._residency.wake(request, self._report_progress))
+        self._be_busy()  # a request is about to come
 
     def _handle(self, frame: Frame) -> None:
         match frame.kind:
@@ -127,11 +153,9 @@ class StepLoop:
             case FrameKind.CANCEL_CALL:
                 self._embeds.cancel(frame.id)
             case FrameKind.PARK:
-                self._answer(frame, self._residency.park)
+                self._park(frame)
             case FrameKind.WAKE:
-                request = pb.WakeRequest.FromString(frame.payload)
-                self._answer(frame, lambda: self._residency.wake(request, self._report_progress))
-                self._busy_at = time.monotonic()  # a request is about to come
+                self._wake(frame)
             case FrameKind.PROFILE:
                 wanted = pb.ProfileRequest.FromString(frame.payload)
                 self._answer(frame, lambda: self._profile.record(wanted))

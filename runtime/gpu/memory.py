@@ -24,6 +24,15 @@ def allocate_slab(num_bytes: int, device: str) -> Slab:
     return DeviceSlab(num_bytes)
 
 
+def settle_freed(device: str) -> None:
+    """Have the driver finish with memory that was given back a while ago."""
+    if device == "cpu":
+        return
+    from runtime.memory.device_slab import settle_freed as settle_freed_of_gpu
+
+    settle_freed_of_gpu()
+
+
 class WorkMemory:
     """Large buffers that mean nothing between batches, so that they go when the weights go.
 

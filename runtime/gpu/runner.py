@@ -19,7 +19,7 @@ from runtime.gpu.device import Device
 from runtime.gpu.graphs import StepGraphs, StepShape
 from runtime.gpu.limits import BatchLimits
 from runtime.gpu.llama import GpuLlama, Unfinished, activation_bytes
-from runtime.gpu.memory import WorkMemory, allocate_slab, device_memory
+from runtime.gpu.memory import WorkMemory, allocate_slab, device_memory, settle_freed
 from runtime.gpu.prompt_logprobs import launch_prompt_logprobs
 from runtime.gpu.rows import Rows
 from runtime.gpu.sampling import GpuSampler, PendingChoice, PendingSample
@@ -296,6 +296,13 @@ class GpuRunner:
         if self._kv_slab is not None and self._kv_slab.is_mapped:
             self._kv_slab.unmap()
         return freed_bytes
+
+    def settle(self) -> None:
+        """Let the driver finish with the memory it was given back, some 40 ms for 100 GiB.
+
+        It does so when memory is next taken, however little, half a second or more later.
+        """
+        settle_freed(self._device.name)
 
     def launch(self, batch: ScheduledBatch) -> PendingTokens:
         """Launch a batch; sequences whose logits are not finite will be reported as faults."""

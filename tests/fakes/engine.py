@@ -85,6 +85,7 @@ class FakeRunner(NothingCompiled):
         self.max_model_len = config.max_model_len or script.max_model_len
         self.kept_reason = ""
         self.kept_bytes = 0
+        self.settled_at: list[float] = []
         self._weights: mmap.mmap | None = None
         self._kv_cache: mmap.mmap | None = None
         self._num_loads = 0
@@ -120,6 +121,9 @@ class FakeRunner(NothingCompiled):
 
     def warm_up(self) -> None:
         pass
+
+    def settle(self) -> None:
+        self.settled_at.append(time.monotonic())
 
     def environment(self) -> dict[str, str]:
         return {"device": self.script.device}

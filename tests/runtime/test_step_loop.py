@@ -14,7 +14,7 @@ from runtime.engine.sequence import StepResult
 from runtime.ipc import Frame, FrameKind, FrameSocket, PeerClosed
 from runtime.profile import EngineProfile
 from runtime.rpc import inference_pb2 as pb
-from runtime.step_loop import IDLE_AFTER_S, StepLoop
+from runtime.step_loop import IDLE_AFTER_S, SETTLED_AFTER_S, StepLoop
 from tests.fakes.engine import FakeEngine, FakeRunner, Script
 
 pytestmark = pytest.mark.timeout(30)
@@ -29,6 +29,7 @@ class PatientEngine(FakeEngine):
     def __init__(self, runner: FakeRunner) -> None:
         super().__init__(runner)
         self.idle_at: list[float] = []
+        self.has_idle_work = True
         self.too_early_s: list[float] = []
         self._next_step_at = 0.0
 
@@ -42,7 +43,7 @@ class PatientEngine(FakeEngine):
 
     def use_idle_time(self) -> bool:
         self.idle_at.append(time.monotonic())
-        return True
+        return self.has_idle_work
 
 
 @dataclass
@@ -51,6 +52,7 @@ class Peer:
 
     connection: FrameSocket
     engine: PatientEngine
+    runner: FakeRunner
     replies: list[Frame] = field(default_factory=list)
 
     def call(self, kind: FrameKind, payload: bytes = b"") -> float:
@@ -82,7 +84,7 @@ def peer() -> Iterator[Peer]:
 
     thread = threading.Thread(target=serve)
     thread.start()
-    yield Peer(FrameSocket(ours), engine)
+    yield Peer(FrameSocket(ours), engine, runner)
     ours.close()
     thread.join()
     theirs.close()
@@ -104,6 +106,40 @@ def test_idle_time_is_left_alone_while_the_memory_is_away(peer: Peer) -> None:
     parked_at = peer.call(FrameKind.PARK, pb.ParkRequest().SerializeToString())
     time.sleep(2 * IDLE_AFTER_S)
     assert peer.engine.idle_at[-1] <= parked_at
+
+
+def test_memory_given_back_is_settled_once_after_a_moment(peer: Peer) -> None:
+    light = pb.ParkRequest(mode=pb.PARK_MODE_LIGHT).SerializeToString()
+    for num_parks in (1, 2):
+        parked_at = peer.call(FrameKind.PARK, light)
+        time.sleep(2 * SETTLED_AFTER_S)
+        assert len(peer.runner.settled_at) == num_parks
+        assert peer.runner.settled_at[-1] >= parked_at + 0.9 * SETTLED_AFTER_S
+        peer.call(FrameKind.WAKE, pb.WakeRequest().SerializeToString())
+
+
+def test_an_engine_about_to_be_taken_off_its_gpus_does_not_touch_them(peer: Peer) -> None:
+    peer.call(FrameKind.PARK, pb.ParkRequest(mode=pb.PARK_MODE_DEEP).SerializeToString())
+    time.sleep(2 * SETTLED_AFTER_S)
+    peer.call(FrameKind.WAKE, pb.WakeRequest().SerializeToString())
+    assert not peer.runner.settled_at
+
+
+def test_idle_time_is_used_again_after_a_step(peer: Peer) -> None:
+    peer.engine.has_idle_work = False
+    time.sleep(2 * IDLE_AFTER_S)
+    num_before = len(peer.engine.idle_at)
+    assert num_before
+    time.sleep(2 * IDLE_AFTER_S)
+    assert len(peer.engine.idle_at) == num_before, "nothing was left to be done"
+    request = pb.AttachRequest(
+        submit=pb.Submit(
+            sequence_id=1, prompt_token_ids=[1], sampling=pb.SamplingParams(max_tokens=1)
+        )
+    )
+    peer.connection.send([Frame(FrameKind.ATTACH_REQUEST, 1, request.SerializeToString())])
+    time.sleep(2 * IDLE_AFTER_S)
+    assert len(peer.engine.idle_at) > num_before
 
 
 def test_no_step_begins_before_its_time(peer: Peer) -> None:

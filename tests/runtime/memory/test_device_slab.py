@@ -23,6 +23,7 @@ class FakeDriver:
     def __init__(self) -> None:
         self.failing: dict[str, int] = {}
         self.reserved: set[int] = set()
+        self.taken: list[int] = []
         self.handles: set[int] = set()
         self.mapped: dict[int, int] = {}
         self.accessible: set[int] = set()
@@ -70,7 +71,8 @@ class FakeDriver:
         assert address not in self.mapped, "addresses that are still in use"
         self.reserved.remove(address)
 
-    def cuMemCreate(self, _num_bytes: int, *_: Any) -> int:
+    def cuMemCreate(self, num_bytes: int, *_: Any) -> int:
+        self.taken.append(num_bytes)
         handle = len(self.handles) + 1
         self.handles.add(handle)
         return handle
@@ -154,3 +156,12 @@ def test_a_slab_that_cannot_be_made_leaves_nothing(
     with pytest.raises(Exception, match=message):
         slab_class(GRANULARITY)
     assert (driver.handles, driver.mapped, driver.reserved) == (set(), {}, set())
+
+
+def test_settling_leaves_nothing_taken(driver: FakeDriver, slab_class: Any) -> None:
+    settle_freed = sys.modules[slab_class.__module__].settle_freed
+    settle_freed()
+    assert (driver.taken, driver.handles) == ([GRANULARITY], set())
+    driver.failing = {"cuMemCreate": OUT_OF_MEMORY}
+    settle_freed()
+    assert driver.handles == set(), "whoever has the memory now has it settled"
