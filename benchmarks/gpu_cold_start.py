@@ -75,6 +75,7 @@ def main() -> None:
             waits |= new
             num_cold = arguments.runs * sum(tier != "ready" for tier in tiers)
             _print_phases(controller, num_cold)
+            _print_profile(controller)
             if "parked" in tiers:
                 _print_parking(controller, park, arguments.runs)
     late = missed(waits, GOALS_S)
@@ -91,6 +92,14 @@ def _print_phases(controller: Controller, limit: int) -> None:
             phases[cold_start["from_tier"]][phase["name"]].append(phase["seconds"])
     for tier, by_name in phases.items():
         print(f"{tier}:", _medians_ms(by_name), flush=True)
+
+
+def _print_profile(controller: Controller) -> None:
+    """Print what the last start took from the snapshot's profile."""
+    for replica in controller.view(NAME)["replicas"]:
+        use = replica["profile"]
+        told = "used" if use["is_used"] else f"not used: {use['reason']}"
+        print(f"profile {told}, {use['num_compilations']} kernels compiled", flush=True)
 
 
 def _print_parking(controller: Controller, park: str, num_runs: int) -> None:

@@ -149,7 +149,7 @@ def serving_8b(
     num_standbys: int = 0,
     park: str = "deep",
 ) -> Iterator[Controller]:
-    """Run a controller with the 8B shape deployed and ready."""
+    """Run a controller with the 8B shape deployed, ready, and its start's profile recorded."""
     checkpoint = work / f"checkpoint-{num_layers}"
     if not checkpoint.exists():
         write_checkpoint_apart(checkpoint, tokenizer, num_layers)
@@ -177,6 +177,7 @@ def serving_8b(
             f"{time.perf_counter() - deployed:.1f} s",
             flush=True,
         )
+        controller.operate(NAME, "profile")  # as a first quiet second would
         yield controller
 
 

@@ -43,7 +43,7 @@ class Controller:
         return self.get(f"/api/v1/functions/{name}")
 
     def operate(self, name: str, operation: str) -> Any:
-        """Warm, park or stop a function."""
+        """Warm, park, stop or profile a function."""
         answer = httpx.post(f"{self.url}/api/v1/functions/{name}/{operation}", timeout=900.0)
         answer.raise_for_status()
         return answer.json()

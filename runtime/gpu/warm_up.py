@@ -16,8 +16,9 @@ EVERYTHING = SamplingParams(
     logit_bias={0: 1.0},
     num_logprobs=1,
 )
-PROMPTS = (500, 50)  # tokens of usual ones, for which products take different kernels
+USUAL = SamplingParams(temperature=1.0)
 GREEDY = SamplingParams(temperature=0.0)
+PROMPTS = (500, 50)  # tokens of usual ones, for which products take different kernels
 
 
 class Anything:
@@ -33,15 +34,17 @@ def warm_up_batches(
 ) -> Iterator[ScheduledBatch]:
     """Yield chunks of prompts, alone and beside a decode, then decodes of every power of two.
 
+    The more requests need what a batch uses, the sooner it comes: not all may be run.
     All sequences share the first blocks: their content is as meaningless as their tokens.
     """
     numbers = count(-1, -1)
     num_tokens, few_tokens = (
         min(size, limits.num_tokens // 2, max_model_len - 1) for size in PROMPTS
     )
-    yield _batch(numbers, [num_tokens], block_size, EVERYTHING)
+    yield _batch(numbers, [num_tokens], block_size, USUAL)
     yield _batch(numbers, [few_tokens], block_size, GREEDY)
     yield _batch(numbers, [1], block_size, GREEDY)
+    yield _batch(numbers, [num_tokens], block_size, EVERYTHING)
     yield _batch(numbers, [1, num_tokens], block_size, GREEDY)
     size = 2
     while size < 2 * limits.num_seqs:

@@ -56,19 +56,20 @@ class WeightStream:
         self._may_copy = threading.Event()
         self._is_given_up = False
         self._news: queue.SimpleQueue[int | Exception] = queue.SimpleQueue()
-        num_pieces = -(-rank.data_bytes // PIECE_BYTES)
+        self._num_pieces = -(-rank.data_bytes // PIECE_BYTES)
         wanted = num_readers or min(MAX_READERS, os.cpu_count() or 1)
         self._readers = [
             threading.Thread(target=self._run, name=f"weights-{index}", daemon=True)
-            for index in range(min(wanted, num_pieces))
+            for index in range(min(wanted, self._num_pieces))
         ]
         for reader in self._readers:
             reader.start()
 
     @property
     def is_over(self) -> bool:
-        """Whether all readers have ended."""
-        return not any(reader.is_alive() for reader in self._readers)
+        """Whether the last piece is on its way, or nobody reads any more; before `finish`."""
+        is_read = self._news.qsize() >= self._num_pieces
+        return is_read or not any(reader.is_alive() for reader in self._readers)
 
     def start_copy(self, slab: Tensor) -> None:
         """Begin to copy; once only.

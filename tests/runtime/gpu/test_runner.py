@@ -230,7 +230,7 @@ def test_memory_is_given_back_and_taken_again() -> None:
     assert answers(engine, {1: [1, 2, 3]}, sampling)[0] == before
 
 
-@pytest.mark.parametrize(("is_seeded", "num_expected"), [(True, 2), (False, 7)])
+@pytest.mark.parametrize(("is_seeded", "num_expected"), [(True, 2), (False, 8)])
 def test_a_warm_up_ends_with_the_reading_if_nothing_is_to_be_compiled(
     monkeypatch: pytest.MonkeyPatch, *, is_seeded: bool, num_expected: int
 ) -> None:

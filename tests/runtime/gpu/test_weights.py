@@ -3,13 +3,14 @@
 import shutil
 import sys
 import threading
+import time
 from pathlib import Path
 
 import pytest
 import torch
 
 from runtime.errors import SnapshotDamaged
-from runtime.gpu.weight_stream import WeightStream
+from runtime.gpu.weight_stream import WeightStream, _Buffer
 from runtime.gpu.weights import GpuWeights
 from runtime.memory.weights import SnapshotWeights
 from snapshots.loader import open_rank
@@ -27,6 +28,10 @@ def own_snapshot(smollm2_snapshot: Path, tmp_path: Path) -> Path:
 
 def num_readers() -> int:
     return sum(thread.name.startswith("weights-") for thread in threading.enumerate())
+
+
+def is_over(stream: WeightStream) -> bool:
+    return stream.is_over
 
 
 def test_tensors_are_those_of_the_file(smollm2_snapshot: Path) -> None:
@@ -66,6 +71,30 @@ def test_the_interpreter_switches_faster_only_while_readers_run(smollm2_snapshot
     assert sys.getswitchinterval() < before_s
     stream.close()
     assert sys.getswitchinterval() == before_s
+
+
+def test_reading_is_over_with_the_last_piece_not_with_the_readers(
+    smollm2_snapshot: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    may_end = threading.Event()
+    release = _Buffer.release
+
+    def release_late(buffer: _Buffer) -> None:
+        may_end.wait(10.0)
+        release(buffer)
+
+    monkeypatch.setattr(_Buffer, "release", release_late)
+    rank = open_rank(smollm2_snapshot)
+    stream = WeightStream(rank)
+    assert is_over(stream) is False, "nothing can be copied yet"
+    stream.start_copy(torch.zeros(rank.data_bytes, dtype=torch.uint8, device=DEVICE))
+    deadline = time.monotonic() + 10.0
+    while not is_over(stream) and time.monotonic() < deadline:
+        time.sleep(0.01)
+    assert is_over(stream)
+    assert num_readers() > 0
+    may_end.set()
+    stream.finish()
 
 
 def test_places_are_known_before_the_bytes_are_there(smollm2_snapshot: Path) -> None:
