@@ -1,9 +1,9 @@
 """Client-side wait for the first token of the 8B shape on one GPU, by tier, with its phases.
 
-    python -m benchmarks.gpu_cold_start --tokenizer DIR [--runs 10] [--backend docker]
+    python -m benchmarks.gpu_cold_start --tokenizer DIR [--runs 10] [--backend docker] [--page-cache]
 
 From the request to the first streamed token by the client's clock, one request at a time, the
-snapshot in the page cache: warm, from parked deep and light, from standby, and from stopped with no
+weights in the host cache, or with --page-cache only there: warm, from parked deep and light, from standby, and from stopped with no
 runtime at all. Then how long it takes from an idle timeout to parked, and what
 stays on the GPU. DIR holds the tokenizer.json of any small model. Exits with 1 if a median misses
 its goal.
@@ -32,6 +32,7 @@ GOALS_S = {
     "standby": 1.0,
     "stopped": 6.0,  # 8.0 in a container
 }
+HOST_CACHE_BYTES = 20 << 30
 MAX_TOKENS = 400
 """More than the GPU generates in the second after the first token."""
 IDLE_S = 1.0
@@ -45,6 +46,7 @@ def main() -> None:
     parser.add_argument("--layers", type=int, default=32)
     parser.add_argument("--tokenizer", type=Path, required=True)
     parser.add_argument("--backend", choices=["process", "docker"], default="process")
+    parser.add_argument("--page-cache", action="store_true", help="without the host cache")
     parser.add_argument("--work", type=Path, default=Path("/tmp/coldspark-8b"))
     arguments = parser.parse_args()
     waits: Waits = {}
@@ -60,6 +62,7 @@ def main() -> None:
             backend=arguments.backend,
             num_standbys=num_standbys,
             park=park,
+            host_cache_bytes=0 if arguments.page_cache else HOST_CACHE_BYTES,
         ) as controller:
             found = measure_tiers(
                 controller,

@@ -148,8 +148,12 @@ def serving_8b(
     backend: str = "process",
     num_standbys: int = 0,
     park: str = "deep",
+    host_cache_bytes: int = 0,
 ) -> Iterator[Controller]:
-    """Run a controller with the 8B shape deployed, ready, and its start's profile recorded."""
+    """Run a controller with the 8B shape deployed, ready, and its start's profile recorded.
+
+    With a host cache the weights are in it.
+    """
     checkpoint = work / f"checkpoint-{num_layers}"
     if not checkpoint.exists():
         write_checkpoint_apart(checkpoint, tokenizer, num_layers)
@@ -167,7 +171,9 @@ def serving_8b(
             },
         }
     )
-    with running_controller(work / "home", num_standbys=num_standbys) as controller:
+    with running_controller(
+        work / "home", num_standbys=num_standbys, host_cache_bytes=host_cache_bytes
+    ) as controller:
         began = time.perf_counter()
         controller.deploy(spec, backend)
         deployed = time.perf_counter()
@@ -178,6 +184,8 @@ def serving_8b(
             flush=True,
         )
         controller.operate(NAME, "profile")  # as a first quiet second would
+        if host_cache_bytes:
+            controller.wait_for_host_cache()
         yield controller
 
 

@@ -77,6 +77,17 @@ class Controller:
                 raise TimeoutError(f"no standby of {backend!r} after {timeout_s} s")
             time.sleep(0.05)
 
+    def wait_for_host_cache(self, timeout_s: float = 120.0) -> None:
+        """Return once weights are in pinned memory, as far as its budget goes."""
+        deadline = time.monotonic() + timeout_s
+        while True:
+            cache = self.get("/api/v1/status")["host_cache"]
+            if 0 < cache["wanted_bytes"] == cache["pinned_bytes"]:
+                return
+            if time.monotonic() > deadline:
+                raise TimeoutError(f"weights are not pinned after {timeout_s} s: {cache}")
+            time.sleep(0.1)
+
     def client(self) -> openai.OpenAI:
         """Return the official SDK, pointed at this controller."""
         return openai.OpenAI(base_url=f"{self.url}/v1", api_key="not-needed", max_retries=0)
@@ -90,6 +101,7 @@ def running_controller(
     log: Path | None = None,
     command: Sequence[str] = ("-m", "controller.cli.app", "up"),
     num_standbys: int = 1,
+    host_cache_bytes: int = 0,
 ) -> Iterator[Controller]:
     """Run a controller on a home directory and stop it, with its runtimes, at the end.
 
@@ -99,6 +111,7 @@ def running_controller(
         log: Where its output goes; None for a file in the home directory.
         command: Arguments to Python that start it.
         num_standbys: Runtimes it keeps without a model.
+        host_cache_bytes: Memory in which it holds weights.
     """
     home.mkdir(parents=True, exist_ok=True)
     log_path = log or home / "controller.log"
@@ -107,6 +120,7 @@ def running_controller(
         "COLDSPARK_PORT": str(port or _free_port()),
         "COLDSPARK_STOP_RUNTIMES_ON_EXIT": "true",
         "COLDSPARK_STANDBY_REPLICAS": str(num_standbys),
+        "COLDSPARK_HOST_CACHE_BYTES": str(host_cache_bytes),
     }
     url = f"http://127.0.0.1:{environment['COLDSPARK_PORT']}"
     with log_path.open("ab") as output:

@@ -77,6 +77,9 @@ class RandomWeights:
             )
         return tensors
 
+    def tidy(self) -> None:
+        """Do nothing: nothing is left of a load."""
+
     def discard(self, weight: Tensor) -> None:
         """Keep it."""
 

@@ -22,6 +22,7 @@ import uvicorn
 import uvloop
 
 from controller.backends.base import RuntimeBackend
+from controller.backends.container import owner_ids
 from controller.backends.docker import DockerBackend
 from controller.backends.gpu_access import GpuAccess, gpu_device_files
 from controller.backends.process import ProcessBackend
@@ -31,14 +32,14 @@ from controller.gateway.app import create_app
 from controller.gateway.calls import Gateway
 from controller.gateway.routes.admin import admin_router
 from controller.gateway.text import ModelTexts
+from controller.host_cache.host_cache import HostCache
 from controller.jobs import Jobs
 from controller.ledger.intervals import WHOLE_PPM, Interval
 from controller.ledger.ledger import Ledger
 from controller.metrics import Metrics
-from controller.page_cache.page_cache import PageCache
 from controller.records import Records
 from controller.scaling.contention import Contention
-from controller.scaling.devices import find_devices
+from controller.scaling.devices import cache_budget_bytes, find_devices
 from controller.scaling.journal import Journal
 from controller.scaling.last_logs import LastLogs
 from controller.scaling.node import Node
@@ -105,9 +106,13 @@ async def run(settings: Settings, backends: Sequence[RuntimeBackend] | None = No
         stack.push_async_callback(journal.flush)
         epoch = unix_us(clock.now()) // 1_000_000
         memory = MemoryLedger(devices)
-        page_cache = PageCache(settings.host_cache_bytes)
-        page_cache.start()
-        stack.push_async_callback(page_cache.close)
+        host_cache = HostCache(
+            cache_budget_bytes(settings.host_cache_bytes, devices),
+            settings.snapshot_store,
+            engine_user_id=owner_ids()[0],
+        )
+        host_cache.start()
+        stack.push_async_callback(host_cache.close)
         node = Node(
             clock=clock,
             connect=RuntimeClient,
@@ -130,7 +135,7 @@ async def run(settings: Settings, backends: Sequence[RuntimeBackend] | None = No
             metrics=metrics,
             snapshot_store=settings.snapshot_store,
             last_logs=LastLogs(settings.last_logs_dir),
-            page_cache=page_cache,
+            host_cache=host_cache,
             gpu_hour_usd=settings.gpu_hour_usd,
             epoch=epoch,
         )

@@ -86,11 +86,12 @@ class Settings(BaseSettings):
         le=64,
         description="Runtimes kept without a model, imports done, for each backend in use.",
     )
-    host_cache_bytes: int = Field(
-        default=0,
+    host_cache_bytes: int | None = Field(
+        default=None,
         ge=0,
-        description="Memory in which weights of deployed functions are locked, so that starts need "
-        "not read the disk.",
+        description="Memory in which weights of deployed functions are held, pinned for a GPU and "
+        "locked for the processor, so that starts need not read the disk; by default a quarter of "
+        "the machine's if it has a GPU, else none.",
     )
     min_residency_s: float = Field(
         default=1.0,

@@ -22,11 +22,12 @@ from runtime.errors import GRPC_STATUS, RuntimeFault
 from runtime.ipc import MAX_PAYLOAD_BYTES
 from runtime.linux import adopt_orphans
 from runtime.logs import configure_logs
+from runtime.named import find_named
 from runtime.rpc import inference_pb2 as pb
 from runtime.spawn import ZygoteOptions, ZygoteProcess
 from runtime.status_board import StatusBoard
 from runtime.supervisor import Supervisor
-from runtime.suspension import Suspension, find_opener
+from runtime.suspension import Suspension
 from runtime.version import VERSION
 
 SERVICE = pb.DESCRIPTOR.services_by_name["RuntimeService"]
@@ -157,7 +158,7 @@ async def serve(
     for number in STOP_SIGNALS:
         loop.add_signal_handler(number, stop.set)
     board = StatusBoard(runtime_id=options.runtime_id, build=VERSION)
-    suspension = Suspension(find_opener(checkpoints))
+    suspension = Suspension(find_named(checkpoints))
     if os.environ.get("CUDA_VISIBLE_DEVICES"):
         suspension.prepare()
     supervisor = Supervisor(options, board, suspension)

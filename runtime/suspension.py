@@ -1,7 +1,6 @@
 """Checkpoints of engines off the event loop, on one thread that owns the driver."""
 
 import asyncio
-import importlib
 import threading
 from collections.abc import Callable
 from concurrent.futures import Future
@@ -120,12 +119,3 @@ class _DriverThread:
                 answer.set_result(call())
             except BaseException as error:  # noqa: BLE001  # whoever waits for it is told
                 answer.set_exception(error)
-
-
-def find_opener(path: str) -> OpenCheckpoints:
-    """Return what `module:callable.attribute` names."""
-    module, _, names = path.partition(":")
-    found = importlib.import_module(module)
-    for name in names.split("."):
-        found = getattr(found, name)
-    return found  # type: ignore[return-value]  # by convention

@@ -7,7 +7,6 @@ and no state. It stays single-threaded, because a fork copies only the calling t
 import argparse
 import contextlib
 import gc
-import importlib
 import os
 import selectors
 import signal
@@ -24,6 +23,7 @@ from runtime.engine_api import EngineFactory
 from runtime.engine_process import run_engine
 from runtime.linux import die_with_parent, num_threads, set_process_name
 from runtime.logs import configure_logs
+from runtime.named import find_named
 from runtime.zygote_messages import (
     MAX_MESSAGE_BYTES,
     Exited,
@@ -162,7 +162,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     set_process_name("zygote")
     configure_logs(options.log_level, runtime_id=options.runtime_id)
     control = socket.socket(fileno=options.control_fd)
-    factory = _make_factory(options.engine_factory)
+    factory: EngineFactory[Any] = find_named(options.engine_factory)()
     gc.collect()
     gc.freeze()  # keeps collections in the engine from copying every page shared with us
     ready = Ready(import_s=time.monotonic() - started)
@@ -181,12 +181,6 @@ def _parse(argv: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--engine-factory", required=True, help="module:class")
     parser.add_argument("--log-level", default="info")
     return parser.parse_args(argv)
-
-
-def _make_factory(path: str) -> EngineFactory[Any]:
-    module, _, class_name = path.partition(":")
-    factory: EngineFactory[Any] = getattr(importlib.import_module(module), class_name)()
-    return factory
 
 
 def _interrupt(_number: int, _frame: object) -> None:

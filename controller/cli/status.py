@@ -36,7 +36,7 @@ def status(context: typer.Context, output: OutputOption = OutputFormat.TABLE) ->
                 for backend, counts in view["standbys"].items()
             )
             or "none",
-            "weights in memory": _held(view["page_cache"]),
+            "weights in memory": _held(view["host_cache"]),
         }
         print_fields(fields)
         typer.echo("\nDevices")
@@ -56,9 +56,10 @@ def status(context: typer.Context, output: OutputOption = OutputFormat.TABLE) ->
 def _held(cache: Mapping[str, Any]) -> str:
     if not cache["budget_bytes"]:
         return "as the page cache has them (COLDSPARK_HOST_CACHE_BYTES)"
-    held, budget = human_bytes(cache["held_bytes"]), human_bytes(cache["budget_bytes"])
+    pinned_bytes = cache["pinned_bytes"]
+    pinned, locked = human_bytes(pinned_bytes), human_bytes(cache["held_bytes"] - pinned_bytes)
     reason = f"; {cache['reason']}" if cache["reason"] else ""
-    return f"{held} locked of {budget}{reason}"
+    return f"{pinned} pinned and {locked} locked of {human_bytes(cache['budget_bytes'])}{reason}"
 
 
 def version(output: OutputOption = OutputFormat.TABLE) -> None:

@@ -1,5 +1,6 @@
 """The devices of this machine: GPUs from NVML, and the processor."""
 
+from collections.abc import Sequence
 from pathlib import Path
 
 import pynvml
@@ -11,6 +12,14 @@ def find_devices() -> list[Device]:
     """Return every GPU by UUID, then the processor."""
     cpu = Device(id=CPU_DEVICE_ID, kind=DeviceKind.CPU, memory_bytes=_host_memory_bytes("MemTotal"))
     return [*_gpus(), cpu]
+
+
+def cache_budget_bytes(wanted_bytes: int | None, devices: Sequence[Device]) -> int:
+    """Return how much of the host's memory may hold weights; see `Settings.host_cache_bytes`."""
+    if wanted_bytes is not None:
+        return wanted_bytes
+    kinds = {device.kind: device.memory_bytes for device in devices}
+    return kinds[DeviceKind.CPU] // 4 if DeviceKind.GPU in kinds else 0
 
 
 def used_bytes(device: Device) -> int | None:

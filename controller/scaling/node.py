@@ -6,9 +6,9 @@ from pathlib import Path
 
 from controller.backends.base import RuntimeBackend
 from controller.clock import Clock
+from controller.host_cache.host_cache import HostCache
 from controller.ledger.ledger import Ledger
 from controller.metrics import Metrics
-from controller.page_cache.page_cache import PageCache
 from controller.scaling.contention import Contention
 from controller.scaling.journal import Journal
 from controller.scaling.last_logs import LastLogs
@@ -32,7 +32,7 @@ class Node:
     metrics: Metrics
     snapshot_store: Path
     last_logs: LastLogs
-    page_cache: PageCache
+    host_cache: HostCache
     gpu_hour_usd: Decimal
     epoch: int
 

@@ -21,7 +21,7 @@ from controller.errors import (
     ModelNotFound,
     NotFound,
 )
-from controller.page_cache.choice import Candidate
+from controller.host_cache.choice import Candidate
 from controller.scaling.background import Background
 from controller.scaling.deployment import Deployment, deployment_of
 from controller.scaling.devices import used_bytes
@@ -180,7 +180,7 @@ class ControlPlane:
     async def sweep(self) -> None:
         """Have every function look at its deadlines."""
         self.node.metrics.set_standbys(self.node.standbys.counts())
-        self.node.page_cache.want(self._cacheable())
+        self.node.host_cache.want(self._cacheable())
         for function in self._all_functions():
             function.sweep()
 
@@ -318,7 +318,7 @@ class ControlPlane:
                 for device in self.node.memory.devices.values()
             ],
             "standbys": self.node.standbys.counts(),
-            "page_cache": self.node.page_cache.view(),
+            "host_cache": self.node.host_cache.view(),
             "functions": len(self._entries),
             "replicas": sum(len(function.set.replicas) for function in functions),
         }
@@ -344,6 +344,7 @@ class ControlPlane:
                 path=path,
                 num_bytes=num_bytes,
                 reuse_probability=entry.function.tenancy.reuse_probability,
+                is_for_gpu=entry.function.deployment.spec.resources.gpus > 0,
             )
             for entry in self._entries.values()
             if entry.function is not None and entry.snapshot_state is SnapshotState.READY

@@ -274,7 +274,12 @@ class GpuRunner:
         ]
 
     def use_idle_time(self) -> bool:
-        """Capture one more CUDA graph, which takes some milliseconds; return whether one was."""
+        """Tidy up after a load, then capture one more CUDA graph, which takes some milliseconds.
+
+        Returns:
+            Whether a graph was captured.
+        """
+        self._weights.tidy()
         shape = self._graphs.next_missing()
         if shape is None:
             return False

@@ -1,75 +1,41 @@
-"""From the page cache to the GPU: pinned buffers, several readers, a stream for each buffer.
+"""A rank's bytes on their way to the GPU: what its ways have in common."""
 
-Every reader takes the next piece of the file, reads it into one of its two buffers, and has it
-copied while it fills the other. Pieces are taken in the order of the file, so layers arrive in the
-order of their use. To have the GPU read the file's own pages, mapped and registered, was slower by
-half and kept the driver from all else.
-"""
-
-import itertools
-import mmap
-import os
 import queue
-import sys
-import threading
 import time
-from collections.abc import Iterator
-from typing import TYPE_CHECKING
+from abc import ABC, abstractmethod
 
 import structlog
-import torch
 from torch import Tensor
 
 from runtime.memory.weights import OnProgress
-from snapshots.loader import LoadReport, OpenRank, chunk_sums, read_piece, verify
+from snapshots.loader import LoadReport, OpenRank, chunk_sums, verify
 from snapshots.manifest import CHUNK_BYTES
-
-if TYPE_CHECKING:
-    from runtime.gpu.pinned_copies import PinnedCopies
-
-PIECE_BYTES = 8 << 20
-MAX_READERS = 10
-"""On an H200's 16 cores, more readers are slower, and so are smaller and larger pieces."""
-BUFFERS_EACH = 2
-SWITCH_INTERVAL_S = 0.0002
-"""How long a reader waits for the interpreter while it is busy elsewhere; by default 5 ms."""
 
 log = structlog.get_logger()
 
 
-class WeightStream:
-    """One pass over a rank's file. Reading begins at once, copying when the device is there.
+class WeightStream(ABC):
+    """One pass over a rank's data, in the order of the file, so layers come in that of their use.
 
     Args:
-        rank: What to read.
-        num_readers: 0 for one per core, at most MAX_READERS.
+        rank: What to bring.
+        num_pieces: How many copies that takes.
+        source: Where from, for the log.
     """
 
-    def __init__(self, rank: OpenRank, *, num_readers: int = 0) -> None:
+    def __init__(self, rank: OpenRank, num_pieces: int, source: str) -> None:
         self._rank = rank
+        self._num_pieces = num_pieces
+        self._source = source
         self._began = time.perf_counter()
-        self._file = os.open(rank.path, os.O_RDONLY | os.O_CLOEXEC | os.O_NOFOLLOW)
-        self._switch_interval_s = sys.getswitchinterval()
-        sys.setswitchinterval(SWITCH_INTERVAL_S)
-        self._starts = iter(range(0, rank.data_bytes, PIECE_BYTES))
-        self._slab: Tensor | None = None
-        self._may_copy = threading.Event()
-        self._is_given_up = False
         self._news: queue.SimpleQueue[int | Exception] = queue.SimpleQueue()
-        self._num_pieces = -(-rank.data_bytes // PIECE_BYTES)
-        wanted = num_readers or min(MAX_READERS, os.cpu_count() or 1)
-        self._readers = [
-            threading.Thread(target=self._run, name=f"weights-{index}", daemon=True)
-            for index in range(min(wanted, self._num_pieces))
-        ]
-        for reader in self._readers:
-            reader.start()
+        """Bytes that were copied, or why no more will be."""
+        self._slab: Tensor | None = None
 
     @property
     def is_over(self) -> bool:
-        """Whether the last piece is on its way, or nobody reads any more; before `finish`."""
-        is_read = self._news.qsize() >= self._num_pieces
-        return is_read or not any(reader.is_alive() for reader in self._readers)
+        """Whether the last piece is on its way, or nobody copies any more; before `finish`."""
+        return self._news.qsize() >= self._num_pieces or not self._is_running()
 
     def start_copy(self, slab: Tensor) -> None:
         """Begin to copy; once only.
@@ -78,7 +44,7 @@ class WeightStream:
             slab: uint8 [data_bytes], on the device.
         """
         self._slab = slab
-        self._may_copy.set()
+        self._start(slab)
 
     def finish(self, on_progress: OnProgress | None = None) -> LoadReport:
         """Return when everything is copied and verified where it is; after `start_copy`.
@@ -100,8 +66,10 @@ class WeightStream:
                 done_bytes += news
                 if on_progress is not None:
                     on_progress(done_bytes, self._rank.data_bytes)
-        finally:
+        except BaseException:
             self.close()
+            raise
+        self._copied()
         copied = time.perf_counter()
         verify(self._rank, self._slab)
         report = LoadReport(
@@ -111,80 +79,25 @@ class WeightStream:
         )
         log.info(
             "weights_loaded",
+            source=self._source,
             num_bytes=report.num_bytes,
             read_gb_per_s=round(report.num_bytes / 1e9 / report.read_s, 1),
             verify_gb_per_s=round(report.num_bytes / 1e9 / report.verify_s, 1),
         )
         return report
 
+    @abstractmethod
     def close(self) -> None:
-        """Stop reading and give the buffers back; harmless when all is done."""
-        self._is_given_up = True
-        self._may_copy.set()
-        for reader in self._readers:
-            reader.join()
-        self._readers.clear()
-        if self._file >= 0:
-            os.close(self._file)
-            self._file = -1
-            sys.setswitchinterval(self._switch_interval_s)
+        """Stop, and give everything back that this took; harmless when all is done."""
 
-    def _run(self) -> None:
-        buffers: list[_Buffer] = []
-        try:
-            buffers += [_Buffer() for _ in range(BUFFERS_EACH)]
-            with torch.inference_mode():  # which the thread that made the slab may be in
-                self._read(buffers)
-        except Exception as error:  # noqa: BLE001  # the thread that waits for the bytes raises it
-            self._news.put(error)
-        finally:
-            for buffer in buffers:
-                buffer.release()
+    @abstractmethod
+    def _start(self, slab: Tensor) -> None:
+        """Begin to copy, in other threads."""
 
-    def _read(self, buffers: list["_Buffer"]) -> None:
-        for buffer, (start, size) in zip(itertools.cycle(buffers), self._pieces(), strict=False):
-            buffer.wait()
-            read_piece(self._rank, self._file, buffer.memory[:size], start)
-            self._may_copy.wait()
-            if self._is_given_up or self._slab is None:
-                break
-            buffer.copy_to(self._slab[start : start + size])
-            self._news.put(size)
+    @abstractmethod
+    def _is_running(self) -> bool:
+        """Return whether more can come."""
 
-    def _pieces(self) -> Iterator[tuple[int, int]]:
-        """Yield start and size of pieces that no other reader has taken."""
-        # `next` of a range holds the interpreter lock, so no piece is taken twice.
-        while (start := next(self._starts, None)) is not None and not self._is_given_up:
-            yield start, min(PIECE_BYTES, self._rank.data_bytes - start)
-
-
-class _Buffer:
-    """Host memory for a piece, which the GPU copies from on its own."""
-
-    def __init__(self) -> None:
-        pages = mmap.mmap(-1, PIECE_BYTES)
-        self.memory = memoryview(pages)
-        self._tensor = torch.frombuffer(pages, dtype=torch.uint8)
-        self._copies: PinnedCopies | None = None
-
-    def copy_to(self, target: Tensor) -> None:
-        """Start copying the leading bytes to the device."""
-        if not target.is_cuda:
-            target.copy_(self._tensor[: len(target)])
-            return
-        if self._copies is None:
-            from runtime.gpu.pinned_copies import PinnedCopies  # needs CUDA's driver library
-
-            self._copies = PinnedCopies(self._tensor.data_ptr(), PIECE_BYTES)
-        self._copies.start(target.data_ptr(), len(target))
-
-    def wait(self) -> None:
-        """Return when the memory can be written again."""
-        if self._copies is not None:
-            self._copies.wait()
-
-    def release(self) -> None:
-        """Let go of the memory, which goes with the last reference to it."""
-        if self._copies is not None:
-            self._copies.close()
-            self._copies = None
+    @abstractmethod
+    def _copied(self) -> None:
+        """Give back, now that all is copied, what is given back fast."""

@@ -4,16 +4,22 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Protocol
 
+import structlog
 import torch
 from torch import Tensor
 
 from runtime.errors import SnapshotDamaged
+from runtime.gpu.cached_stream import CachedStream
+from runtime.gpu.file_stream import FileStream
 from runtime.gpu.memory import allocate_slab
 from runtime.gpu.weight_stream import WeightStream
+from runtime.host_cache.protocol import ask_for, report_damage
 from runtime.memory.slab import Slab
 from runtime.memory.weights import OnProgress, Weights, checked_rank, dtype_of
 from snapshots.errors import SnapshotCorrupted
 from snapshots.loader import LoadReport, views
+
+log = structlog.get_logger()
 
 
 class StreamedWeights(Weights, Protocol):
@@ -26,9 +32,14 @@ class StreamedWeights(Weights, Protocol):
     def start(self) -> Mapping[str, Tensor]:
         """Begin to bring them in, which `load` ends; return them, their content undefined."""
 
+    def tidy(self) -> None:
+        """Give back, in idle time, what the last load has left mapped."""
+
 
 class GpuWeights:
     """One rank of a snapshot; implements `StreamedWeights`.
+
+    They come from the host cache, if it has them, else from the file.
 
     Args:
         snapshot: Its directory.
@@ -40,9 +51,12 @@ class GpuWeights:
 
     def __init__(self, snapshot: Path, device: str) -> None:
         self._rank = checked_rank(snapshot)
+        self._store = snapshot.parent
+        self._file = self._rank.path.relative_to(snapshot.parent)
         self._device = device
         self._slab: Slab | None = None
         self._stream: WeightStream | None = None
+        self._copied_from: CachedStream | None = None
 
     @property
     def dtype(self) -> torch.dtype:
@@ -61,15 +75,26 @@ class GpuWeights:
 
     @property
     def is_read(self) -> bool:
-        """Whether every reader has ended, with all of it or with an error."""
+        """Whether nothing more is on its way: everything has come, or an error has."""
         return self._stream is None or self._stream.is_over
 
     def prefetch(self) -> None:
-        """Begin to read into host memory, as far as buffers go; needs no device yet."""
-        self._stream = WeightStream(self._rank)
+        """Find where the bytes are; begin to read a file, as far as buffers go.
+
+        Needs no device yet.
+        """
+        held = ask_for(self._store, self._file)
+        if held is not None and held.num_bytes != self._rank.file.size_bytes:
+            log.warning("host_cache_unusable", reason=f"it has {held.num_bytes} bytes")
+            held.close()
+            held = None
+        if held is None:
+            self._stream = FileStream(self._rank)
+        else:
+            self._stream = CachedStream(self._rank, held, self._device)
 
     def start(self) -> Mapping[str, Tensor]:
-        """Begin to read and copy; return views into the slab, their content undefined.
+        """Begin to copy; return views into the slab, their content undefined.
 
         The slab keeps its addresses over `release`, so views of an earlier load are right again.
 
@@ -92,7 +117,7 @@ class GpuWeights:
         return views(self._rank, self._slab.tensor)
 
     def load(self, on_progress: OnProgress | None) -> tuple[Mapping[str, Tensor], LoadReport]:
-        """Read, copy and verify on the device, or end that; return views into the slab.
+        """Copy and verify on the device, or end that; return views into the slab.
 
         Raises:
             SnapshotDamaged: The bytes read are not those that were built; nothing is held.
@@ -100,10 +125,9 @@ class GpuWeights:
         """
         if not self.held_bytes:
             self.start()
-        assert self._stream is not None, "started"
         assert self._slab is not None, "started"
         try:
-            report = self._stream.finish(on_progress)
+            report = self._finish(on_progress)
         except SnapshotCorrupted as error:
             self.release()
             raise SnapshotDamaged(str(error)) from error
@@ -113,13 +137,39 @@ class GpuWeights:
         self._stream = None
         return views(self._rank, self._slab.tensor), report
 
+    def tidy(self) -> None:
+        """Unmap the host cache's memory that the last load has copied from."""
+        if self._copied_from is not None:
+            self._copied_from.close()
+            self._copied_from = None
+
     def discard(self, weight: Tensor) -> None:
         """Keep it: every weight is used as it is."""
 
     def release(self) -> None:
         """Give the slab's memory back, and buffers that were filled for nothing."""
+        self.tidy()
         if self._stream is not None:
             self._stream.close()
             self._stream = None
         if self.held_bytes and self._slab is not None:
             self._slab.unmap()
+
+    def _finish(self, on_progress: OnProgress | None) -> LoadReport:
+        """Return when everything is there and right; from the file if the cache is no good."""
+        assert self._stream is not None, "started"
+        assert self._slab is not None, "started"
+        if not isinstance(self._stream, CachedStream):
+            return self._stream.finish(on_progress)
+        try:
+            report = self._stream.finish(on_progress)
+        except Exception as error:  # noqa: BLE001  # whatever it is, there is still the file
+            log.warning("host_cache_unusable", reason=str(error))
+            self._stream.close()
+            if isinstance(error, SnapshotCorrupted):
+                report_damage(self._store, self._file)
+            self._stream = FileStream(self._rank)
+            self._stream.start_copy(self._slab.tensor)
+            return self._stream.finish(on_progress)
+        self._copied_from = self._stream
+        return report

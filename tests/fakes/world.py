@@ -8,10 +8,10 @@ from decimal import Decimal
 from pathlib import Path
 from typing import Any
 
+from controller.host_cache.host_cache import HostCache
 from controller.ledger.ledger import Batch, LastKnown, Ledger
 from controller.ledger.report import Figures
 from controller.metrics import Metrics
-from controller.page_cache.page_cache import PageCache
 from controller.scaling.contention import Contention
 from controller.scaling.deployment import Deployment
 from controller.scaling.function import Function
@@ -149,7 +149,7 @@ class World:
             metrics=Metrics(),
             snapshot_store=Path("/nowhere"),
             last_logs=MemoryLogs(),
-            page_cache=PageCache(0),
+            host_cache=HostCache(0, Path("/nowhere"), engine_user_id=0),
             gpu_hour_usd=Decimal("2.50"),
             epoch=1,
         )

@@ -30,12 +30,17 @@ def test_status_shows_version_and_devices(cli: Cli, controller: ScriptedServer) 
     answer = {
         "version": "0.1.0", "uptime_s": 61.0, "devices": [device], "functions": 2, "replicas": 1,
         "standbys": {"process": {"ready": 1, "starting": 2}},
-        "page_cache": {"budget_bytes": 4 << 30, "held_bytes": 1 << 30, "reason": "mlock: refused"},
+        "host_cache": {
+            "budget_bytes": 4 << 30,
+            "held_bytes": 3 << 30,
+            "pinned_bytes": 2 << 30,
+            "reason": "mlock: refused",
+        },
     }  # fmt: skip
     controller.on("GET /api/v1/status", json_reply(answer))
     text = cli("status").stdout
     assert re.search(r"up for +1m 01s", text)
-    assert "1.0 GiB locked of 4.0 GiB; mlock: refused" in text
+    assert "2.0 GiB pinned and 1.0 GiB locked of 4.0 GiB; mlock: refused" in text
     assert "8.0 GiB" in text
     assert "3.0 GiB" in text
     assert "process: 1 ready, 2 starting" in text

@@ -32,6 +32,7 @@ class TensorWeights:
         self.held_bytes = 0
         self.is_read = True
         self.discarded: list[Tensor] = []
+        self.num_tidied = 0
 
     def start(self) -> Mapping[str, Tensor]:
         self.held_bytes = self.total_bytes
@@ -40,6 +41,9 @@ class TensorWeights:
     def load(self, on_progress: OnProgress | None) -> tuple[Mapping[str, Tensor], LoadReport]:
         self.held_bytes = self.total_bytes
         return self.tensors, LoadReport(num_bytes=self.total_bytes, read_s=0.0, verify_s=0.0)
+
+    def tidy(self) -> None:
+        self.num_tidied += 1
 
     def discard(self, weight: Tensor) -> None:
         self.discarded.append(weight)

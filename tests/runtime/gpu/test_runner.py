@@ -53,6 +53,14 @@ def new_gpu_runner(model: LlamaForCausalLM, config: EngineConfig = CONFIG) -> Gp
     return runner
 
 
+def test_idle_time_tidies_up_after_a_load() -> None:
+    weights = TensorWeights(engine_tensors(tiny_llama()))
+    model_config = ModelConfig.from_hf(tiny_llama().config.to_dict())
+    runner = GpuRunner(model_config, CONFIG, weights, device="cpu")
+    assert not runner.use_idle_time()
+    assert weights.num_tidied == 1
+
+
 def new_engine(model: LlamaForCausalLM, config: EngineConfig = CONFIG) -> Engine:
     return Engine(config, new_gpu_runner(model, config), frozenset())
 

@@ -10,7 +10,8 @@ import pytest
 import torch
 
 from runtime.errors import SnapshotDamaged
-from runtime.gpu.weight_stream import WeightStream, _Buffer
+from runtime.gpu.file_stream import FileStream, _Buffer
+from runtime.gpu.weight_stream import WeightStream
 from runtime.gpu.weights import GpuWeights
 from runtime.memory.weights import SnapshotWeights
 from snapshots.loader import open_rank
@@ -67,7 +68,7 @@ def test_reading_begins_before_there_is_a_device(smollm2_snapshot: Path) -> None
 
 def test_the_interpreter_switches_faster_only_while_readers_run(smollm2_snapshot: Path) -> None:
     before_s = sys.getswitchinterval()
-    stream = WeightStream(open_rank(smollm2_snapshot))
+    stream = FileStream(open_rank(smollm2_snapshot))
     assert sys.getswitchinterval() < before_s
     stream.close()
     assert sys.getswitchinterval() == before_s
@@ -85,7 +86,7 @@ def test_reading_is_over_with_the_last_piece_not_with_the_readers(
 
     monkeypatch.setattr(_Buffer, "release", release_late)
     rank = open_rank(smollm2_snapshot)
-    stream = WeightStream(rank)
+    stream = FileStream(rank)
     assert is_over(stream) is False, "nothing can be copied yet"
     stream.start_copy(torch.zeros(rank.data_bytes, dtype=torch.uint8, device=DEVICE))
     deadline = time.monotonic() + 10.0
@@ -136,7 +137,7 @@ def test_readers_that_nobody_waits_for_end(smollm2_snapshot: Path) -> None:
 def test_any_number_of_readers_fills_the_slab(smollm2_snapshot: Path, num_threads: int) -> None:
     rank = open_rank(smollm2_snapshot)
     slab = torch.zeros(rank.data_bytes, dtype=torch.uint8, device=DEVICE)
-    stream = WeightStream(rank, num_readers=num_threads)
+    stream = FileStream(rank, num_readers=num_threads)
     stream.start_copy(slab)
     report = stream.finish()  # verifies what it copied
     assert report.num_bytes == rank.data_bytes
@@ -173,8 +174,8 @@ def test_readers_without_memory_end_the_load(
     def refuse(*_: object) -> None:
         raise OSError(12, "Cannot allocate memory")
 
-    monkeypatch.setattr("runtime.gpu.weight_stream.mmap.mmap", refuse)
-    stream = WeightStream(open_rank(smollm2_snapshot))
+    monkeypatch.setattr("runtime.gpu.file_stream.mmap.mmap", refuse)
+    stream = FileStream(open_rank(smollm2_snapshot))
     stream.start_copy(torch.empty(CHUNK_BYTES, dtype=torch.uint8))
     with pytest.raises(OSError, match="allocate"):
         stream.finish()
