@@ -6,7 +6,7 @@ From the request to the first streamed token by the client's clock, one request 
 weights in the host cache, or with --page-cache only there: warm, from parked deep and light, from standby, and from stopped with no
 runtime at all. Then how long it takes from an idle timeout to parked, and what
 stays on the GPU. DIR holds the tokenizer.json of any small model. Exits with 1 if a median misses
-its goal.
+its goal, or if a timeline does not explain its wait.
 """
 
 import argparse
@@ -23,15 +23,17 @@ from rich.table import Table
 
 from benchmarks.gpu_serving import NAME, serving_8b
 from benchmarks.local import Controller
-from benchmarks.waits import Waits, measure_tiers, missed, print_waits
+from benchmarks.waits import measure_tiers, missed, percentile, print_waits
 
 GOALS_S = {
     "ready": None,
     "parked deep": 0.72,
     "parked light": 0.47,
     "standby": 1.0,
-    "stopped": 6.0,  # 8.0 in a container
+    "stopped": 6.0,
 }
+CONTAINER_GOALS_S = GOALS_S | {"stopped": 8.0}
+PARKING_GOAL_S = 0.6
 HOST_CACHE_BYTES = 20 << 30
 MAX_TOKENS = 400
 """More than the GPU generates in the second after the first token."""
@@ -49,7 +51,8 @@ def main() -> None:
     parser.add_argument("--page-cache", action="store_true", help="without the host cache")
     parser.add_argument("--work", type=Path, default=Path("/tmp/coldspark-8b"))
     arguments = parser.parse_args()
-    waits: Waits = {}
+    goals = GOALS_S if arguments.backend == "process" else CONTAINER_GOALS_S
+    late = []
     for num_standbys, park, tiers in (
         (0, "deep", ["stopped"]),
         (1, "deep", ["standby", "parked", "ready"]),
@@ -74,16 +77,15 @@ def main() -> None:
                 idle_s=IDLE_S,
             )
             new = {f"parked {park}" if tier == "parked" else tier: found[tier] for tier in found}
-            print_waits(new, GOALS_S)
-            waits |= new
+            print_waits(new, goals)
+            late += missed(new, goals)
             num_cold = arguments.runs * sum(tier != "ready" for tier in tiers)
             _print_phases(controller, num_cold)
             _print_profile(controller)
             if "parked" in tiers:
-                _print_parking(controller, park, arguments.runs)
-    late = missed(waits, GOALS_S)
+                late += _print_parking(controller, park, arguments.runs)
     if late:
-        sys.exit(f"the median misses its goal from {', '.join(late)}")
+        sys.exit("; ".join(late))
 
 
 def _print_phases(controller: Controller, limit: int) -> None:
@@ -105,31 +107,38 @@ def _print_profile(controller: Controller) -> None:
         print(f"profile {told}, {use['num_compilations']} kernels compiled", flush=True)
 
 
-def _print_parking(controller: Controller, park: str, num_runs: int) -> None:
+def _print_parking(controller: Controller, park: str, num_runs: int) -> list[str]:
     """Print how long parking takes, until the memory is free, and what stays on the GPU.
 
     What stays is told by the driver twice: for all processes, and in use without its own reserve.
+
+    Returns:
+        What is too slow.
     """
     pynvml.nvmlInit()
     gpu = pynvml.nvmlDeviceGetHandleByIndex(0)
     seconds, kept_mib = [], []
     for _ in range(num_runs):
         controller.operate(NAME, "warm")
+        time.sleep(IDLE_S)  # what is parked was idle
         began = time.perf_counter()
         controller.operate(NAME, "park")
         seconds.append(time.perf_counter() - began)
         processes = pynvml.nvmlDeviceGetComputeRunningProcesses(gpu)
         kept_mib.append(sum(process.usedGpuMemory or 0 for process in processes) / MIB)
-    table = Table(f"to parked {park}, runs", "p50 s", "worst s", "kept MiB", "in use MiB")
+    table = Table(f"to parked {park}, runs", "p50 s", "p95 s", "kept MiB", "in use MiB")
     memory = pynvml.nvmlDeviceGetMemoryInfo(gpu, version=pynvml.nvmlMemory_v2)
+    median_s = statistics.median(seconds)
     table.add_row(
         str(num_runs),
-        f"{statistics.median(seconds):.3f}",
-        f"{max(seconds):.3f}",
+        f"{median_s:.3f}",
+        f"{percentile(seconds, 0.95):.3f}",
         f"{max(kept_mib):.0f}",
         f"{memory.used / MIB:.0f}",
     )
     Console().print(table)
+    is_late = median_s > PARKING_GOAL_S
+    return [f"parking {park} takes more than {PARKING_GOAL_S} s"] if is_late else []
 
 
 def _medians_ms(by_name: Mapping[str, list[float]]) -> str:

@@ -18,7 +18,7 @@ from runtime.engine.sequence import (
     SequenceRequest,
     StepResult,
 )
-from runtime.engine_api import NothingCompiled, OnProgress
+from runtime.engine_api import Measure, NothingCompiled, OnProgress
 from runtime.errors import InvalidSequence
 
 STEP_S = "SCRIPTED_STEP_S"  # variable with the seconds between steps
@@ -171,7 +171,7 @@ class ScriptedFactory:
     def prepare(self) -> None:
         """Do nothing."""
 
-    def open_runner(self, snapshot: Path, config: EngineConfig) -> ScriptedRunner:
+    def open_runner(self, snapshot: Path, config: EngineConfig, measure: Measure) -> ScriptedRunner:
         """Open nothing."""
         return ScriptedRunner(config)
 

@@ -4,6 +4,7 @@
 """
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import Protocol, TypeVar
 
@@ -13,6 +14,7 @@ from runtime.engine.sequence import SequenceKey, SequenceRequest, StepResult
 from snapshots.profiles import KernelFile, StepSize
 
 OnProgress = Callable[[int, int], None]  # bytes done, bytes in all
+Measure = Callable[[str], AbstractContextManager[None]]  # times what runs inside, as a phase
 
 
 class LoadReport(Protocol):
@@ -155,8 +157,8 @@ class EngineFactory(Protocol[RunnerT]):
     def prepare(self) -> None:
         """Do what makes every later start faster, in the zygote, once it has a moment."""
 
-    def open_runner(self, snapshot: Path, config: EngineConfig) -> RunnerT:
-        """Read a snapshot's configuration; weights come later."""
+    def open_runner(self, snapshot: Path, config: EngineConfig, measure: Measure) -> RunnerT:
+        """Read a snapshot's configuration and set devices up; weights come later."""
 
     def build_engine(self, snapshot: Path, config: EngineConfig, runner: RunnerT) -> StepEngine:
         """Join a snapshot's runner, its weights and KV cache in place, with a scheduler."""

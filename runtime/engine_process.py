@@ -64,8 +64,7 @@ def _load(
     os.environ["CUDA_VISIBLE_DEVICES"] = ",".join(request.device_uuids)
     config = engine_config(request)
     phase_log = PhaseLog()
-    with phase_log.measure("open"):
-        runner = factory.open_runner(store / request.snapshot, config)
+    runner = factory.open_runner(store / request.snapshot, config, phase_log.measure)
     with phase_log.measure("profile"):
         profile = EngineProfile(store / request.snapshot, config, runner)
         profile.apply()

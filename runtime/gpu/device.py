@@ -58,6 +58,12 @@ class Device:
         """Return what torch holds of the device's memory; slabs are not torch's."""
         return torch.cuda.memory_reserved() if self.is_gpu else 0
 
+    def drop_workspaces(self) -> None:
+        """Give back cuBLAS's work memory, of which every thread that has used it has its own."""
+        if self.is_gpu:
+            self.synchronize()
+            torch._C._cuda_clearCublasWorkspaces()
+
     def synchronize(self) -> None:
         """Wait for all that was launched."""
         if self.stream is not None:

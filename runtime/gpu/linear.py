@@ -80,6 +80,11 @@ class GpuGatedLinear:
             self._both(x, gate_up)
             silu_mul(gate_up, out)
 
+    def run_product(self, x: Tensor, gate_up: Tensor) -> None:
+        """Run only the product, and only if that is cuBLAS's."""
+        if not (self._is_fusable and hopper.is_faster(len(x))):
+            self._both(x, gate_up)
+
     def compile(self, x: Tensor, out: Tensor) -> None:
         """Compile kernels that only some numbers of tokens need; what is in `out` is lost."""
         if self._is_fusable:

@@ -182,6 +182,17 @@ class GpuLlama:
         """Compile kernels of matrix products that a batch of some size may need."""
         self._layers[0].gate.compile(self._buffers["normed"], self._buffers["gated"])
 
+    def run_products(self, num_tokens: int) -> None:
+        """Run a layer's products, those that cuBLAS computes; what is in the buffers is lost."""
+        hidden, normed, qkv, attended, gate_up, gated = (
+            self._buffers[name][:num_tokens] for name in _widths(self._config)
+        )
+        layer = self._layers[0]
+        layer.qkv(normed, qkv)
+        layer.output.add(attended, hidden)
+        layer.gate.run_product(normed, gate_up)
+        layer.down.add(gated, hidden)
+
     def logits(self, batch: Unfinished, rows: Tensor | None) -> Tensor:
         """Finish some tokens of a batch.
 

@@ -5,15 +5,18 @@ batch may be launched while the one before still runs: its tokens are where the 
 them before the host knows them.
 """
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
 from pathlib import Path
-from typing import Self
+from typing import Protocol, Self
 
 import torch
 from torch import Tensor
 
 from runtime.config import EngineConfig
 from runtime.engine.batch import PendingTokens, ScheduledBatch, TokenMasks
+from runtime.engine_api import Measure
 from runtime.environment import cpu_environment, gpu_environment
 from runtime.gpu.device import Device
 from runtime.gpu.graphs import StepGraphs, StepShape
@@ -25,7 +28,7 @@ from runtime.gpu.rows import Rows
 from runtime.gpu.sampling import GpuSampler, PendingChoice, PendingSample
 from runtime.gpu.staging import BatchDescription, BatchStaging, describe
 from runtime.gpu.step_sizes import PREFILL_TOKENS_ALONE, mixed_sizes, tokens_beside
-from runtime.gpu.warm_up import warm_up_batches, warm_up_masks
+from runtime.gpu.warm_up import PROMPTS, warm_up_batches, warm_up_masks
 from runtime.gpu.weights import GpuWeights, StreamedWeights
 from runtime.kernels.batch_inputs import ModelInputs, expand_batch
 from runtime.kernels.cache import KernelCache
@@ -39,6 +42,13 @@ from snapshots.loader import LoadReport
 from snapshots.profiles import StepSize
 
 PROMPT_LOGPROB_ROWS = 64  # at once: their probabilities are in memory beside their logits
+
+
+class Context(Protocol):
+    """What the driver needs to compute in this process, on its way; see `runtime.gpu.context`."""
+
+    def wait(self) -> None:
+        """Return when it is there, or raise LoadFailed."""
 
 
 class GpuRunner:
@@ -92,20 +102,32 @@ class GpuRunner:
         self._graphs = StepGraphs(self._run, self._limits, self._device)
 
     @classmethod
-    def open(cls, snapshot_dir: Path, config: EngineConfig) -> Self:
+    def open(
+        cls, snapshot_dir: Path, config: EngineConfig, context: Context, measure: Measure
+    ) -> Self:
         """Read a snapshot's configuration and header; weights come later.
+
+        Args:
+            snapshot_dir: The snapshot.
+            config: Limits of the engine.
+            context: Waited for when everything is read that needs no GPU.
+            measure: Times the parts.
 
         Raises:
             LoadFailed: The engine cannot run this model, or not with this configuration.
             SnapshotDamaged: A file is missing or not what the manifest says.
             OutOfMemory: The GPU has no room for weights and a KV cache.
         """
-        description = read_model(snapshot_dir)
-        weights = GpuWeights(snapshot_dir, "cuda")
-        check_dtype(config, weights.dtype)
-        weights.prefetch()  # while the device is set up, which takes as long as some reading
+        with measure("open"):
+            description = read_model(snapshot_dir)
+            weights = GpuWeights(snapshot_dir, "cuda")
+            check_dtype(config, weights.dtype)
+            weights.prefetch()  # while the context is made, which takes as long as some reading
         try:
-            return cls(description.config, config, weights, description.eos_token_ids)
+            with measure("context"):
+                context.wait()
+            with measure("buffers"):
+                return cls(description.config, config, weights, description.eos_token_ids)
         except BaseException:
             weights.release()
             raise
@@ -242,9 +264,36 @@ class GpuRunner:
         if self._num_compilations is not None:
             return
         assert self._model is not None, "loading has started"
-        with self._model.shortened(), self._graphs.suspended():
+        with self._model.shortened(), self._graphs.suspended(), self._loading_products():
             self._run_kernels()
         self._num_compilations = self.kernels.num_compilations
+
+    @contextmanager
+    def _loading_products(self) -> Iterator[None]:
+        """Have cuBLAS load its kernels meanwhile, which takes it as long as all others take Triton.
+
+        It reads what is in the buffers and writes into them, which concerns nobody before the first
+        batch.
+        """
+        assert self._model is not None, "loading has started"
+        model = self._model
+
+        def load() -> None:
+            with self._device.computing():
+                for num_tokens in self._product_sizes():
+                    model.run_products(num_tokens)
+            self._device.synchronize()
+
+        with ThreadPoolExecutor(1, "products") as pool:
+            loading = pool.submit(load)
+            yield
+            loading.result()
+        self._device.drop_workspaces()
+
+    def _product_sizes(self) -> list[int]:
+        """Return the sizes of steps with a usual prompt, the smaller first."""
+        sizes = {min(num_tokens, self._limits.num_tokens) for num_tokens in PROMPTS}
+        return sorted({self._graphs.shape_of(num_tokens, 1).num_tokens for num_tokens in sizes})
 
     def _run_kernels(self) -> None:
         assert self._model is not None, "loading has started"

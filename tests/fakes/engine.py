@@ -22,7 +22,7 @@ from runtime.engine.sequence import (
     SequenceRequest,
     StepResult,
 )
-from runtime.engine_api import NothingCompiled, OnProgress
+from runtime.engine_api import Measure, NothingCompiled, OnProgress
 from runtime.errors import InvalidSequence, SnapshotDamaged
 
 VOCAB_SIZE = 1 << 31
@@ -231,8 +231,10 @@ class FakeEngineFactory:
     def prepare(self) -> None:
         pass
 
-    def open_runner(self, snapshot: Path, config: EngineConfig) -> FakeRunner:
-        return FakeRunner(Script(**json.loads((snapshot / "script.json").read_text())), config)
+    def open_runner(self, snapshot: Path, config: EngineConfig, measure: Measure) -> FakeRunner:
+        with measure("open"):
+            script = Script(**json.loads((snapshot / "script.json").read_text()))
+        return FakeRunner(script, config)
 
     def build_engine(self, snapshot: Path, config: EngineConfig, runner: FakeRunner) -> FakeEngine:
         return FakeEngine(runner)
