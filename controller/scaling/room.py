@@ -5,20 +5,14 @@ chance that somebody asks for it soon. One with requests in flight is never park
 had its turn it may be told to take no more, so that it runs empty.
 """
 
+import math
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
 
-from controller.scaling.lifecycle import ReplicaState
+from controller.scaling.lifecycle import ENDING, ReplicaState
 
-LEAVING = frozenset(
-    {
-        ReplicaState.PARKING,
-        ReplicaState.DRAINING,
-        ReplicaState.FAILED,
-        ReplicaState.STOPPED,
-    }
-)
-"""States in which a replica gives its memory back without being asked."""
+LEAVES_WITHIN_S = 5.0
+"""One with nothing in flight that is being removed for longer may not be gone for a long time."""
 
 BETWEEN_CALLS_S = 0.1
 """One that has been idle for less is likely between two calls of the same client."""
@@ -33,7 +27,7 @@ class Tenant:
         state: Its lifecycle's.
         kept_bytes: What it would still hold when parked.
         value_s: Seconds of waiting that its removal is expected to cost.
-        resident_s: Since it became ready.
+        resident_s: Since it entered its state.
         held_bytes: What it holds of the device in question.
         idle_s: Since its last response.
         is_busy: Whether requests are in flight or about to be.
@@ -62,6 +56,19 @@ class Tenant:
         if self.state in (ReplicaState.READY, ReplicaState.PARKING):
             return max(self.held_bytes - self.kept_bytes, 0)
         return self.held_bytes
+
+    @property
+    def leaves_within_s(self) -> float:
+        """How much longer it is trusted to give its memory back unasked; 0 or less if it is not.
+
+        A park is quick, and a runtime is removed in a moment, but not before its last response;
+        one that resists its removal may stay for good.
+        """
+        if self.state is ReplicaState.PARKING:
+            return math.inf
+        if self.state not in ENDING or self.is_busy:
+            return 0.0
+        return LEAVES_WITHIN_S - min(self.resident_s, self.idle_s)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -101,10 +108,12 @@ def make_room(
         turn_s: A busy replica may serve this long before others who wait as long get its place.
     """
     tenants = list(tenants)
-    missing_bytes -= sum(one.freed_bytes for one in tenants if one.state in LEAVING)
-    missing_bytes -= sum(one.freed_bytes for one in tenants if one.is_yielding)
+    leaving = [one for one in tenants if one.leaves_within_s > 0]
+    promised = [one for one in tenants if one.is_yielding and one.state is ReplicaState.READY]
+    missing_bytes -= _freed(leaving) + _freed(promised)
+    waits = [one.leaves_within_s for one in leaving if one.leaves_within_s < math.inf]
     if missing_bytes <= 0:
-        return Room()
+        return Room(retry_in_s=min(waits, default=None))
     free_to_go = [
         one
         for one in tenants
@@ -116,11 +125,11 @@ def make_room(
     ripe = [one for one in idle if _ripens_in_s(one, min_residency_s) <= 0]
     evicted = cheapest(ripe, missing_bytes)
     if _freed(evicted) >= missing_bytes:
-        return _room(evicted, ())
+        return _room(evicted, (), retry_in_s=min(waits, default=None))
     young = [one for one in idle if one not in ripe]
     busy = [one for one in free_to_go if one.is_busy]
     served = [one for one in busy if waited_s >= turn_s and one.resident_s >= turn_s]
-    waits = [_ripens_in_s(one, min_residency_s) for one in young]
+    waits += [_ripens_in_s(one, min_residency_s) for one in young]
     waits += [max(turn_s - waited_s, turn_s - one.resident_s) for one in busy if one not in served]
     retry_in_s = min(waits, default=None)
     yielding = cheapest(served, missing_bytes - _freed(ripe) - _freed(young))

@@ -136,7 +136,7 @@ class Tenancy:
                 * function.books.reload_s(_TIER_AFTER.get(replica.state, Tier.STOPPED)),
                 resident_s=now - replica.lifecycle.since,
                 idle_s=now - replica.idle_since,
-                is_busy=replica.in_flight > 0 or (has_queue and not replica.is_yielding),
+                is_busy=replica.in_flight > 0 or (has_queue and _takes_requests(replica)),
                 is_needed=function.set.is_needed(replica),
                 is_yielding=replica.is_yielding,
             )
@@ -177,3 +177,7 @@ class Tenancy:
         if known is None:
             return LIKELY_KEPT_BYTES if self._function.homes[replica.id].gpus else 0
         return known
+
+
+def _takes_requests(replica: Replica) -> bool:
+    return replica.state is ReplicaState.READY and not replica.is_yielding

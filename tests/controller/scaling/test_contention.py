@@ -188,6 +188,69 @@ async def test_one_whose_gpu_was_taken_waits_while_no_other_has_room() -> None:
         assert await collect(a) == [3, 4, 5, 6]
 
 
+@asynccontextmanager
+async def draining(function: Function, *, seconds: int) -> AsyncIterator[None]:
+    """Have a function's replica end a long response before it is removed; a token a second."""
+    running = asyncio.create_task(collect(function, max_tokens=seconds))
+    await asyncio.sleep(2.0)
+    stopping = asyncio.create_task(function.stop())
+    await asyncio.sleep(2.0)
+    try:
+        yield
+    finally:
+        await asyncio.gather(running, stopping)
+
+
+async def test_nobody_waits_for_a_long_response_while_another_is_idle() -> None:
+    world = World(num_gpus=2, make_runtime=lambda: FakeRuntime(step_s=1.0))
+    async with functions(world, "drains", "idle", "new") as (drains, idle, new):
+        for function in (drains, idle):
+            await collect(function, max_tokens=1)
+        async with draining(drains, seconds=200):
+            async with asyncio.timeout(10.0):
+                await collect(new, max_tokens=1)
+            assert idle.tier is Tier.PARKED
+
+
+async def test_nobody_waits_for_a_long_response_beside_an_idle_replica() -> None:
+    world = World(num_gpus=1, make_runtime=lambda: FakeRuntime(step_s=1.0))
+    async with functions(world, "drains", "idle", "new", share=0.45) as (drains, idle, new):
+        for function in (drains, idle):
+            await collect(function, max_tokens=1)
+        async with draining(drains, seconds=200), asyncio.timeout(10.0):
+            await collect(new, max_tokens=1)
+
+
+async def test_one_parked_under_a_long_response_starts_on_another_gpu() -> None:
+    world = World(num_gpus=2, make_runtime=lambda: FakeRuntime(step_s=1.0))
+    async with functions(world, "x", "y", "new") as (x, y, new):
+        await collect(x, max_tokens=1)
+        (before,) = x.homes.values()
+        await collect(y, max_tokens=1)
+        await x.park()
+        await y.stop()
+        world.node.memory.hold("filler", ["GPU-1"], x.deployment.demand)
+        await collect(y, max_tokens=1)
+        assert [home.device_ids for home in y.homes.values()] == [before.device_ids]
+        world.node.memory.release("filler")
+        async with draining(y, seconds=200), asyncio.timeout(10.0):
+            await asyncio.gather(collect(x, max_tokens=1), collect(new, max_tokens=1))
+
+
+async def test_nobody_waits_for_a_runtime_that_cannot_be_removed() -> None:
+    world = World(num_gpus=2)
+    async with functions(world, "lost", "idle", "new") as (lost, idle, new):
+        for function in (lost, idle):
+            await collect(function)
+        world.backend.delete_s = 1e6
+        (replica,) = lost.set.replicas.values()
+        lost.lost(replica, "the GPU fell off")
+        async with asyncio.timeout(10.0):
+            await collect(new)
+        assert idle.tier is Tier.PARKED
+        world.backend.delete_s = 0.0
+
+
 async def test_one_that_cannot_be_helped_does_not_hold_up_others() -> None:
     world = World(num_gpus=1)
     async with (

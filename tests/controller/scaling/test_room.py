@@ -7,7 +7,14 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from controller.scaling.lifecycle import ReplicaState
-from controller.scaling.room import BETWEEN_CALLS_S, LEAVING, Room, Tenant, cheapest, make_room
+from controller.scaling.room import (
+    BETWEEN_CALLS_S,
+    LEAVES_WITHIN_S,
+    Room,
+    Tenant,
+    cheapest,
+    make_room,
+)
 
 S = ReplicaState
 
@@ -47,8 +54,29 @@ def test_as_many_go_as_are_needed_and_no_more() -> None:
 
 
 def test_what_is_being_given_back_is_waited_for() -> None:
-    for state in LEAVING:
-        assert room(tenant("a", state=state), tenant("b")) == Room()
+    assert room(tenant("a", state=S.PARKING), tenant("b")) == Room()
+
+
+@pytest.mark.parametrize("state", [S.DRAINING, S.FAILED])
+def test_one_that_is_being_removed_is_waited_for_a_moment(state: ReplicaState) -> None:
+    leaving = tenant("a", state=state, resident_s=1.0)
+    assert room(leaving, tenant("b")) == Room(retry_in_s=LEAVES_WITHIN_S - 1.0)
+    ended_late = replace(leaving, resident_s=200.0, idle_s=2.0)
+    assert room(ended_late, tenant("b")) == Room(retry_in_s=LEAVES_WITHIN_S - 2.0)
+
+
+@pytest.mark.parametrize(
+    "obstacle",
+    [{"is_busy": True}, {"resident_s": 60.0, "idle_s": 60.0}],
+    ids=["its last response goes on", "it resists"],
+)
+@pytest.mark.parametrize("state", [S.DRAINING, S.FAILED])
+def test_one_that_may_not_be_gone_for_long_is_not_waited_for(
+    state: ReplicaState, obstacle: dict[str, object]
+) -> None:
+    leaving = tenant("a", state=state, **({"resident_s": 1.0} | obstacle))
+    assert room(leaving, tenant("b")).evict == ("b",)
+    assert not room(leaving).is_enough
 
 
 def test_one_that_yields_is_waited_for() -> None:
