@@ -58,6 +58,19 @@ class Tenant:
         return self.held_bytes
 
     @property
+    def is_free_to_go(self) -> bool:
+        """Whether it would help to send it away and nothing but a request may forbid that."""
+        can_go = self.state is ReplicaState.PARKED or (
+            self.state is ReplicaState.READY and not (self.is_needed or self.is_yielding)
+        )
+        return can_go and self.freed_bytes > 0
+
+    @property
+    def runs_empty(self) -> bool:
+        """Whether it serves what it has and is parked then; a parked one cannot do that."""
+        return self.is_yielding and self.state is ReplicaState.READY
+
+    @property
     def leaves_within_s(self) -> float:
         """How much longer it is trusted to give its memory back unasked; 0 or less if it is not.
 
@@ -109,25 +122,18 @@ def make_room(
     """
     tenants = list(tenants)
     leaving = [one for one in tenants if one.leaves_within_s > 0]
-    promised = [one for one in tenants if one.is_yielding and one.state is ReplicaState.READY]
-    missing_bytes -= _freed(leaving) + _freed(promised)
+    missing_bytes -= _freed(leaving) + _freed(one for one in tenants if one.runs_empty)
     waits = [one.leaves_within_s for one in leaving if one.leaves_within_s < math.inf]
     if missing_bytes <= 0:
         return Room(retry_in_s=min(waits, default=None))
-    free_to_go = [
-        one
-        for one in tenants
-        if not (one.is_needed or one.is_yielding)
-        and one.freed_bytes > 0
-        and one.state in (ReplicaState.READY, ReplicaState.PARKED)
-    ]
-    idle = [one for one in free_to_go if not one.is_busy]
+    free_to_go = [one for one in tenants if one.is_free_to_go]
+    busy = [one for one in free_to_go if one.is_busy and one.state is ReplicaState.READY]
+    idle = [one for one in free_to_go if one not in busy]
     ripe = [one for one in idle if _ripens_in_s(one, min_residency_s) <= 0]
     evicted = cheapest(ripe, missing_bytes)
     if _freed(evicted) >= missing_bytes:
         return _room(evicted, (), retry_in_s=min(waits, default=None))
     young = [one for one in idle if one not in ripe]
-    busy = [one for one in free_to_go if one.is_busy]
     served = [one for one in busy if waited_s >= turn_s and one.resident_s >= turn_s]
     waits += [_ripens_in_s(one, min_residency_s) for one in young]
     waits += [max(turn_s - waited_s, turn_s - one.resident_s) for one in busy if one not in served]

@@ -297,6 +297,29 @@ async def test_parked_ones_whose_contexts_fill_the_gpu_are_stopped() -> None:
         assert tiers[-1] is Tier.READY
 
 
+async def test_one_that_waits_behind_gives_up_what_its_parked_replica_holds() -> None:
+    world = World(num_gpus=1, make_runtime=lambda: FakeRuntime(kept_bytes=6 * GIB))
+
+    async def call_on(function: Function) -> None:
+        while True:
+            await collect(function, max_tokens=50)
+
+    async with functions(world, "a", "behind", "busy") as (a, behind, busy):
+        await collect(behind)
+        await asyncio.sleep(2.0)
+        await behind.park()
+        await collect(busy)
+        callers = [asyncio.create_task(call_on(busy)) for _ in range(3)]
+        await asyncio.sleep(2.0)
+        async with asyncio.timeout(120.0):
+            first = asyncio.create_task(collect(a))
+            await asyncio.sleep(1.0)
+            await asyncio.gather(first, collect(behind))
+        for caller in callers:
+            caller.cancel()
+        await asyncio.gather(*callers, return_exceptions=True)
+
+
 async def test_parked_ones_stay_when_calls_to_others_come_fast() -> None:
     world = World(num_gpus=1, make_runtime=lambda: FakeRuntime(kept_bytes=8 << 20))
     async with functions(world, "a", "b", "c") as all_of_them:

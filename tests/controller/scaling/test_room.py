@@ -130,6 +130,20 @@ def test_a_busy_one_serves_its_turn_and_then_takes_no_more() -> None:
     assert room(fresh, waited_s=40.0) == Room(is_enough=False, retry_in_s=18.0)
 
 
+def test_a_parked_one_whose_callers_wait_is_stopped_and_does_not_yield() -> None:
+    parked = tenant("parked", state=S.PARKED, held_bytes=6, is_busy=True, value_s=0.0)
+    busy = tenant("busy", is_busy=True, held_bytes=90, kept_bytes=6)
+    decided = room(parked, busy, missing=86, waited_s=31.0)
+    assert (decided.evict, decided.yielding, decided.is_enough) == (("parked",), ("busy",), True)
+    asked_in_vain = replace(parked, is_yielding=True)
+    assert room(asked_in_vain, missing=6).evict == ("parked",)
+
+
+def test_one_that_was_lost_while_it_yielded_counts_once() -> None:
+    lost = tenant("a", state=S.FAILED, resident_s=0.0, is_yielding=True)
+    assert room(lost, tenant("b"), missing=19).evict == ("b",)
+
+
 def test_idle_ones_go_before_busy_ones() -> None:
     decided = room(tenant("busy", is_busy=True, value_s=0.0), tenant("idle"), waited_s=99.0)
     assert (decided.evict, decided.yielding) == (("idle",), ())
@@ -160,10 +174,13 @@ def test_nobody_is_disturbed_who_must_not_be(
     decided = room(*tenants, missing=missing, waited_s=waited_s)
     by_id = {one.replica_id: one for one in tenants}
     for one in map(by_id.__getitem__, decided.evict):
-        assert not one.is_busy
-        assert not one.is_needed
-        assert one.state is S.PARKED or (one.state is S.READY and one.resident_s >= 1.0)
+        if one.state is not S.PARKED:
+            assert one.state is S.READY
+            assert one.resident_s >= 1.0
+            assert not one.is_busy
+            assert not one.is_needed
     for one in map(by_id.__getitem__, decided.yielding):
+        assert one.state is S.READY
         assert one.is_busy
         assert not one.is_needed
         assert min(one.resident_s, waited_s) >= 30.0
