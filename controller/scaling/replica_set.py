@@ -271,18 +271,33 @@ class ReplicaSet:
         return [self._park(replica, now, reason) for replica in idle]
 
     def evict(self, replica: Replica, *, now: float, reason: str) -> Instruction | None:
-        """Park an idle replica or stop a parked one; None if it is neither any more."""
+        """Park an idle replica or stop a parked one; None if it must stay or is neither any more."""
         if replica.state is ReplicaState.PARKED:
             return self.drain(replica, now=now, reason=reason)
-        if replica.state is ReplicaState.READY and replica.in_flight == 0:
+        is_idle = replica.state is ReplicaState.READY and replica.in_flight == 0
+        if is_idle and not self.is_needed(replica):
             return self._park(replica, now, reason)
         return None
 
-    def is_needed(self, replica: Replica) -> bool:
-        """Return whether a replica must stay ready for the sake of the floor."""
-        if replica.state is not ReplicaState.READY or replica.runtime_hash != self.runtime_hash:
+    def yield_place(self, replica: Replica) -> bool:
+        """Ask a ready replica to run empty; says whether it will, which one that must stay won't."""
+        if replica.state is not ReplicaState.READY or self.is_needed(replica):
             return False
-        return sum(r.state is ReplicaState.READY for r in self._current()) <= self.floor
+        replica.is_yielding = True
+        return True
+
+    def yields(self, replica: Replica) -> bool:
+        """Return whether a replica runs empty for others: it was asked to and need not stay."""
+        return replica.is_yielding and not self.is_needed(replica)
+
+    def is_needed(self, replica: Replica) -> bool:
+        """Return whether a replica must stay ready for the sake of the floor.
+
+        Those are as many as the floor says, first those that serve, then those called last.
+        """
+        ready = [one for one in self._current() if one.state is ReplicaState.READY]
+        ready.sort(key=lambda one: (one.is_yielding, one.in_flight == 0, -one.idle_since))
+        return replica in ready[: self.floor]
 
     def _current(self) -> Iterator[Replica]:
         for replica in self.replicas.values():
@@ -294,7 +309,7 @@ class ReplicaSet:
         free = [
             replica
             for replica in self._current()
-            if replica.state in _ROUTABLE and not replica.is_yielding and replica.in_flight < limit
+            if replica.state in _ROUTABLE and not self.yields(replica) and replica.in_flight < limit
         ]
         if not free:
             return False
@@ -395,7 +410,7 @@ class ReplicaSet:
             elif replica.state is ReplicaState.PARKED:
                 if self._is_expired(replica, now):
                     instructions += self._stop(replica, now, "park timeout")
-            elif replica.is_yielding:
+            elif self.yields(replica):
                 instructions.append(self._park(replica, now, "another function needs its device"))
             elif replica.is_cordoned:
                 instructions.append(self._park(replica, now, "more replicas than needed"))

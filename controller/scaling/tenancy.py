@@ -80,7 +80,7 @@ class Tenancy:
             replicas.floor,
             replicas.num_queued > 0,
             [
-                (one.id, one.state, one.in_flight > 0, one.is_yielding)
+                (one.id, one.state, one.in_flight > 0, replicas.yields(one))
                 for one in replicas.replicas.values()
             ],
         )
@@ -126,7 +126,6 @@ class Tenancy:
         """Return its replicas that hold device memory, by id."""
         function, now = self._function, self._function.clock.monotonic()
         reuse = self.reuse_probability
-        has_queue = function.set.num_queued > 0
         return {
             replica.id: Tenant(
                 replica_id=replica.id,
@@ -136,9 +135,9 @@ class Tenancy:
                 * function.books.reload_s(_TIER_AFTER.get(replica.state, Tier.STOPPED)),
                 resident_s=now - replica.lifecycle.since,
                 idle_s=now - replica.idle_since,
-                is_busy=replica.in_flight > 0 or (has_queue and _takes_requests(replica)),
+                is_busy=replica.in_flight > 0 or self._has_callers(replica),
                 is_needed=function.set.is_needed(replica),
-                is_yielding=replica.is_yielding,
+                is_yielding=function.set.yields(replica),
             )
             for replica in function.set.replicas.values()
             if replica.id in function.homes
@@ -154,9 +153,10 @@ class Tenancy:
 
     def yield_place(self, replica_id: str, *, reason: str) -> None:
         """Give a replica no more requests, and park it when it is empty."""
-        log.info("replica yields", function=self.name, replica_id=replica_id, reason=reason)
-        self._function.set.replicas[replica_id].is_yielding = True
-        self.poke()
+        replicas = self._function.set
+        if replicas.yield_place(replicas.replicas[replica_id]):
+            log.info("replica yields", function=self.name, replica_id=replica_id, reason=reason)
+            self.poke()
 
     def keep_place(self, replica_id: str) -> None:
         """Reverse `yield_place`; harmless for a replica that has been parked or is gone."""
@@ -170,6 +170,13 @@ class Tenancy:
         """Have the function's owner look again."""
         self._function.poke()
 
+    def _has_callers(self, replica: Replica) -> bool:
+        """Return whether requests are about to be given to a replica."""
+        takes_requests = replica.state is ReplicaState.READY and not self._function.set.yields(
+            replica
+        )
+        return takes_requests and self._function.set.num_queued > 0
+
     def _kept_bytes(self, replica: Replica) -> int:
         """Return what a replica holds of each device when parked, as far as that is known."""
         link = self._function.links.get(replica.id)
@@ -177,7 +184,3 @@ class Tenancy:
         if known is None:
             return LIKELY_KEPT_BYTES if self._function.homes[replica.id].gpus else 0
         return known
-
-
-def _takes_requests(replica: Replica) -> bool:
-    return replica.state is ReplicaState.READY and not replica.is_yielding

@@ -150,6 +150,33 @@ async def test_a_function_that_must_be_ready_is_left_alone() -> None:
         assert kept_ready.tier is Tier.READY
 
 
+@pytest.mark.parametrize("is_busy", [False, True], ids=["idle", "busy"])
+@pytest.mark.parametrize(("share", "num_ready"), [(0.6, 1), (0.9, 2)], ids=["one", "both"])
+async def test_a_place_is_had_of_those_that_need_not_stay(
+    share: float, num_ready: int, *, is_busy: bool
+) -> None:
+    world = World(num_gpus=1, make_runtime=lambda: FakeRuntime(step_s=0.5))
+    two = KEPT_READY | {"max_replicas": 2, "target_concurrency": 1, "scale_down_delay": 600}
+    async with (
+        functions(world, "kept", share=0.3, scaling=two) as (kept_ready,),
+        functions(world, "b", share=share, queue={"timeout": 100}) as (b,),
+    ):
+        await kept_ready.warm()
+        await asyncio.gather(*(collect(kept_ready, max_tokens=20) for _ in range(2)))
+        await asyncio.sleep(5.0)
+        num_tokens = 120 if is_busy else 1
+        calls = [asyncio.create_task(collect(kept_ready, max_tokens=num_tokens)) for _ in range(2)]
+        await asyncio.sleep(1.0)
+        calls.append(asyncio.create_task(collect(b)))
+        fewest = 2
+        while not all(call.done() for call in calls):
+            await asyncio.sleep(0.05)
+            fewest = min(fewest, kept_ready.set.num_ready)
+        assert fewest == num_ready, "min_replicas is 1; none goes if that does not help"
+        assert (b.tier is Tier.READY) is (num_ready == 1)
+        await asyncio.gather(*calls, return_exceptions=True)
+
+
 @asynccontextmanager
 async def parked_under_another(world: World) -> AsyncIterator[tuple[Function, Function]]:
     """Run one whose GPU went, while it was parked, to one that must stay; and one on the other."""

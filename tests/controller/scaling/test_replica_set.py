@@ -277,6 +277,63 @@ def test_parking_on_demand_leaves_busy_replicas_alone() -> None:
     assert replica_set.park_now(now=1.0, reason="asked to") == [ParkReplica(replica=replica)]
 
 
+def kept_set(floor: int = 1) -> tuple[ReplicaSet, Replica, Replica]:
+    """Two ready replicas of which as many must stay; the second was called last."""
+    replica_set = set_of(
+        spec_of(scaling={"idle_timeout": None, "target_concurrency": 1, "scale_down_delay": 1e6})
+    )
+    waiters = [request(replica_set) for _ in range(2)]
+    for instruction in replica_set.plan(0.0):
+        replica_set.loading(instruction.replica, now=0.0, reason="answers")
+        replica_set.ready(instruction.replica, now=0.0)
+    first, second = replica_set.replicas.values()
+    assert replica_set.grant() == waiters
+    replica_set.release(first, now=1.0)
+    replica_set.release(second, now=2.0)
+    replica_set.floor = floor
+    return replica_set, first, second
+
+
+def test_as_many_as_must_be_ready_are_needed_the_most_valuable_ones() -> None:
+    replica_set, first, second = kept_set()
+    assert [replica_set.is_needed(one) for one in (first, second)] == [False, True]
+    request(replica_set, now=3.0)
+    assert first.in_flight == 1
+    assert [replica_set.is_needed(one) for one in (first, second)] == [True, False]
+    replica_set.floor = 2
+    assert [replica_set.is_needed(one) for one in (first, second)] == [True, True]
+    replica_set.floor = 0
+    assert [replica_set.is_needed(one) for one in (first, second)] == [False, False]
+
+
+def test_one_that_must_stay_is_not_evicted() -> None:
+    replica_set, first, second = kept_set()
+    assert replica_set.evict(second, now=3.0, reason="") is None
+    assert replica_set.evict(first, now=3.0, reason="") == ParkReplica(replica=first)
+    assert replica_set.evict(second, now=3.0, reason="") is None
+
+
+def test_one_that_must_stay_does_not_yield() -> None:
+    replica_set, first, second = kept_set()
+    for _ in range(2):
+        request(replica_set, now=3.0)
+    assert [replica_set.yield_place(one) for one in (first, second)] == [True, False]
+    assert [replica_set.yields(one) for one in (first, second)] == [True, False]
+    replica_set.failed(second, now=4.0, reason="died", is_start=False)
+    assert request(replica_set, now=4.0).replica is first, "it is the only one now"
+    for _ in range(2):
+        replica_set.release(first, now=5.0)
+    assert not any(isinstance(one, ParkReplica) for one in replica_set.plan(5.0))
+
+
+def test_a_parked_one_does_not_yield() -> None:
+    replica_set, first, _ = kept_set(floor=0)
+    replica_set.evict(first, now=3.0, reason="")
+    replica_set.parked(first, now=3.1)
+    assert not replica_set.yield_place(first)
+    assert not replica_set.yields(first)
+
+
 def test_no_free_device_leaves_no_trace_and_is_tried_again() -> None:
     replica_set = set_of()
     request(replica_set)
