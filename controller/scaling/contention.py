@@ -26,8 +26,8 @@ class Party(Protocol):
     def tenants(self) -> Mapping[str, Tenant]:
         """Return its replicas that hold device memory, by id."""
 
-    def evict(self, replica_id: str, *, reason: str) -> None:
-        """Park an idle replica, or stop a parked one, now."""
+    def evict(self, replica_id: str, *, reason: str, may_park: bool = True) -> None:
+        """Park an idle replica, or stop a parked one, or one that may not be parked, now."""
 
     def yield_place(self, replica_id: str, *, reason: str) -> None:
         """Give a replica no more requests, and park it when it is empty."""
@@ -183,6 +183,8 @@ class Contention:
             reason = f"{party.name} needs its device"
             for one in wait.room.evict:
                 owners[one][0].evict(one, reason=reason)
+            for one in wait.room.stop:
+                owners[one][0].evict(one, reason=reason, may_park=False)
             for one in wait.room.yielding:
                 wait.yielding[one] = owners[one][0]
                 owners[one][0].yield_place(one, reason=reason)
@@ -209,11 +211,12 @@ class Contention:
             )
             for device_id in device_ids
         ]
-        chosen = sorted(rooms, key=lambda room: (not room.is_enough, room.cost_s))
+        chosen = sorted(rooms, key=lambda room: (not room.is_enough, len(room.stop), room.cost_s))
         chosen = chosen[: num_devices or max(demand.num_gpus, 1)]
         retries = [room.retry_in_s for room in rooms if room.retry_in_s is not None]
         return Room(
             evict=tuple(dict.fromkeys(one for room in chosen for one in room.evict)),
+            stop=tuple(dict.fromkeys(one for room in chosen for one in room.stop)),
             yielding=tuple(dict.fromkeys(one for room in chosen for one in room.yielding)),
             is_enough=all(room.is_enough for room in chosen),
             retry_in_s=min(retries, default=None),

@@ -270,14 +270,20 @@ class ReplicaSet:
         ]
         return [self._park(replica, now, reason) for replica in idle]
 
-    def evict(self, replica: Replica, *, now: float, reason: str) -> Instruction | None:
-        """Park an idle replica or stop a parked one; None if it must stay or is neither any more."""
-        if replica.state is ReplicaState.PARKED:
-            return self.drain(replica, now=now, reason=reason)
+    def evict(
+        self, replica: Replica, *, now: float, reason: str, may_park: bool = True
+    ) -> Instruction | None:
+        """Park an idle replica or stop a parked one; None if it must stay or is neither any more.
+
+        An idle one that may not be parked is stopped too.
+        """
         is_idle = replica.state is ReplicaState.READY and replica.in_flight == 0
-        if is_idle and not self.is_needed(replica):
+        is_parked = replica.state is ReplicaState.PARKED
+        if not (is_idle or is_parked) or self.is_needed(replica):
+            return None
+        if is_idle and may_park:
             return self._park(replica, now, reason)
-        return None
+        return self.drain(replica, now=now, reason=reason)
 
     def yield_place(self, replica: Replica) -> bool:
         """Ask a ready replica to run empty; says whether it will, which one that must stay won't."""

@@ -6,8 +6,9 @@ had its turn it may be told to take no more, so that it runs empty.
 """
 
 import math
-from collections.abc import Iterable, Sequence
+from collections.abc import Collection, Iterable, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 
 from controller.scaling.lifecycle import ENDING, ReplicaState
 
@@ -33,6 +34,7 @@ class Tenant:
         is_busy: Whether requests are in flight or about to be.
         is_needed: Whether it must stay, for a minimum of replicas.
         is_yielding: Whether it takes no more requests already.
+        may_park: Whether it may be left parked, with what it keeps; else it is stopped.
     """
 
     replica_id: str
@@ -45,6 +47,7 @@ class Tenant:
     is_busy: bool = False
     is_needed: bool = False
     is_yielding: bool = False
+    may_park: bool = True
 
     def on_device(self, *, held_bytes: int) -> "Tenant":
         """Return it as the tenant of one device."""
@@ -53,9 +56,12 @@ class Tenant:
     @property
     def freed_bytes(self) -> int:
         """What comes free when it gives way: ready ones are parked, parked ones stopped."""
-        if self.state in (ReplicaState.READY, ReplicaState.PARKING):
-            return max(self.held_bytes - self.kept_bytes, 0)
-        return self.held_bytes
+        return max(self.held_bytes - self.kept_bytes, 0) if self.is_left_parked else self.held_bytes
+
+    @property
+    def is_left_parked(self) -> bool:
+        """Whether giving way ends in parked."""
+        return self.may_park and self.state in (ReplicaState.READY, ReplicaState.PARKING)
 
     @property
     def is_free_to_go(self) -> bool:
@@ -90,6 +96,7 @@ class Room:
 
     Attributes:
         evict: Replicas to park, or to stop if they are parked, now.
+        stop: Idle replicas to stop now, since parked they would hold too much.
         yielding: Busy replicas that are to take no more requests.
         cost_s: What that is expected to cost others.
         is_enough: Whether the room is there once all of it is done.
@@ -97,6 +104,7 @@ class Room:
     """
 
     evict: tuple[str, ...] = ()
+    stop: tuple[str, ...] = ()
     yielding: tuple[str, ...] = ()
     cost_s: float = 0.0
     is_enough: bool = True
@@ -113,6 +121,9 @@ def make_room(
 ) -> Room:
     """Decide who gives way on one device.
 
+    Idle ones are parked. If that is not enough, some are stopped instead: as few as will do, and
+    those that cannot be stopped now once they are parked.
+
     Args:
         tenants: Everybody on it but those who ask.
         missing_bytes: What must come free.
@@ -120,7 +131,32 @@ def make_room(
         min_residency_s: A replica is not parked sooner after it became ready.
         turn_s: A busy replica may serve this long before others who wait as long get its place.
     """
-    tenants = list(tenants)
+    by_id = {one.replica_id: one for one in tenants}
+    decide = partial(
+        _make_room,
+        missing_bytes=missing_bytes,
+        waited_s=waited_s,
+        min_residency_s=min_residency_s,
+        turn_s=turn_s,
+    )
+    room = decide(by_id.values())
+    parked = (one for one in by_id.values() if one.is_left_parked and not one.is_needed)
+    for one in sorted(parked, key=lambda one: (one.is_busy, one.value_s)):
+        if room.is_enough:
+            break
+        by_id[one.replica_id] = replace(one, may_park=False)
+        room = decide(by_id.values())
+    return room
+
+
+def _make_room(
+    tenants: Collection[Tenant],
+    *,
+    missing_bytes: int,
+    waited_s: float,
+    min_residency_s: float,
+    turn_s: float,
+) -> Room:
     leaving = [one for one in tenants if one.leaves_within_s > 0]
     missing_bytes -= _freed(leaving) + _freed(one for one in tenants if one.runs_empty)
     waits = [one.leaves_within_s for one in leaving if one.leaves_within_s < math.inf]
@@ -182,8 +218,10 @@ def cheapest(tenants: Sequence[Tenant], missing_bytes: int) -> list[Tenant]:
 def _room(
     evicted: Sequence[Tenant], yielding: Sequence[Tenant], *, retry_in_s: float | None = None
 ) -> Room:
+    stopped = [one for one in evicted if one.state is ReplicaState.READY and not one.may_park]
     return Room(
-        evict=tuple(one.replica_id for one in evicted),
+        evict=tuple(one.replica_id for one in evicted if one not in stopped),
+        stop=tuple(one.replica_id for one in stopped),
         yielding=tuple(one.replica_id for one in yielding),
         cost_s=sum(one.value_s for one in (*evicted, *yielding)),
         retry_in_s=retry_in_s,

@@ -9,6 +9,7 @@ from controller.scaling.node import Home
 from controller.scaling.replica import Replica
 from controller.scaling.reuse import CallRate
 from controller.scaling.room import Tenant
+from functions.spec import ParkMode
 from runtime.rpc import inference_pb2 as pb
 
 if TYPE_CHECKING:
@@ -16,7 +17,7 @@ if TYPE_CHECKING:
 
 log = structlog.get_logger(__name__)
 
-LIKELY_KEPT_BYTES = 1 << 30
+LIKELY_KEPT_BYTES = {ParkMode.DEEP: 8 << 20, ParkMode.LIGHT: 1 << 30}
 """What a parked engine may still hold of a GPU, before it has said so."""
 _TIER_AFTER = {ReplicaState.READY: Tier.PARKED, ReplicaState.PARKED: Tier.STANDBY}
 """What is left of a replica that gives way."""
@@ -143,11 +144,11 @@ class Tenancy:
             if replica.id in function.homes
         }
 
-    def evict(self, replica_id: str, *, reason: str) -> None:
-        """Park an idle replica, or stop a parked one, now."""
-        function = self._function
+    def evict(self, replica_id: str, *, reason: str, may_park: bool = True) -> None:
+        """Park an idle replica, or stop a parked one, or one that may not be parked, now."""
+        function, now = self._function, self._function.clock.monotonic()
         replica = function.set.replicas[replica_id]
-        instruction = function.set.evict(replica, now=function.clock.monotonic(), reason=reason)
+        instruction = function.set.evict(replica, now=now, reason=reason, may_park=may_park)
         if instruction is not None:
             function.execute([instruction])
 
@@ -172,15 +173,14 @@ class Tenancy:
 
     def _has_callers(self, replica: Replica) -> bool:
         """Return whether requests are about to be given to a replica."""
-        takes_requests = replica.state is ReplicaState.READY and not self._function.set.yields(
-            replica
-        )
-        return takes_requests and self._function.set.num_queued > 0
+        replicas = self._function.set
+        has_queue = replica.state is ReplicaState.READY and replicas.num_queued > 0
+        return has_queue and not replicas.yields(replica)
 
     def _kept_bytes(self, replica: Replica) -> int:
         """Return what a replica holds of each device when parked, as far as that is known."""
-        link = self._function.links.get(replica.id)
-        known = None if link is None else link.kept_bytes
-        if known is None:
-            return LIKELY_KEPT_BYTES if self._function.homes[replica.id].gpus else 0
-        return known
+        function, link = self._function, self._function.links.get(replica.id)
+        if link is not None and link.kept_bytes is not None:
+            return link.kept_bytes
+        has_gpu = bool(function.homes[replica.id].gpus)
+        return LIKELY_KEPT_BYTES[function.spec.scaling.park] if has_gpu else 0

@@ -324,6 +324,38 @@ async def test_parked_ones_whose_contexts_fill_the_gpu_are_stopped() -> None:
         assert tiers[-1] is Tier.READY
 
 
+@pytest.mark.parametrize(
+    ("share", "park", "tier"),
+    [
+        (0.98, "light", Tier.PARKED),
+        (0.995, "deep", Tier.PARKED),
+        (0.995, "light", Tier.STOPPED),
+        (1.0, "deep", Tier.STOPPED),
+    ],
+)
+async def test_an_idle_one_gives_way_to_one_that_needs_nearly_the_whole_gpu(
+    share: float, park: str, tier: Tier
+) -> None:
+    world = World(num_gpus=1)
+    scaling = {"idle_timeout": None, "max_replicas": 1, "park": park}
+    async with functions(world, "a", "b", share=share, scaling=scaling) as (a, b):
+        await collect(a)
+        await asyncio.sleep(5.0)
+        async with asyncio.timeout(5.0):
+            await collect(b)
+        assert a.tier is tier
+
+
+async def test_one_that_holds_more_than_thought_when_parked_is_stopped_then() -> None:
+    world = World(num_gpus=1, make_runtime=lambda: FakeRuntime(kept_bytes=GIB))
+    async with functions(world, "a", "b", share=0.995) as (a, b):
+        await collect(a)
+        await asyncio.sleep(5.0)
+        async with asyncio.timeout(5.0):
+            await collect(b)
+        assert a.tier is Tier.STOPPED
+
+
 async def test_one_that_waits_behind_gives_up_what_its_parked_replica_holds() -> None:
     world = World(num_gpus=1, make_runtime=lambda: FakeRuntime(kept_bytes=6 * GIB))
 

@@ -313,6 +313,12 @@ def test_one_that_must_stay_is_not_evicted() -> None:
     assert replica_set.evict(second, now=3.0, reason="") is None
 
 
+def test_an_idle_one_that_may_not_be_parked_is_stopped() -> None:
+    replica_set, replica = warm_set()
+    evicted = replica_set.evict(replica, now=1.0, reason="", may_park=False)
+    assert evicted == StopReplica(replica=replica)
+
+
 def test_one_that_must_stay_does_not_yield() -> None:
     replica_set, first, second = kept_set()
     for _ in range(2):

@@ -47,6 +47,31 @@ def test_among_equals_the_longest_idle_goes() -> None:
     assert room(tenant("a", idle_s=5.0), tenant("b", idle_s=50.0)).evict == ("b",)
 
 
+def test_an_idle_one_is_stopped_if_it_would_hold_too_much_when_parked() -> None:
+    assert room(tenant("a"), missing=10) == Room(stop=("a",), cost_s=1.0)
+    assert room(tenant("a", is_needed=True), missing=10) == Room(is_enough=False)
+    assert room(tenant("a", is_busy=True), missing=10) == Room(is_enough=False, retry_in_s=30.0)
+
+
+def test_no_more_are_stopped_instead_of_parked_than_need_be() -> None:
+    cheap, dear = tenant("cheap", value_s=0.5), tenant("dear", value_s=2.0)
+    decided = room(cheap, dear, missing=19)
+    assert (decided.stop, decided.evict) == (("cheap",), ("dear",))
+    assert room(cheap, dear, missing=18).stop == ()
+    assert set(room(cheap, dear, missing=20).stop) == {"cheap", "dear"}
+
+
+@pytest.mark.parametrize("going", [{"state": S.PARKING}, {"is_busy": True}, {"is_yielding": True}])
+def test_one_that_cannot_be_stopped_now_is_stopped_once_it_is_parked(
+    going: dict[str, object],
+) -> None:
+    on_its_way = tenant("a", **going)
+    decided = room(on_its_way, missing=10, waited_s=30.0)
+    assert (decided.evict, decided.stop, decided.is_enough) == ((), (), True)
+    parked = replace(on_its_way, state=S.PARKED, held_bytes=1, is_busy=False)
+    assert room(parked, missing=1).evict == ("a",)
+
+
 def test_as_many_go_as_are_needed_and_no_more() -> None:
     small = tenant("small", held_bytes=3, value_s=0.1)
     assert room(small, tenant("large"), missing=9).evict == ("large",), "the small one is no help"
@@ -173,7 +198,8 @@ def test_nobody_is_disturbed_who_must_not_be(
 ) -> None:
     decided = room(*tenants, missing=missing, waited_s=waited_s)
     by_id = {one.replica_id: one for one in tenants}
-    for one in map(by_id.__getitem__, decided.evict):
+    assert not set(decided.evict) & set(decided.stop)
+    for one in map(by_id.__getitem__, decided.evict + decided.stop):
         if one.state is not S.PARKED:
             assert one.state is S.READY
             assert one.resident_s >= 1.0
@@ -186,6 +212,7 @@ def test_nobody_is_disturbed_who_must_not_be(
         assert min(one.resident_s, waited_s) >= 30.0
     if not decided.is_enough:
         assert not decided.evict
+        assert not decided.stop
         assert not decided.yielding
 
 
