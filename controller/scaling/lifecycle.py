@@ -54,9 +54,6 @@ COMING = frozenset({_S.STARTING, _S.LOADING})
 ENDING = frozenset({_S.DRAINING, _S.FAILED, _S.STOPPED})
 """States that no replica comes back from."""
 
-HOLDS_DEVICE = frozenset({_S.STARTING, _S.LOADING, _S.READY, _S.PARKING, _S.DRAINING, _S.FAILED})
-"""States in which a replica may have memory on its devices."""
-
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Transition:
