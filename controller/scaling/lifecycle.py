@@ -114,3 +114,8 @@ class Lifecycle:
         transition = Transition(at=at, source=self.state, target=target, reason=reason)
         self._history.append(transition)
         return transition
+
+    def undo(self) -> Transition:
+        """Take back the last move, which nobody has acted on; returns it."""
+        assert len(self._history) > 1, "the first state cannot be taken back"
+        return self._history.pop()

@@ -244,13 +244,12 @@ class ReplicaSet:
         self._move(replica, ReplicaState.STOPPED, now, "runtime removed")
         del self.replicas[replica.id]
 
-    def unplace(self, replica: Replica, *, parked: bool, now: float) -> None:
+    def unplace(self, replica: Replica, *, parked: bool) -> None:
         """Undo a start or wake for which no device was free; `plan` will ask again."""
-        self.transitions = [entry for entry in self.transitions if entry[0] is not replica]
+        move = (replica, replica.lifecycle.history[-1])
+        self.transitions = [entry for entry in self.transitions if entry != move]
         if parked:
-            replica.lifecycle = Lifecycle(
-                at=now, reason="no device free", state=ReplicaState.PARKED
-            )
+            replica.lifecycle.undo()
         else:
             del self.replicas[replica.id]
 

@@ -344,10 +344,27 @@ def test_no_free_device_leaves_no_trace_and_is_tried_again() -> None:
     replica_set = set_of()
     request(replica_set)
     (instruction,) = replica_set.plan(0.0)
-    replica_set.unplace(instruction.replica, parked=False, now=0.0)
+    replica_set.unplace(instruction.replica, parked=False)
     assert replica_set.transitions == []
     assert not replica_set.replicas
     assert len(replica_set.plan(1.0)) == 1
+
+
+def test_a_wake_that_finds_no_free_device_leaves_no_trace_on_the_parked_replica() -> None:
+    replica_set, replica = warm_set(spec_of(scaling={"idle_timeout": 1, "park_timeout": 10}))
+    replica_set.plan(1.0)
+    replica_set.parked(replica, now=2.0)
+    before = replica.lifecycle.history
+    replica_set.transitions.clear()
+    waiter = request(replica_set, now=5.0)
+    for now in (5.0, 6.0, 7.0):
+        assert replica_set.plan(now) == [WakeReplica(replica=replica)]
+        replica_set.unplace(replica, parked=True)
+    assert replica.lifecycle.history == before
+    assert replica_set.transitions == []
+    replica_set.abandon(waiter)
+    assert replica_set.plan(11.9) == []
+    assert replica_set.plan(12.0) == [StopReplica(replica=replica)], "parked since 2 s"
 
 
 class Storm:
