@@ -108,14 +108,15 @@ class Contention:
     def has_room_elsewhere(self, party: Party, replica_id: str, demand: Demand) -> bool:
         """Return whether a replica that waits in vain for its own devices could be on others.
 
-        In vain means that nobody there may give way now, while others have room or may make some.
+        In vain means that nobody there may give way now, or not before its last response, while
+        others have room or may make some.
         """
         wait = self._waits.get(party.name)
-        if wait is None or wait.room.is_enough:
+        if wait is None or (wait.room.is_enough and wait.room.is_soon):
             return False
         anywhere = [one.id for one in self._memory.suitable(demand)]
-        owners = self._owners(party)
-        return self._room(replica_id, demand, anywhere, owners, wait.since).is_enough
+        room = self._room(replica_id, demand, anywhere, self._owners(party), wait.since)
+        return room.is_enough and (room.is_soon or not wait.room.is_enough)
 
     def leave(self, name: str) -> float:
         """Take a function out of the line; returns the seconds it was in it."""
@@ -211,7 +212,7 @@ class Contention:
             )
             for device_id in device_ids
         ]
-        chosen = sorted(rooms, key=lambda room: (not room.is_enough, len(room.stop), room.cost_s))
+        chosen = sorted(rooms, key=_preference)
         chosen = chosen[: num_devices or max(demand.num_gpus, 1)]
         retries = [room.retry_in_s for room in rooms if room.retry_in_s is not None]
         return Room(
@@ -219,6 +220,7 @@ class Contention:
             stop=tuple(dict.fromkeys(one for room in chosen for one in room.stop)),
             yielding=tuple(dict.fromkeys(one for room in chosen for one in room.yielding)),
             is_enough=all(room.is_enough for room in chosen),
+            is_soon=all(room.is_soon for room in chosen),
             retry_in_s=min(retries, default=None),
         )
 
@@ -238,3 +240,7 @@ class Contention:
             for replica_id, (_, tenant) in owners.items()
             if held.get(replica_id)
         ]
+
+
+def _preference(room: Room) -> tuple[bool, bool, int, float]:
+    return (not room.is_enough, not room.is_soon, len(room.stop), room.cost_s)

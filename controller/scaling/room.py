@@ -100,6 +100,7 @@ class Room:
         yielding: Busy replicas that are to take no more requests.
         cost_s: What that is expected to cost others.
         is_enough: Whether the room is there once all of it is done.
+        is_soon: Whether no response has to end for it, which may take minutes.
         retry_in_s: When to look again if nothing else happens; None for no need.
     """
 
@@ -108,6 +109,7 @@ class Room:
     yielding: tuple[str, ...] = ()
     cost_s: float = 0.0
     is_enough: bool = True
+    is_soon: bool = True
     retry_in_s: float | None = None
 
 
@@ -158,17 +160,19 @@ def _make_room(
     turn_s: float,
 ) -> Room:
     leaving = [one for one in tenants if one.leaves_within_s > 0]
-    missing_bytes -= _freed(leaving) + _freed(one for one in tenants if one.runs_empty)
+    missing_bytes -= _freed(leaving)
+    running_empty = [one for one in tenants if one.runs_empty and missing_bytes > 0]
+    missing_bytes -= _freed(running_empty)
     waits = [one.leaves_within_s for one in leaving if one.leaves_within_s < math.inf]
     if missing_bytes <= 0:
-        return Room(retry_in_s=min(waits, default=None))
+        return Room(is_soon=not running_empty, retry_in_s=min(waits, default=None))
     free_to_go = [one for one in tenants if one.is_free_to_go]
     busy = [one for one in free_to_go if one.is_busy and one.state is ReplicaState.READY]
     idle = [one for one in free_to_go if one not in busy]
     ripe = [one for one in idle if _ripens_in_s(one, min_residency_s) <= 0]
     evicted = cheapest(ripe, missing_bytes)
     if _freed(evicted) >= missing_bytes:
-        return _room(evicted, (), retry_in_s=min(waits, default=None))
+        return _room(evicted, is_soon=not running_empty, retry_in_s=min(waits, default=None))
     young = [one for one in idle if one not in ripe]
     served = [one for one in busy if waited_s >= turn_s and one.resident_s >= turn_s]
     waits += [_ripens_in_s(one, min_residency_s) for one in young]
@@ -180,7 +184,8 @@ def _make_room(
         # Parking some would not help whoever asks, and would cost their next callers a wake.
         return Room(is_enough=False, retry_in_s=retry_in_s)
     evicted = cheapest(ripe, missing_bytes - later)
-    return _room(evicted, yielding, retry_in_s=retry_in_s)
+    is_soon = not (running_empty or yielding)
+    return _room(evicted, yielding, is_soon=is_soon, retry_in_s=retry_in_s)
 
 
 def _ripens_in_s(tenant: Tenant, min_residency_s: float) -> float:
@@ -216,7 +221,11 @@ def cheapest(tenants: Sequence[Tenant], missing_bytes: int) -> list[Tenant]:
 
 
 def _room(
-    evicted: Sequence[Tenant], yielding: Sequence[Tenant], *, retry_in_s: float | None = None
+    evicted: Sequence[Tenant],
+    yielding: Sequence[Tenant] = (),
+    *,
+    is_soon: bool,
+    retry_in_s: float | None,
 ) -> Room:
     stopped = [one for one in evicted if one.state is ReplicaState.READY and not one.may_park]
     return Room(
@@ -224,5 +233,6 @@ def _room(
         stop=tuple(one.replica_id for one in stopped),
         yielding=tuple(one.replica_id for one in yielding),
         cost_s=sum(one.value_s for one in (*evicted, *yielding)),
+        is_soon=is_soon,
         retry_in_s=retry_in_s,
     )

@@ -248,20 +248,49 @@ async def test_nobody_waits_for_a_long_response_beside_an_idle_replica() -> None
             await collect(new, max_tokens=1)
 
 
+async def park_under(parked: Function, other: Function) -> None:
+    """Have one parked on the GPU that another is ready on."""
+    await collect(parked, max_tokens=1)
+    (home,) = parked.homes.values()
+    await parked.park()
+    memory = parked.node.memory
+    for gpu in {"GPU-0", "GPU-1"} - set(home.gpus):
+        memory.hold("filler", [gpu], parked.deployment.demand)
+    await collect(other, max_tokens=1)
+    memory.release("filler")
+    assert [one.gpus for one in other.homes.values()] == [home.gpus]
+
+
 async def test_one_parked_under_a_long_response_starts_on_another_gpu() -> None:
     world = World(num_gpus=2, make_runtime=lambda: FakeRuntime(step_s=1.0))
     async with functions(world, "x", "y", "new") as (x, y, new):
-        await collect(x, max_tokens=1)
-        (before,) = x.homes.values()
-        await collect(y, max_tokens=1)
-        await x.park()
-        await y.stop()
-        world.node.memory.hold("filler", ["GPU-1"], x.deployment.demand)
-        await collect(y, max_tokens=1)
-        assert [home.device_ids for home in y.homes.values()] == [before.device_ids]
-        world.node.memory.release("filler")
+        await park_under(x, y)
         async with draining(y, seconds=200), asyncio.timeout(10.0):
             await asyncio.gather(collect(x, max_tokens=1), collect(new, max_tokens=1))
+
+
+@pytest.mark.parametrize("is_bound", [True, False], ids=["parked there", "new"])
+async def test_nobody_waits_for_one_that_yields_when_another_gpu_has_room(
+    *, is_bound: bool
+) -> None:
+    world = World(num_gpus=2, make_runtime=lambda: FakeRuntime(step_s=1.0))
+    async with functions(world, "x", "y", "z") as (x, y, z):
+        if is_bound:
+            await park_under(x, y)
+        running = [asyncio.create_task(collect(y, max_tokens=200))]
+        await asyncio.sleep(2.0)
+        for _ in range(5):
+            await collect(z, max_tokens=1)  # it is called often: let the other one yield
+        running.append(asyncio.create_task(collect(z, max_tokens=50)))
+        await asyncio.sleep(2.0)
+        waiting = asyncio.create_task(collect(x, max_tokens=1))
+        await asyncio.sleep(40.0)
+        assert [one.is_yielding for one in y.set.replicas.values()] == [True]
+        async with asyncio.timeout(15.0):
+            await waiting
+        assert z.tier is Tier.PARKED
+        assert [one.is_yielding for one in y.set.replicas.values()] == [False]
+        await asyncio.gather(*running)
 
 
 async def test_nobody_waits_for_a_runtime_that_cannot_be_removed() -> None:

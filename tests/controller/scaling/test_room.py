@@ -105,7 +105,14 @@ def test_one_that_may_not_be_gone_for_long_is_not_waited_for(
 
 
 def test_one_that_yields_is_waited_for() -> None:
-    assert room(tenant("a", is_yielding=True, is_busy=True), tenant("b")) == Room()
+    assert room(tenant("a", is_yielding=True, is_busy=True), tenant("b")) == Room(is_soon=False)
+
+
+def test_room_is_not_there_soon_if_a_response_has_to_end_first() -> None:
+    assert not room(tenant("a", is_busy=True), waited_s=30.0).is_soon
+    yielding = tenant("a", is_yielding=True, is_busy=True)
+    assert not room(yielding, tenant("b"), missing=18).is_soon
+    assert room(yielding, tenant("b", state=S.PARKING)).is_soon, "nobody waits for the first"
 
 
 @pytest.mark.parametrize(
