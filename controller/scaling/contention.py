@@ -95,14 +95,15 @@ class Contention:
             The devices, or None: ask again when poked.
         """
         wanted = device_ids or tuple(one.id for one in self._memory.suitable(demand))
+        num_devices = len(device_ids) or max(demand.num_gpus, 1)
+        left = self._left_by_earlier(party.name, wanted)
         placed = None
-        if not self._is_behind(party.name, frozenset(wanted)):
-            if not device_ids:
-                placed = self._memory.place(replica_id, demand)
-            elif self._memory.claim(replica_id, device_ids, demand):
-                placed = device_ids
+        if not device_ids:
+            placed = self._memory.place(replica_id, demand, left)
+        elif left == wanted and self._memory.claim(replica_id, device_ids, demand):
+            placed = device_ids
         if placed is None:
-            self._wait(party, replica_id, demand, wanted, is_bound=bool(device_ids))
+            self._wait(party, replica_id, demand, wanted, num_devices)
         return placed
 
     def has_room_elsewhere(self, party: Party, replica_id: str, demand: Demand) -> bool:
@@ -114,8 +115,10 @@ class Contention:
         wait = self._waits.get(party.name)
         if wait is None or (wait.room.is_enough and wait.room.is_soon):
             return False
-        anywhere = [one.id for one in self._memory.suitable(demand)]
-        room = self._room(replica_id, demand, anywhere, self._owners(party), wait.since)
+        suitable = tuple(one.id for one in self._memory.suitable(demand))
+        left = self._left_by_earlier(party.name, suitable)
+        num_devices = max(demand.num_gpus, 1)
+        room = self._room(replica_id, demand, left, num_devices, self._owners(party), wait.since)
         return room.is_enough and (room.is_soon or not wait.room.is_enough)
 
     def leave(self, name: str) -> float:
@@ -144,14 +147,14 @@ class Contention:
                 if party.name in self._waits:
                     party.poke()
 
-    def _is_behind(self, name: str, device_ids: frozenset[str]) -> bool:
-        """Return whether somebody who came earlier is about to get one of these devices."""
+    def _left_by_earlier(self, name: str, device_ids: tuple[str, ...]) -> tuple[str, ...]:
+        """Return those devices that nobody who came earlier is about to get."""
         for other, wait in self._waits.items():
             if other == name:
-                return False
-            if wait.device_ids & device_ids and self._holds_the_line(wait):
-                return True
-        return False
+                break
+            if self._holds_the_line(wait):
+                device_ids = tuple(one for one in device_ids if one not in wait.device_ids)
+        return device_ids
 
     def _holds_the_line(self, wait: _Wait) -> bool:
         """Return whether others have to let it pass; not while there is no hope for it."""
@@ -164,19 +167,18 @@ class Contention:
         replica_id: str,
         demand: Demand,
         device_ids: tuple[str, ...],
-        *,
-        is_bound: bool,
+        num_devices: int,
     ) -> None:
         now, wanted = self._clock.monotonic(), frozenset(device_ids)
         wait = self._waits.setdefault(party.name, _Wait(since=now, device_ids=wanted))
         wait.device_ids = wanted
         wait.stop_timer()
-        if self._is_behind(party.name, wanted):
+        left = self._left_by_earlier(party.name, device_ids)
+        if len(left) < num_devices:
             return
         held_the_line = self._holds_the_line(wait)
         owners = self._owners(party)
-        num_devices = len(device_ids) if is_bound else None
-        wait.room = self._room(replica_id, demand, device_ids, owners, wait.since, num_devices)
+        wait.room = self._room(replica_id, demand, left, num_devices, owners, wait.since)
         if wait.room.retry_in_s is not None:
             delay_s = max(wait.room.retry_in_s, 0.0) + TIMER_RESOLUTION_S
             wait.timer = asyncio.get_running_loop().call_later(delay_s, party.poke)
@@ -197,9 +199,9 @@ class Contention:
         replica_id: str,
         demand: Demand,
         device_ids: Sequence[str],
+        num_devices: int,
         owners: _Owners,
         since: float,
-        num_devices: int | None = None,
     ) -> Room:
         """Return how room is made on as many of the devices as are needed."""
         rooms = [
@@ -212,8 +214,7 @@ class Contention:
             )
             for device_id in device_ids
         ]
-        chosen = sorted(rooms, key=_preference)
-        chosen = chosen[: num_devices or max(demand.num_gpus, 1)]
+        chosen = sorted(rooms, key=_preference)[:num_devices]
         retries = [room.retry_in_s for room in rooms if room.retry_in_s is not None]
         return Room(
             evict=tuple(dict.fromkeys(one for room in chosen for one in room.evict)),

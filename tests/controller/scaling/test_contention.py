@@ -293,6 +293,26 @@ async def test_nobody_waits_for_one_that_yields_when_another_gpu_has_room(
         await asyncio.gather(*running)
 
 
+async def test_one_that_wants_another_gpu_than_the_head_passes_it() -> None:
+    world = World(num_gpus=2, make_runtime=lambda: FakeRuntime(step_s=1.0))
+    async with (
+        functions(world, "x", "y", "z") as (x, y, z),
+        functions(world, "small", share=0.05) as (small,),
+    ):
+        await park_under(x, y)
+        running = [asyncio.create_task(collect(one, max_tokens=100)) for one in (y, z)]
+        await asyncio.sleep(5.0)
+        waiting = asyncio.create_task(collect(x, max_tokens=1))
+        await asyncio.sleep(40.0)
+        async with asyncio.timeout(5.0):
+            await collect(small, max_tokens=1)
+        assert not waiting.done()
+        assert [one.gpus for one in small.homes.values()] == [
+            one.gpus for one in z.homes.values()
+        ], "x waits for y's"
+        await asyncio.gather(waiting, *running)
+
+
 async def test_nobody_waits_for_a_runtime_that_cannot_be_removed() -> None:
     world = World(num_gpus=2)
     async with functions(world, "lost", "idle", "new") as (lost, idle, new):
