@@ -26,8 +26,8 @@ class Party(Protocol):
     def tenants(self) -> Mapping[str, Tenant]:
         """Return its replicas that hold device memory, by id."""
 
-    def evict(self, replica_id: str, *, reason: str) -> None:
-        """Park an idle replica, or stop a parked one, now."""
+    def evict(self, replica_id: str, *, reason: str, may_park: bool = True) -> None:
+        """Park an idle replica, or stop a parked one, or one that may not be parked, now."""
 
     def yield_place(self, replica_id: str, *, reason: str) -> None:
         """Give a replica no more requests, and park it when it is empty."""
@@ -95,27 +95,31 @@ class Contention:
             The devices, or None: ask again when poked.
         """
         wanted = device_ids or tuple(one.id for one in self._memory.suitable(demand))
+        num_devices = len(device_ids) or max(demand.num_gpus, 1)
+        left = self._left_by_earlier(party.name, wanted)
         placed = None
-        if not self._is_behind(party.name, frozenset(wanted)):
-            if not device_ids:
-                placed = self._memory.place(replica_id, demand)
-            elif self._memory.claim(replica_id, device_ids, demand):
-                placed = device_ids
+        if not device_ids:
+            placed = self._memory.place(replica_id, demand, left)
+        elif left == wanted and self._memory.claim(replica_id, device_ids, demand):
+            placed = device_ids
         if placed is None:
-            self._wait(party, replica_id, demand, wanted, is_bound=bool(device_ids))
+            self._wait(party, replica_id, demand, wanted, num_devices)
         return placed
 
     def has_room_elsewhere(self, party: Party, replica_id: str, demand: Demand) -> bool:
         """Return whether a replica that waits in vain for its own devices could be on others.
 
-        In vain means that nobody there may give way now, while others have room or may make some.
+        In vain means that nobody there may give way now, or not before its last response, while
+        others have room or may make some.
         """
         wait = self._waits.get(party.name)
-        if wait is None or wait.room.is_enough:
+        if wait is None or (wait.room.is_enough and wait.room.is_soon):
             return False
-        anywhere = [one.id for one in self._memory.suitable(demand)]
-        owners = self._owners(party)
-        return self._room(replica_id, demand, anywhere, owners, wait.since).is_enough
+        suitable = tuple(one.id for one in self._memory.suitable(demand))
+        left = self._left_by_earlier(party.name, suitable)
+        num_devices = max(demand.num_gpus, 1)
+        room = self._room(replica_id, demand, left, num_devices, self._owners(party), wait.since)
+        return room.is_enough and (room.is_soon or not wait.room.is_enough)
 
     def leave(self, name: str) -> float:
         """Take a function out of the line; returns the seconds it was in it."""
@@ -143,14 +147,14 @@ class Contention:
                 if party.name in self._waits:
                     party.poke()
 
-    def _is_behind(self, name: str, device_ids: frozenset[str]) -> bool:
-        """Return whether somebody who came earlier is about to get one of these devices."""
+    def _left_by_earlier(self, name: str, device_ids: tuple[str, ...]) -> tuple[str, ...]:
+        """Return those devices that nobody who came earlier is about to get."""
         for other, wait in self._waits.items():
             if other == name:
-                return False
-            if wait.device_ids & device_ids and self._holds_the_line(wait):
-                return True
-        return False
+                break
+            if self._holds_the_line(wait):
+                device_ids = tuple(one for one in device_ids if one not in wait.device_ids)
+        return device_ids
 
     def _holds_the_line(self, wait: _Wait) -> bool:
         """Return whether others have to let it pass; not while there is no hope for it."""
@@ -163,19 +167,18 @@ class Contention:
         replica_id: str,
         demand: Demand,
         device_ids: tuple[str, ...],
-        *,
-        is_bound: bool,
+        num_devices: int,
     ) -> None:
         now, wanted = self._clock.monotonic(), frozenset(device_ids)
         wait = self._waits.setdefault(party.name, _Wait(since=now, device_ids=wanted))
         wait.device_ids = wanted
         wait.stop_timer()
-        if self._is_behind(party.name, wanted):
+        left = self._left_by_earlier(party.name, device_ids)
+        if len(left) < num_devices:
             return
         held_the_line = self._holds_the_line(wait)
         owners = self._owners(party)
-        num_devices = len(device_ids) if is_bound else None
-        wait.room = self._room(replica_id, demand, device_ids, owners, wait.since, num_devices)
+        wait.room = self._room(replica_id, demand, left, num_devices, owners, wait.since)
         if wait.room.retry_in_s is not None:
             delay_s = max(wait.room.retry_in_s, 0.0) + TIMER_RESOLUTION_S
             wait.timer = asyncio.get_running_loop().call_later(delay_s, party.poke)
@@ -183,6 +186,8 @@ class Contention:
             reason = f"{party.name} needs its device"
             for one in wait.room.evict:
                 owners[one][0].evict(one, reason=reason)
+            for one in wait.room.stop:
+                owners[one][0].evict(one, reason=reason, may_park=False)
             for one in wait.room.yielding:
                 wait.yielding[one] = owners[one][0]
                 owners[one][0].yield_place(one, reason=reason)
@@ -194,9 +199,9 @@ class Contention:
         replica_id: str,
         demand: Demand,
         device_ids: Sequence[str],
+        num_devices: int,
         owners: _Owners,
         since: float,
-        num_devices: int | None = None,
     ) -> Room:
         """Return how room is made on as many of the devices as are needed."""
         rooms = [
@@ -209,13 +214,14 @@ class Contention:
             )
             for device_id in device_ids
         ]
-        chosen = sorted(rooms, key=lambda room: (not room.is_enough, room.cost_s))
-        chosen = chosen[: num_devices or max(demand.num_gpus, 1)]
+        chosen = sorted(rooms, key=_preference)[:num_devices]
         retries = [room.retry_in_s for room in rooms if room.retry_in_s is not None]
         return Room(
             evict=tuple(dict.fromkeys(one for room in chosen for one in room.evict)),
+            stop=tuple(dict.fromkeys(one for room in chosen for one in room.stop)),
             yielding=tuple(dict.fromkeys(one for room in chosen for one in room.yielding)),
             is_enough=all(room.is_enough for room in chosen),
+            is_soon=all(room.is_soon for room in chosen),
             retry_in_s=min(retries, default=None),
         )
 
@@ -235,3 +241,7 @@ class Contention:
             for replica_id, (_, tenant) in owners.items()
             if held.get(replica_id)
         ]
+
+
+def _preference(room: Room) -> tuple[bool, bool, int, float]:
+    return (not room.is_enough, not room.is_soon, len(room.stop), room.cost_s)

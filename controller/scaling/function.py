@@ -376,13 +376,13 @@ class Function:
         if isinstance(instruction, StartReplica):
             home = self.tenancy.settle(replica)
             if home is None:
-                self.set.unplace(replica, parked=False, now=self.clock.monotonic())
+                self.set.unplace(replica, parked=False)
                 return False
             self.homes[replica.id] = home
             effect = self._effects.start(replica, self.tenancy.leave_line())
         elif isinstance(instruction, WakeReplica):
             if not self.tenancy.reclaim(replica):
-                self.set.unplace(replica, parked=True, now=self.clock.monotonic())
+                self.set.unplace(replica, parked=True)
                 if self.tenancy.has_room_elsewhere(replica):
                     self._move_on(replica)
                 return False

@@ -54,9 +54,6 @@ COMING = frozenset({_S.STARTING, _S.LOADING})
 ENDING = frozenset({_S.DRAINING, _S.FAILED, _S.STOPPED})
 """States that no replica comes back from."""
 
-HOLDS_DEVICE = frozenset({_S.STARTING, _S.LOADING, _S.READY, _S.PARKING, _S.DRAINING, _S.FAILED})
-"""States in which a replica may have memory on its devices."""
-
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Transition:
@@ -117,3 +114,8 @@ class Lifecycle:
         transition = Transition(at=at, source=self.state, target=target, reason=reason)
         self._history.append(transition)
         return transition
+
+    def undo(self) -> Transition:
+        """Take back the last move, which nobody has acted on; returns it."""
+        assert len(self._history) > 1, "the first state cannot be taken back"
+        return self._history.pop()

@@ -4,7 +4,7 @@ Every byte a replica may use is promised to it before it starts or wakes, so tha
 of memory because of another function. A parked replica is promised what it still holds.
 """
 
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Container, Iterable, Mapping
 from dataclasses import dataclass
 from enum import StrEnum
 from types import MappingProxyType
@@ -146,12 +146,21 @@ class MemoryLedger:
         own = self._held[device_id].get(replica_id, 0)
         return demand.bytes_on(self.devices[device_id]) - own - self.free_bytes(device_id)
 
-    def place(self, replica_id: str, demand: Demand) -> tuple[str, ...] | None:
-        """Promise a replica the devices with the most room, or None while too few have enough."""
+    def place(
+        self, replica_id: str, demand: Demand, among: Container[str] | None = None
+    ) -> tuple[str, ...] | None:
+        """Promise a replica the devices with the most room, or None while too few have enough.
+
+        Args:
+            replica_id: Which replica.
+            demand: What it needs.
+            among: The devices it may be given; None for all of the right kind.
+        """
         fitting = [
             device
             for device in self.suitable(demand)
-            if self.missing_bytes(replica_id, demand, device.id) <= 0
+            if (among is None or device.id in among)
+            and self.missing_bytes(replica_id, demand, device.id) <= 0
         ]
         num_devices = max(demand.num_gpus, 1)
         if len(fitting) < num_devices:

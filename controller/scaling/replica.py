@@ -19,7 +19,8 @@ class Replica:
         idle_since: Monotonic second of the last byte of the last response.
         up_since: Monotonic second it first became ready; None before, and when it was adopted.
         is_cordoned: Takes no new lease and is put away once the last one is back.
-        is_yielding: The same, for the sake of another function: load does not bring it back.
+        is_yielding: The same, for the sake of another function: load does not bring it back, but
+            the floor does.
     """
 
     id: str

@@ -244,13 +244,12 @@ class ReplicaSet:
         self._move(replica, ReplicaState.STOPPED, now, "runtime removed")
         del self.replicas[replica.id]
 
-    def unplace(self, replica: Replica, *, parked: bool, now: float) -> None:
+    def unplace(self, replica: Replica, *, parked: bool) -> None:
         """Undo a start or wake for which no device was free; `plan` will ask again."""
-        self.transitions = [entry for entry in self.transitions if entry[0] is not replica]
+        move = (replica, replica.lifecycle.history[-1])
+        self.transitions = [entry for entry in self.transitions if entry != move]
         if parked:
-            replica.lifecycle = Lifecycle(
-                at=now, reason="no device free", state=ReplicaState.PARKED
-            )
+            replica.lifecycle.undo()
         else:
             del self.replicas[replica.id]
 
@@ -270,19 +269,40 @@ class ReplicaSet:
         ]
         return [self._park(replica, now, reason) for replica in idle]
 
-    def evict(self, replica: Replica, *, now: float, reason: str) -> Instruction | None:
-        """Park an idle replica or stop a parked one; None if it is neither any more."""
-        if replica.state is ReplicaState.PARKED:
-            return self.drain(replica, now=now, reason=reason)
-        if replica.state is ReplicaState.READY and replica.in_flight == 0:
+    def evict(
+        self, replica: Replica, *, now: float, reason: str, may_park: bool = True
+    ) -> Instruction | None:
+        """Park an idle replica or stop a parked one; None if it must stay or is neither any more.
+
+        An idle one that may not be parked is stopped too.
+        """
+        is_idle = replica.state is ReplicaState.READY and replica.in_flight == 0
+        is_parked = replica.state is ReplicaState.PARKED
+        if not (is_idle or is_parked) or self.is_needed(replica):
+            return None
+        if is_idle and may_park:
             return self._park(replica, now, reason)
-        return None
+        return self.drain(replica, now=now, reason=reason)
+
+    def yield_place(self, replica: Replica) -> bool:
+        """Ask a ready replica to run empty; says whether it will, which one that must stay won't."""
+        if replica.state is not ReplicaState.READY or self.is_needed(replica):
+            return False
+        replica.is_yielding = True
+        return True
+
+    def yields(self, replica: Replica) -> bool:
+        """Return whether a replica runs empty for others: it was asked to and need not stay."""
+        return replica.is_yielding and not self.is_needed(replica)
 
     def is_needed(self, replica: Replica) -> bool:
-        """Return whether a replica must stay ready for the sake of the floor."""
-        if replica.state is not ReplicaState.READY or replica.runtime_hash != self.runtime_hash:
-            return False
-        return sum(r.state is ReplicaState.READY for r in self._current()) <= self.floor
+        """Return whether a replica must stay ready for the sake of the floor.
+
+        Those are as many as the floor says, first those that serve, then those called last.
+        """
+        ready = [one for one in self._current() if one.state is ReplicaState.READY]
+        ready.sort(key=lambda one: (one.is_yielding, one.in_flight == 0, -one.idle_since))
+        return replica in ready[: self.floor]
 
     def _current(self) -> Iterator[Replica]:
         for replica in self.replicas.values():
@@ -294,7 +314,7 @@ class ReplicaSet:
         free = [
             replica
             for replica in self._current()
-            if replica.state in _ROUTABLE and not replica.is_yielding and replica.in_flight < limit
+            if replica.state in _ROUTABLE and not self.yields(replica) and replica.in_flight < limit
         ]
         if not free:
             return False
@@ -395,7 +415,7 @@ class ReplicaSet:
             elif replica.state is ReplicaState.PARKED:
                 if self._is_expired(replica, now):
                     instructions += self._stop(replica, now, "park timeout")
-            elif replica.is_yielding:
+            elif self.yields(replica):
                 instructions.append(self._park(replica, now, "another function needs its device"))
             elif replica.is_cordoned:
                 instructions.append(self._park(replica, now, "more replicas than needed"))

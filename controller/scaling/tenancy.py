@@ -9,6 +9,7 @@ from controller.scaling.node import Home
 from controller.scaling.replica import Replica
 from controller.scaling.reuse import CallRate
 from controller.scaling.room import Tenant
+from functions.spec import ParkMode
 from runtime.rpc import inference_pb2 as pb
 
 if TYPE_CHECKING:
@@ -16,7 +17,7 @@ if TYPE_CHECKING:
 
 log = structlog.get_logger(__name__)
 
-LIKELY_KEPT_BYTES = 1 << 30
+LIKELY_KEPT_BYTES = {ParkMode.DEEP: 8 << 20, ParkMode.LIGHT: 1 << 30}
 """What a parked engine may still hold of a GPU, before it has said so."""
 _TIER_AFTER = {ReplicaState.READY: Tier.PARKED, ReplicaState.PARKED: Tier.STANDBY}
 """What is left of a replica that gives way."""
@@ -80,7 +81,7 @@ class Tenancy:
             replicas.floor,
             replicas.num_queued > 0,
             [
-                (one.id, one.state, one.in_flight > 0, one.is_yielding)
+                (one.id, one.state, one.in_flight > 0, replicas.yields(one))
                 for one in replicas.replicas.values()
             ],
         )
@@ -126,7 +127,6 @@ class Tenancy:
         """Return its replicas that hold device memory, by id."""
         function, now = self._function, self._function.clock.monotonic()
         reuse = self.reuse_probability
-        has_queue = function.set.num_queued > 0
         return {
             replica.id: Tenant(
                 replica_id=replica.id,
@@ -136,27 +136,28 @@ class Tenancy:
                 * function.books.reload_s(_TIER_AFTER.get(replica.state, Tier.STOPPED)),
                 resident_s=now - replica.lifecycle.since,
                 idle_s=now - replica.idle_since,
-                is_busy=replica.in_flight > 0 or (has_queue and not replica.is_yielding),
+                is_busy=replica.in_flight > 0 or self._has_callers(replica),
                 is_needed=function.set.is_needed(replica),
-                is_yielding=replica.is_yielding,
+                is_yielding=function.set.yields(replica),
             )
             for replica in function.set.replicas.values()
             if replica.id in function.homes
         }
 
-    def evict(self, replica_id: str, *, reason: str) -> None:
-        """Park an idle replica, or stop a parked one, now."""
-        function = self._function
+    def evict(self, replica_id: str, *, reason: str, may_park: bool = True) -> None:
+        """Park an idle replica, or stop a parked one, or one that may not be parked, now."""
+        function, now = self._function, self._function.clock.monotonic()
         replica = function.set.replicas[replica_id]
-        instruction = function.set.evict(replica, now=function.clock.monotonic(), reason=reason)
+        instruction = function.set.evict(replica, now=now, reason=reason, may_park=may_park)
         if instruction is not None:
             function.execute([instruction])
 
     def yield_place(self, replica_id: str, *, reason: str) -> None:
         """Give a replica no more requests, and park it when it is empty."""
-        log.info("replica yields", function=self.name, replica_id=replica_id, reason=reason)
-        self._function.set.replicas[replica_id].is_yielding = True
-        self.poke()
+        replicas = self._function.set
+        if replicas.yield_place(replicas.replicas[replica_id]):
+            log.info("replica yields", function=self.name, replica_id=replica_id, reason=reason)
+            self.poke()
 
     def keep_place(self, replica_id: str) -> None:
         """Reverse `yield_place`; harmless for a replica that has been parked or is gone."""
@@ -170,10 +171,16 @@ class Tenancy:
         """Have the function's owner look again."""
         self._function.poke()
 
+    def _has_callers(self, replica: Replica) -> bool:
+        """Return whether requests are about to be given to a replica."""
+        replicas = self._function.set
+        has_queue = replica.state is ReplicaState.READY and replicas.num_queued > 0
+        return has_queue and not replicas.yields(replica)
+
     def _kept_bytes(self, replica: Replica) -> int:
         """Return what a replica holds of each device when parked, as far as that is known."""
-        link = self._function.links.get(replica.id)
-        known = None if link is None else link.kept_bytes
-        if known is None:
-            return LIKELY_KEPT_BYTES if self._function.homes[replica.id].gpus else 0
-        return known
+        function, link = self._function, self._function.links.get(replica.id)
+        if link is not None and link.kept_bytes is not None:
+            return link.kept_bytes
+        has_gpu = bool(function.homes[replica.id].gpus)
+        return LIKELY_KEPT_BYTES[function.spec.scaling.park] if has_gpu else 0

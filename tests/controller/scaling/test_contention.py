@@ -150,6 +150,33 @@ async def test_a_function_that_must_be_ready_is_left_alone() -> None:
         assert kept_ready.tier is Tier.READY
 
 
+@pytest.mark.parametrize("is_busy", [False, True], ids=["idle", "busy"])
+@pytest.mark.parametrize(("share", "num_ready"), [(0.6, 1), (0.9, 2)], ids=["one", "both"])
+async def test_a_place_is_had_of_those_that_need_not_stay(
+    share: float, num_ready: int, *, is_busy: bool
+) -> None:
+    world = World(num_gpus=1, make_runtime=lambda: FakeRuntime(step_s=0.5))
+    two = KEPT_READY | {"max_replicas": 2, "target_concurrency": 1, "scale_down_delay": 600}
+    async with (
+        functions(world, "kept", share=0.3, scaling=two) as (kept_ready,),
+        functions(world, "b", share=share, queue={"timeout": 100}) as (b,),
+    ):
+        await kept_ready.warm()
+        await asyncio.gather(*(collect(kept_ready, max_tokens=20) for _ in range(2)))
+        await asyncio.sleep(5.0)
+        num_tokens = 120 if is_busy else 1
+        calls = [asyncio.create_task(collect(kept_ready, max_tokens=num_tokens)) for _ in range(2)]
+        await asyncio.sleep(1.0)
+        calls.append(asyncio.create_task(collect(b)))
+        fewest = 2
+        while not all(call.done() for call in calls):
+            await asyncio.sleep(0.05)
+            fewest = min(fewest, kept_ready.set.num_ready)
+        assert fewest == num_ready, "min_replicas is 1; none goes if that does not help"
+        assert (b.tier is Tier.READY) is (num_ready == 1)
+        await asyncio.gather(*calls, return_exceptions=True)
+
+
 @asynccontextmanager
 async def parked_under_another(world: World) -> AsyncIterator[tuple[Function, Function]]:
     """Run one whose GPU went, while it was parked, to one that must stay; and one on the other."""
@@ -186,6 +213,118 @@ async def test_one_whose_gpu_was_taken_waits_while_no_other_has_room() -> None:
         assert a.tier is Tier.PARKED
         await running
         assert await collect(a) == [3, 4, 5, 6]
+
+
+@asynccontextmanager
+async def draining(function: Function, *, seconds: int) -> AsyncIterator[None]:
+    """Have a function's replica end a long response before it is removed; a token a second."""
+    running = asyncio.create_task(collect(function, max_tokens=seconds))
+    await asyncio.sleep(2.0)
+    stopping = asyncio.create_task(function.stop())
+    await asyncio.sleep(2.0)
+    try:
+        yield
+    finally:
+        await asyncio.gather(running, stopping)
+
+
+async def test_nobody_waits_for_a_long_response_while_another_is_idle() -> None:
+    world = World(num_gpus=2, make_runtime=lambda: FakeRuntime(step_s=1.0))
+    async with functions(world, "drains", "idle", "new") as (drains, idle, new):
+        for function in (drains, idle):
+            await collect(function, max_tokens=1)
+        async with draining(drains, seconds=200):
+            async with asyncio.timeout(10.0):
+                await collect(new, max_tokens=1)
+            assert idle.tier is Tier.PARKED
+
+
+async def test_nobody_waits_for_a_long_response_beside_an_idle_replica() -> None:
+    world = World(num_gpus=1, make_runtime=lambda: FakeRuntime(step_s=1.0))
+    async with functions(world, "drains", "idle", "new", share=0.45) as (drains, idle, new):
+        for function in (drains, idle):
+            await collect(function, max_tokens=1)
+        async with draining(drains, seconds=200), asyncio.timeout(10.0):
+            await collect(new, max_tokens=1)
+
+
+async def park_under(parked: Function, other: Function) -> None:
+    """Have one parked on the GPU that another is ready on."""
+    await collect(parked, max_tokens=1)
+    (home,) = parked.homes.values()
+    await parked.park()
+    memory = parked.node.memory
+    for gpu in {"GPU-0", "GPU-1"} - set(home.gpus):
+        memory.hold("filler", [gpu], parked.deployment.demand)
+    await collect(other, max_tokens=1)
+    memory.release("filler")
+    assert [one.gpus for one in other.homes.values()] == [home.gpus]
+
+
+async def test_one_parked_under_a_long_response_starts_on_another_gpu() -> None:
+    world = World(num_gpus=2, make_runtime=lambda: FakeRuntime(step_s=1.0))
+    async with functions(world, "x", "y", "new") as (x, y, new):
+        await park_under(x, y)
+        async with draining(y, seconds=200), asyncio.timeout(10.0):
+            await asyncio.gather(collect(x, max_tokens=1), collect(new, max_tokens=1))
+
+
+@pytest.mark.parametrize("is_bound", [True, False], ids=["parked there", "new"])
+async def test_nobody_waits_for_one_that_yields_when_another_gpu_has_room(
+    *, is_bound: bool
+) -> None:
+    world = World(num_gpus=2, make_runtime=lambda: FakeRuntime(step_s=1.0))
+    async with functions(world, "x", "y", "z") as (x, y, z):
+        if is_bound:
+            await park_under(x, y)
+        running = [asyncio.create_task(collect(y, max_tokens=200))]
+        await asyncio.sleep(2.0)
+        for _ in range(5):
+            await collect(z, max_tokens=1)  # it is called often: let the other one yield
+        running.append(asyncio.create_task(collect(z, max_tokens=50)))
+        await asyncio.sleep(2.0)
+        waiting = asyncio.create_task(collect(x, max_tokens=1))
+        await asyncio.sleep(40.0)
+        assert [one.is_yielding for one in y.set.replicas.values()] == [True]
+        async with asyncio.timeout(15.0):
+            await waiting
+        assert z.tier is Tier.PARKED
+        assert [one.is_yielding for one in y.set.replicas.values()] == [False]
+        await asyncio.gather(*running)
+
+
+async def test_one_that_wants_another_gpu_than_the_head_passes_it() -> None:
+    world = World(num_gpus=2, make_runtime=lambda: FakeRuntime(step_s=1.0))
+    async with (
+        functions(world, "x", "y", "z") as (x, y, z),
+        functions(world, "small", share=0.05) as (small,),
+    ):
+        await park_under(x, y)
+        running = [asyncio.create_task(collect(one, max_tokens=100)) for one in (y, z)]
+        await asyncio.sleep(5.0)
+        waiting = asyncio.create_task(collect(x, max_tokens=1))
+        await asyncio.sleep(40.0)
+        async with asyncio.timeout(5.0):
+            await collect(small, max_tokens=1)
+        assert not waiting.done()
+        assert [one.gpus for one in small.homes.values()] == [
+            one.gpus for one in z.homes.values()
+        ], "x waits for y's"
+        await asyncio.gather(waiting, *running)
+
+
+async def test_nobody_waits_for_a_runtime_that_cannot_be_removed() -> None:
+    world = World(num_gpus=2)
+    async with functions(world, "lost", "idle", "new") as (lost, idle, new):
+        for function in (lost, idle):
+            await collect(function)
+        world.backend.delete_s = 1e6
+        (replica,) = lost.set.replicas.values()
+        lost.lost(replica, "the GPU fell off")
+        async with asyncio.timeout(10.0):
+            await collect(new)
+        assert idle.tier is Tier.PARKED
+        world.backend.delete_s = 0.0
 
 
 async def test_one_that_cannot_be_helped_does_not_hold_up_others() -> None:
@@ -232,6 +371,61 @@ async def test_parked_ones_whose_contexts_fill_the_gpu_are_stopped() -> None:
         tiers = [function.tier for function in several]
         assert tiers.count(Tier.PARKED) == 2, "10 of 100 GiB are left for contexts of 4"
         assert tiers[-1] is Tier.READY
+
+
+@pytest.mark.parametrize(
+    ("share", "park", "tier"),
+    [
+        (0.98, "light", Tier.PARKED),
+        (0.995, "deep", Tier.PARKED),
+        (0.995, "light", Tier.STOPPED),
+        (1.0, "deep", Tier.STOPPED),
+    ],
+)
+async def test_an_idle_one_gives_way_to_one_that_needs_nearly_the_whole_gpu(
+    share: float, park: str, tier: Tier
+) -> None:
+    world = World(num_gpus=1)
+    scaling = {"idle_timeout": None, "max_replicas": 1, "park": park}
+    async with functions(world, "a", "b", share=share, scaling=scaling) as (a, b):
+        await collect(a)
+        await asyncio.sleep(5.0)
+        async with asyncio.timeout(5.0):
+            await collect(b)
+        assert a.tier is tier
+
+
+async def test_one_that_holds_more_than_thought_when_parked_is_stopped_then() -> None:
+    world = World(num_gpus=1, make_runtime=lambda: FakeRuntime(kept_bytes=GIB))
+    async with functions(world, "a", "b", share=0.995) as (a, b):
+        await collect(a)
+        await asyncio.sleep(5.0)
+        async with asyncio.timeout(5.0):
+            await collect(b)
+        assert a.tier is Tier.STOPPED
+
+
+async def test_one_that_waits_behind_gives_up_what_its_parked_replica_holds() -> None:
+    world = World(num_gpus=1, make_runtime=lambda: FakeRuntime(kept_bytes=6 * GIB))
+
+    async def call_on(function: Function) -> None:
+        while True:
+            await collect(function, max_tokens=50)
+
+    async with functions(world, "a", "behind", "busy") as (a, behind, busy):
+        await collect(behind)
+        await asyncio.sleep(2.0)
+        await behind.park()
+        await collect(busy)
+        callers = [asyncio.create_task(call_on(busy)) for _ in range(3)]
+        await asyncio.sleep(2.0)
+        async with asyncio.timeout(120.0):
+            first = asyncio.create_task(collect(a))
+            await asyncio.sleep(1.0)
+            await asyncio.gather(first, collect(behind))
+        for caller in callers:
+            caller.cancel()
+        await asyncio.gather(*callers, return_exceptions=True)
 
 
 async def test_parked_ones_stay_when_calls_to_others_come_fast() -> None:

@@ -61,3 +61,11 @@ def test_whatever_is_asked_the_end_is_final_and_history_is_bounded(
             assert was is not S.STOPPED
             assert lifecycle.state is target
     assert len(lifecycle.history) <= HISTORY_LENGTH
+
+
+def test_a_move_can_be_undone_as_if_it_had_not_been() -> None:
+    lifecycle = Lifecycle(at=1.0, reason="adopted", state=ReplicaState.PARKED)
+    before = lifecycle.history
+    move = lifecycle.move(ReplicaState.LOADING, at=5.0, reason="requests wait")
+    assert lifecycle.undo() == move
+    assert (lifecycle.history, lifecycle.since) == (before, 1.0)

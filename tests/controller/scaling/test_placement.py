@@ -63,6 +63,12 @@ def test_the_gpu_with_the_most_room_is_taken() -> None:
     assert ledger.place("b", HALF) == ("GPU-1",)
 
 
+def test_a_replica_is_placed_among_those_it_may_have() -> None:
+    ledger = ledger_of(2)
+    assert ledger.place("a", HALF, among=("GPU-1",)) == ("GPU-1",)
+    assert ledger.place("b", HALF, among=()) is None
+
+
 def test_the_processors_memory_is_promised_too() -> None:
     ledger = ledger_of(0)
     most = Demand(num_gpus=0, memory_bytes=3 * GIB)

@@ -277,14 +277,94 @@ def test_parking_on_demand_leaves_busy_replicas_alone() -> None:
     assert replica_set.park_now(now=1.0, reason="asked to") == [ParkReplica(replica=replica)]
 
 
+def kept_set(floor: int = 1) -> tuple[ReplicaSet, Replica, Replica]:
+    """Two ready replicas of which as many must stay; the second was called last."""
+    replica_set = set_of(
+        spec_of(scaling={"idle_timeout": None, "target_concurrency": 1, "scale_down_delay": 1e6})
+    )
+    waiters = [request(replica_set) for _ in range(2)]
+    for instruction in replica_set.plan(0.0):
+        replica_set.loading(instruction.replica, now=0.0, reason="answers")
+        replica_set.ready(instruction.replica, now=0.0)
+    first, second = replica_set.replicas.values()
+    assert replica_set.grant() == waiters
+    replica_set.release(first, now=1.0)
+    replica_set.release(second, now=2.0)
+    replica_set.floor = floor
+    return replica_set, first, second
+
+
+def test_as_many_as_must_be_ready_are_needed_the_most_valuable_ones() -> None:
+    replica_set, first, second = kept_set()
+    assert [replica_set.is_needed(one) for one in (first, second)] == [False, True]
+    request(replica_set, now=3.0)
+    assert first.in_flight == 1
+    assert [replica_set.is_needed(one) for one in (first, second)] == [True, False]
+    replica_set.floor = 2
+    assert [replica_set.is_needed(one) for one in (first, second)] == [True, True]
+    replica_set.floor = 0
+    assert [replica_set.is_needed(one) for one in (first, second)] == [False, False]
+
+
+def test_one_that_must_stay_is_not_evicted() -> None:
+    replica_set, first, second = kept_set()
+    assert replica_set.evict(second, now=3.0, reason="") is None
+    assert replica_set.evict(first, now=3.0, reason="") == ParkReplica(replica=first)
+    assert replica_set.evict(second, now=3.0, reason="") is None
+
+
+def test_an_idle_one_that_may_not_be_parked_is_stopped() -> None:
+    replica_set, replica = warm_set()
+    evicted = replica_set.evict(replica, now=1.0, reason="", may_park=False)
+    assert evicted == StopReplica(replica=replica)
+
+
+def test_one_that_must_stay_does_not_yield() -> None:
+    replica_set, first, second = kept_set()
+    for _ in range(2):
+        request(replica_set, now=3.0)
+    assert [replica_set.yield_place(one) for one in (first, second)] == [True, False]
+    assert [replica_set.yields(one) for one in (first, second)] == [True, False]
+    replica_set.failed(second, now=4.0, reason="died", is_start=False)
+    assert request(replica_set, now=4.0).replica is first, "it is the only one now"
+    for _ in range(2):
+        replica_set.release(first, now=5.0)
+    assert not any(isinstance(one, ParkReplica) for one in replica_set.plan(5.0))
+
+
+def test_a_parked_one_does_not_yield() -> None:
+    replica_set, first, _ = kept_set(floor=0)
+    replica_set.evict(first, now=3.0, reason="")
+    replica_set.parked(first, now=3.1)
+    assert not replica_set.yield_place(first)
+    assert not replica_set.yields(first)
+
+
 def test_no_free_device_leaves_no_trace_and_is_tried_again() -> None:
     replica_set = set_of()
     request(replica_set)
     (instruction,) = replica_set.plan(0.0)
-    replica_set.unplace(instruction.replica, parked=False, now=0.0)
+    replica_set.unplace(instruction.replica, parked=False)
     assert replica_set.transitions == []
     assert not replica_set.replicas
     assert len(replica_set.plan(1.0)) == 1
+
+
+def test_a_wake_that_finds_no_free_device_leaves_no_trace_on_the_parked_replica() -> None:
+    replica_set, replica = warm_set(spec_of(scaling={"idle_timeout": 1, "park_timeout": 10}))
+    replica_set.plan(1.0)
+    replica_set.parked(replica, now=2.0)
+    before = replica.lifecycle.history
+    replica_set.transitions.clear()
+    waiter = request(replica_set, now=5.0)
+    for now in (5.0, 6.0, 7.0):
+        assert replica_set.plan(now) == [WakeReplica(replica=replica)]
+        replica_set.unplace(replica, parked=True)
+    assert replica.lifecycle.history == before
+    assert replica_set.transitions == []
+    replica_set.abandon(waiter)
+    assert replica_set.plan(11.9) == []
+    assert replica_set.plan(12.0) == [StopReplica(replica=replica)], "parked since 2 s"
 
 
 class Storm:

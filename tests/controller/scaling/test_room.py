@@ -7,7 +7,14 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from controller.scaling.lifecycle import ReplicaState
-from controller.scaling.room import BETWEEN_CALLS_S, LEAVING, Room, Tenant, cheapest, make_room
+from controller.scaling.room import (
+    BETWEEN_CALLS_S,
+    LEAVES_WITHIN_S,
+    Room,
+    Tenant,
+    cheapest,
+    make_room,
+)
 
 S = ReplicaState
 
@@ -40,6 +47,31 @@ def test_among_equals_the_longest_idle_goes() -> None:
     assert room(tenant("a", idle_s=5.0), tenant("b", idle_s=50.0)).evict == ("b",)
 
 
+def test_an_idle_one_is_stopped_if_it_would_hold_too_much_when_parked() -> None:
+    assert room(tenant("a"), missing=10) == Room(stop=("a",), cost_s=1.0)
+    assert room(tenant("a", is_needed=True), missing=10) == Room(is_enough=False)
+    assert room(tenant("a", is_busy=True), missing=10) == Room(is_enough=False, retry_in_s=30.0)
+
+
+def test_no_more_are_stopped_instead_of_parked_than_need_be() -> None:
+    cheap, dear = tenant("cheap", value_s=0.5), tenant("dear", value_s=2.0)
+    decided = room(cheap, dear, missing=19)
+    assert (decided.stop, decided.evict) == (("cheap",), ("dear",))
+    assert room(cheap, dear, missing=18).stop == ()
+    assert set(room(cheap, dear, missing=20).stop) == {"cheap", "dear"}
+
+
+@pytest.mark.parametrize("going", [{"state": S.PARKING}, {"is_busy": True}, {"is_yielding": True}])
+def test_one_that_cannot_be_stopped_now_is_stopped_once_it_is_parked(
+    going: dict[str, object],
+) -> None:
+    on_its_way = tenant("a", **going)
+    decided = room(on_its_way, missing=10, waited_s=30.0)
+    assert (decided.evict, decided.stop, decided.is_enough) == ((), (), True)
+    parked = replace(on_its_way, state=S.PARKED, held_bytes=1, is_busy=False)
+    assert room(parked, missing=1).evict == ("a",)
+
+
 def test_as_many_go_as_are_needed_and_no_more() -> None:
     small = tenant("small", held_bytes=3, value_s=0.1)
     assert room(small, tenant("large"), missing=9).evict == ("large",), "the small one is no help"
@@ -47,12 +79,40 @@ def test_as_many_go_as_are_needed_and_no_more() -> None:
 
 
 def test_what_is_being_given_back_is_waited_for() -> None:
-    for state in LEAVING:
-        assert room(tenant("a", state=state), tenant("b")) == Room()
+    assert room(tenant("a", state=S.PARKING), tenant("b")) == Room()
+
+
+@pytest.mark.parametrize("state", [S.DRAINING, S.FAILED])
+def test_one_that_is_being_removed_is_waited_for_a_moment(state: ReplicaState) -> None:
+    leaving = tenant("a", state=state, resident_s=1.0)
+    assert room(leaving, tenant("b")) == Room(retry_in_s=LEAVES_WITHIN_S - 1.0)
+    ended_late = replace(leaving, resident_s=200.0, idle_s=2.0)
+    assert room(ended_late, tenant("b")) == Room(retry_in_s=LEAVES_WITHIN_S - 2.0)
+
+
+@pytest.mark.parametrize(
+    "obstacle",
+    [{"is_busy": True}, {"resident_s": 60.0, "idle_s": 60.0}],
+    ids=["its last response goes on", "it resists"],
+)
+@pytest.mark.parametrize("state", [S.DRAINING, S.FAILED])
+def test_one_that_may_not_be_gone_for_long_is_not_waited_for(
+    state: ReplicaState, obstacle: dict[str, object]
+) -> None:
+    leaving = tenant("a", state=state, **({"resident_s": 1.0} | obstacle))
+    assert room(leaving, tenant("b")).evict == ("b",)
+    assert not room(leaving).is_enough
 
 
 def test_one_that_yields_is_waited_for() -> None:
-    assert room(tenant("a", is_yielding=True, is_busy=True), tenant("b")) == Room()
+    assert room(tenant("a", is_yielding=True, is_busy=True), tenant("b")) == Room(is_soon=False)
+
+
+def test_room_is_not_there_soon_if_a_response_has_to_end_first() -> None:
+    assert not room(tenant("a", is_busy=True), waited_s=30.0).is_soon
+    yielding = tenant("a", is_yielding=True, is_busy=True)
+    assert not room(yielding, tenant("b"), missing=18).is_soon
+    assert room(yielding, tenant("b", state=S.PARKING)).is_soon, "nobody waits for the first"
 
 
 @pytest.mark.parametrize(
@@ -102,6 +162,20 @@ def test_a_busy_one_serves_its_turn_and_then_takes_no_more() -> None:
     assert room(fresh, waited_s=40.0) == Room(is_enough=False, retry_in_s=18.0)
 
 
+def test_a_parked_one_whose_callers_wait_is_stopped_and_does_not_yield() -> None:
+    parked = tenant("parked", state=S.PARKED, held_bytes=6, is_busy=True, value_s=0.0)
+    busy = tenant("busy", is_busy=True, held_bytes=90, kept_bytes=6)
+    decided = room(parked, busy, missing=86, waited_s=31.0)
+    assert (decided.evict, decided.yielding, decided.is_enough) == (("parked",), ("busy",), True)
+    asked_in_vain = replace(parked, is_yielding=True)
+    assert room(asked_in_vain, missing=6).evict == ("parked",)
+
+
+def test_one_that_was_lost_while_it_yielded_counts_once() -> None:
+    lost = tenant("a", state=S.FAILED, resident_s=0.0, is_yielding=True)
+    assert room(lost, tenant("b"), missing=19).evict == ("b",)
+
+
 def test_idle_ones_go_before_busy_ones() -> None:
     decided = room(tenant("busy", is_busy=True, value_s=0.0), tenant("idle"), waited_s=99.0)
     assert (decided.evict, decided.yielding) == (("idle",), ())
@@ -131,16 +205,21 @@ def test_nobody_is_disturbed_who_must_not_be(
 ) -> None:
     decided = room(*tenants, missing=missing, waited_s=waited_s)
     by_id = {one.replica_id: one for one in tenants}
-    for one in map(by_id.__getitem__, decided.evict):
-        assert not one.is_busy
-        assert not one.is_needed
-        assert one.state is S.PARKED or (one.state is S.READY and one.resident_s >= 1.0)
+    assert not set(decided.evict) & set(decided.stop)
+    for one in map(by_id.__getitem__, decided.evict + decided.stop):
+        if one.state is not S.PARKED:
+            assert one.state is S.READY
+            assert one.resident_s >= 1.0
+            assert not one.is_busy
+            assert not one.is_needed
     for one in map(by_id.__getitem__, decided.yielding):
+        assert one.state is S.READY
         assert one.is_busy
         assert not one.is_needed
         assert min(one.resident_s, waited_s) >= 30.0
     if not decided.is_enough:
         assert not decided.evict
+        assert not decided.stop
         assert not decided.yielding
 
 
