@@ -14,7 +14,7 @@ import statistics
 import sys
 import time
 from collections import defaultdict
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 import pynvml
@@ -34,6 +34,12 @@ GOALS_S = {
 }
 CONTAINER_GOALS_S = GOALS_S | {"stopped": 8.0}
 PARKING_GOAL_S = 0.6
+PARTS: Mapping[str, tuple[int, str, Sequence[str]]] = {
+    "cold": (0, "deep", ["stopped"]),
+    "deep": (1, "deep", ["standby", "parked", "ready"]),
+    "light": (0, "light", ["parked"]),
+}
+"""Measured with controllers of their own: how many standbys they keep, how they park, the tiers."""
 HOST_CACHE_BYTES = 20 << 30
 MAX_TOKENS = 400
 """More than the GPU generates in the second after the first token."""
@@ -48,16 +54,14 @@ def main() -> None:
     parser.add_argument("--layers", type=int, default=32)
     parser.add_argument("--tokenizer", type=Path, required=True)
     parser.add_argument("--backend", choices=["process", "docker"], default="process")
+    parser.add_argument("--only", choices=PARTS, action="append", help="parts to measure; all")
     parser.add_argument("--page-cache", action="store_true", help="without the host cache")
     parser.add_argument("--work", type=Path, default=Path("/tmp/coldspark-8b"))
     arguments = parser.parse_args()
     goals = GOALS_S if arguments.backend == "process" else CONTAINER_GOALS_S
     late = []
-    for num_standbys, park, tiers in (
-        (0, "deep", ["stopped"]),
-        (1, "deep", ["standby", "parked", "ready"]),
-        (0, "light", ["parked"]),
-    ):
+    for part in arguments.only or PARTS:
+        num_standbys, park, tiers = PARTS[part]
         with serving_8b(
             arguments.work,
             arguments.tokenizer,
@@ -121,9 +125,7 @@ def _print_parking(controller: Controller, park: str, num_runs: int) -> list[str
     for _ in range(num_runs):
         controller.operate(NAME, "warm")
         time.sleep(IDLE_S)  # what is parked was idle
-        began = time.perf_counter()
-        controller.operate(NAME, "park")
-        seconds.append(time.perf_counter() - began)
+        seconds.append(controller.time_operation(NAME, "park"))
         processes = pynvml.nvmlDeviceGetComputeRunningProcesses(gpu)
         kept_mib.append(sum(process.usedGpuMemory or 0 for process in processes) / MIB)
     table = Table(f"to parked {park}, runs", "p50 s", "p95 s", "kept MiB", "in use MiB")
