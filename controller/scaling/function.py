@@ -383,7 +383,8 @@ class Function:
         elif isinstance(instruction, WakeReplica):
             if not self.tenancy.reclaim(replica):
                 self.set.unplace(replica, parked=True)
-                if self.tenancy.has_room_elsewhere(replica):
+                may_start = not self.set.backoff.holds(self.clock.monotonic())
+                if may_start and self.tenancy.has_room_elsewhere(replica):
                     self._move_on(replica)
                 return False
             effect = self._effects.wake(replica, self.tenancy.leave_line())

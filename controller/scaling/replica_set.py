@@ -356,7 +356,7 @@ class ReplicaSet:
         return needed_replicas(self.spec.scaling, load=load, floor=self.floor)
 
     def _bring_up(self, now: float) -> list[Instruction]:
-        if self.is_closing or self._hold_reason or self.backoff.holds(now):
+        if self.is_closing or self._hold_reason:
             return []
         current = list(self._current())
         up = [r for r in current if r.state in COMING | {ReplicaState.READY}]
@@ -367,6 +367,8 @@ class ReplicaSet:
         for replica in sorted(parked, key=lambda r: -r.idle_since)[: max(missing, 0)]:
             self._move(replica, ReplicaState.LOADING, now, "requests wait")
             instructions.append(WakeReplica(replica=replica))
+        if self.backoff.holds(now):
+            return instructions
         # A replica that is just being parked is woken as soon as it is: cheaper than a start.
         still_missing = missing - len(instructions) - len(on_the_way)
         room = self.spec.scaling.max_replicas - sum(r.state not in ENDING for r in current)

@@ -203,6 +203,17 @@ async def test_one_whose_gpu_was_taken_for_good_starts_on_another(*, is_parked: 
         assert c.tier is Tier.PARKED
 
 
+async def test_one_whose_gpu_was_taken_is_not_given_up_while_no_start_may_be_tried() -> None:
+    async with parked_under_another(World(num_gpus=2)) as (a, c):
+        await c.park()
+        (before,) = a.set.replicas
+        a.set.backoff = a.set.backoff.after_failed_start(now(), "broken")
+        waiting = asyncio.create_task(collect(a))
+        await asyncio.sleep(0.9)
+        assert list(a.set.replicas) == [before]
+        assert await waiting == [3, 4, 5, 6]
+
+
 async def test_one_whose_gpu_was_taken_waits_while_no_other_has_room() -> None:
     world = World(num_gpus=2, make_runtime=lambda: FakeRuntime(step_s=1.0))
     async with parked_under_another(world) as (a, c):

@@ -165,6 +165,23 @@ def test_repeated_failures_back_off_longer_and_success_forgets_them() -> None:
     assert replica_set.backoff.num_failures == 0
 
 
+def test_the_back_off_of_failed_starts_does_not_keep_a_parked_replica_from_waking() -> None:
+    replica_set, parked = warm_set(spec_of(scaling={"target_concurrency": 1, "idle_timeout": 0}))
+    waiters = [request(replica_set), request(replica_set)]
+    (start,) = replica_set.plan(0.0)
+    assert replica_set.failed(start.replica, now=0.0, reason="broken", is_start=True) == []
+    replica_set.stopped(start.replica, now=0.0)
+    for waiter in waiters:
+        assert waiter.replica is parked
+        replica_set.release(parked, now=0.1)
+    assert replica_set.plan(0.1) == [ParkReplica(replica=parked)]
+    replica_set.parked(parked, now=0.2)
+    for _ in range(2):
+        request(replica_set, now=0.3)
+    assert replica_set.backoff.holds(0.3)
+    assert replica_set.plan(0.3) == [WakeReplica(replica=parked)], "and nothing is started"
+
+
 def test_replicas_that_are_lost_as_soon_as_they_are_ready_are_started_ever_more_slowly() -> None:
     replica_set = set_of(spec_of(scaling={"min_replicas": 1}))
     replica_set.floor = 1
