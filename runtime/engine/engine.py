@@ -88,7 +88,8 @@ class Engine:
         budget = min(config.max_num_batched_tokens, runner.max_step_tokens)
         self._config = replace(config, max_num_batched_tokens=budget)
         self._runner = runner
-        self._eos_token_ids = eos_token_ids
+        # A configuration may name tokens that the model has not: they are never sampled.
+        self._eos_token_ids = frozenset(id for id in eos_token_ids if 0 <= id < runner.vocab_size)
         self._num_submitted = 0
         self._in_flight: deque[tuple[ScheduledBatch, PendingTokens]] = deque()
         self._pacing = Pacing()

@@ -1,5 +1,6 @@
 """A batch whose launch has failed: its sequences run alone, to find the faulty ones."""
 
+from dataclasses import replace
 from typing import Protocol
 
 import structlog
@@ -26,8 +27,11 @@ class Launcher(Protocol):
 class IsolatedBatch:
     """Runs each sequence of a batch alone; implements `runtime.engine.batch.PendingTokens`.
 
+    The batches before it are committed by then, so every token is known. That matters: the runner
+    may have gone so far in the failed batch that a token it had kept is replaced by the next one.
+
     Args:
-        runner: Running the same sequence again gives the same result.
+        runner: Running the same tokens again gives the same result.
         batch: The one that failed.
     """
 
@@ -44,7 +48,7 @@ class IsolatedBatch:
         prompt_logprobs: dict[int, PromptLogprobs] = {}
         for index, item in enumerate(self._batch.sequences):
             mask = masks.of(len(token_ids)) if masks is not None and item.is_sampled else None
-            alone = self._run_alone(item, mask)
+            alone = self._run_alone(_with_known_tokens(item), mask)
             token_ids += alone.token_ids
             if alone.faults:
                 faults[index] = alone.faults[0]
@@ -64,6 +68,8 @@ class IsolatedBatch:
         return self._result
 
     def _run_alone(self, item: ScheduledSequence, mask: TokenMasks | None) -> SampledTokens:
+        if item.num_pending_tokens:  # it has ended meanwhile, and nobody waits for its token
+            return SampledTokens(token_ids=(0,) * item.is_sampled, faults={})
         try:
             pending = self._runner.launch(ScheduledBatch(sequences=(item,)))
             pending.choose(mask)
@@ -72,3 +78,11 @@ class IsolatedBatch:
             log.exception("sequence_raised", **item.key._asdict())
             message = f"the engine could not run this sequence: {type(error).__name__}: {error}"
             return SampledTokens(token_ids=(0,) * item.is_sampled, faults={0: message})
+
+
+def _with_known_tokens(item: ScheduledSequence) -> ScheduledSequence:
+    """Return a sequence that leaves no token to the runner, if its batches were committed."""
+    token_ids = tuple(item.all_token_ids[item.start : item.end])
+    if len(token_ids) < item.num_tokens:
+        return item
+    return replace(item, token_ids=token_ids, num_pending_tokens=0)

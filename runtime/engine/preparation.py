@@ -82,16 +82,15 @@ class Preparation:
         if not TokenConstraint.is_needed(sequence.sampling):
             return ""
         try:
-            matcher = None if item.grammar is None else item.grammar.result().deep_copy()
+            sequence.constraint = TokenConstraint(
+                sequence.sampling,
+                end_token_ids=sequence.stop_token_ids,
+                matcher=None if item.grammar is None else item.grammar.result().deep_copy(),
+                vocab_size=self._vocab_size,
+            )
         except InvalidSequence as error:
             return str(error)
         except Exception as error:  # a tokenizer that cannot be read, or a defect
-            log.exception("grammar_failed", **sequence.key._asdict())
-            return f"the grammar could not be compiled: {type(error).__name__}: {error}"
-        sequence.constraint = TokenConstraint(
-            sequence.sampling,
-            end_token_ids=sequence.stop_token_ids,
-            matcher=matcher,
-            vocab_size=self._vocab_size,
-        )
+            log.exception("constraint_failed", **sequence.key._asdict())
+            return f"its output cannot be constrained: {type(error).__name__}: {error}"
         return ""

@@ -84,6 +84,7 @@ def check_sampling(sampling: SamplingParams, *, vocab_size: int) -> None:
     for name, words in (
         ("bad_words", sampling.bad_words),
         ("allowed_token_ids", ((token_id,) for token_id in sampling.allowed_token_ids)),
+        ("stop_token_ids", ((token_id,) for token_id in sampling.stop_token_ids)),
     ):
         for word in words:
             expected = f"tokens in [0, {vocab_size})"

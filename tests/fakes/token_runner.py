@@ -62,6 +62,7 @@ class TokenRunner:
         self.num_late_compilations = 0
         self.batches: list[ScheduledBatch] = []
         self.fail: Callable[[ScheduledBatch], str | None] = lambda batch: None
+        self.fail_late: Callable[[ScheduledBatch], str | None] = lambda batch: None
         self._block_size = block_size
         self._states = [0] * (num_kv_blocks * block_size)
         self._last_tokens: dict[int, int] = {}
@@ -85,7 +86,11 @@ class TokenRunner:
         ]
         if batch.is_constrained:
             return PendingChoice(lambda masks: self._choose(sampled, masks))
-        return self._choose(sampled, None)
+        chosen = self._choose(sampled, None)
+        error = self.fail_late(batch)  # when the tokens before are overwritten
+        if error is not None:
+            raise RuntimeError(error)
+        return chosen
 
     def _choose(
         self, sampled: list[tuple[ScheduledSequence, int]], masks: TokenMasks | None

@@ -228,7 +228,7 @@ def test_a_tokenizer_that_cannot_be_read_refuses_the_request_and_is_told() -> No
     engine.submit(new_request(1, [1], sampling=SamplingParams(grammar=WORD)))
     _, finished = run(engine)
     assert finished[1].reason is FinishReason.REFUSED
-    assert "could not be compiled" in finished[1].error
+    assert "cannot be constrained" in finished[1].error
 
 
 def test_an_engine_without_a_tokenizer_says_so() -> None:

@@ -276,3 +276,33 @@ def test_unseeded_sequences_get_different_seeds() -> None:
     seeds = [item.seed for item in runner.batches[0].sequences]
     assert seeds[0] != seeds[1]
     assert seeds[2] == 11
+
+
+@pytest.mark.parametrize("failing", range(1, 6))
+def test_a_batch_that_fails_when_its_tokens_are_chosen_changes_no_answer(failing: int) -> None:
+    runner = TokenRunner()
+    failures = iter([False] * failing + [True])
+    runner.fail_late = lambda batch: "out of memory" if next(failures, False) else None
+    engine = new_engine(runner)
+    prompts = {1: [1, 2, 3], 2: [4, 5]}
+    for id, prompt in prompts.items():
+        engine.submit(new_request(id, prompt, max_tokens=6))
+    tokens, finished = run(engine)
+    assert tokens == {id: answer(prompt, 6, VOCAB_SIZE) for id, prompt in prompts.items()}
+    assert {end.reason for end in finished.values()} == {FinishReason.LENGTH}
+    assert next(failures, None) is None, "it has failed"
+
+
+@pytest.mark.parametrize("stop", [-1, VOCAB_SIZE])
+def test_a_stop_token_outside_the_vocabulary_is_refused(stop: int) -> None:
+    engine = new_engine(TokenRunner())
+    sampling = SamplingParams(max_tokens=4, min_tokens=2, stop_token_ids=frozenset({stop}))
+    with pytest.raises(InvalidSequence, match="stop_token_ids"):
+        engine.submit(new_request(1, [1], sampling=sampling))
+
+
+def test_a_models_end_token_outside_its_vocabulary_harms_nobody() -> None:
+    engine = new_engine(TokenRunner(), eos=frozenset({VOCAB_SIZE, 10 * VOCAB_SIZE}))
+    sampling = SamplingParams(temperature=0.0, max_tokens=4, min_tokens=2)
+    engine.submit(new_request(1, [1], sampling=sampling))
+    assert run(engine)[0] == {1: answer([1], 4, VOCAB_SIZE)}
