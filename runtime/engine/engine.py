@@ -3,8 +3,9 @@
 import secrets
 import time
 from collections import deque
+from collections.abc import Mapping
 from dataclasses import replace
-from typing import Protocol
+from typing import Protocol, TypeVar
 
 import structlog
 
@@ -26,6 +27,11 @@ from runtime.errors import InvalidSequence
 PREPARATION_POLL_S = 0.001
 
 log = structlog.get_logger()
+
+FoundT = TypeVar("FoundT")
+
+PREEMPTIONS_PERIOD_S = 1.0
+"""How often preemptions are logged at most: under pressure every step has some."""
 
 
 class StepRunner(Protocol):
@@ -93,6 +99,8 @@ class Engine:
         self._num_submitted = 0
         self._in_flight: deque[tuple[ScheduledBatch, PendingTokens]] = deque()
         self._pacing = Pacing()
+        self._num_told_preemptions = 0
+        self._preemptions_told_at = -PREEMPTIONS_PERIOD_S
         self._preparation = Preparation(grammars, runner.vocab_size)
         self._mask_maker = MaskMaker(runner.vocab_size)
         self._blocks = self._new_blocks()
@@ -181,6 +189,7 @@ class Engine:
             if is_next:
                 self._choose_next()
             self._pacing.launched(began, time.monotonic(), is_next=is_next)
+        self._tell_preemptions()
         if not self._in_flight:
             return self._scheduler.commit(ScheduledBatch(sequences=()), ())
         batch, pending = self._in_flight.popleft()
@@ -189,21 +198,15 @@ class Engine:
         for index, error in sampled.faults.items():
             item = batch.sequences[index]
             log.error("sequence_failed", **item.key._asdict(), error=error)
-            self._scheduler.fail(item.key, error)
+            self._scheduler.fail(item, error)
+        logprobs = self._of_live(batch, sampled.logprobs)
+        prompt_logprobs = self._of_live(batch, sampled.prompt_logprobs)
         result = self._scheduler.commit(batch, sampled.token_ids)
         if self._in_flight:
             self._choose_next()
-        if not (sampled.logprobs or sampled.prompt_logprobs):
+        if not (logprobs or prompt_logprobs):
             return result
-        found = {batch.sequences[index].key: item for index, item in sampled.logprobs.items()}
-        reported = {key for key, _ in result.tokens}  # not those that have ended since
-        return replace(
-            result,
-            logprobs={key: item for key, item in found.items() if key in reported},
-            prompt_logprobs={
-                batch.sequences[index].key: item for index, item in sampled.prompt_logprobs.items()
-            },
-        )
+        return replace(result, logprobs=logprobs, prompt_logprobs=prompt_logprobs)
 
     def figures(self) -> EngineFigures:
         """Return load and counts."""
@@ -234,6 +237,26 @@ class Engine:
             enable_prefix_caching=self._config.enable_prefix_caching,
         )
 
+    def _tell_preemptions(self) -> None:
+        num_preemptions, now = self._scheduler.counters.num_preemptions, time.monotonic()
+        num_new = num_preemptions - self._num_told_preemptions
+        if num_new and now >= self._preemptions_told_at + PREEMPTIONS_PERIOD_S:
+            self._num_told_preemptions, self._preemptions_told_at = num_preemptions, now
+            log.warning(
+                "preempted",
+                num_times=num_new,
+                num_running=self._scheduler.num_running,
+                num_waiting=self._scheduler.num_waiting,
+                num_kv_blocks=self._blocks.num_blocks,
+            )
+
+    def _of_live(
+        self, batch: ScheduledBatch, found: Mapping[int, FoundT]
+    ) -> dict[SequenceKey, FoundT]:
+        """Return by key what was found of sequences that have neither ended nor failed since."""
+        items = ((batch.sequences[index], one) for index, one in found.items())
+        return {item.key: one for item, one in items if self._scheduler.is_live(item)}
+
     def _live_keys(self) -> list[SequenceKey]:
         return [*self._scheduler.live_keys(), *self._preparation.keys()]
 
@@ -242,7 +265,7 @@ class Engine:
         for sequence, error in self._preparation.take_prepared():
             self._scheduler.add(sequence)
             if error:
-                self._scheduler.refuse(sequence.key, error)
+                self._scheduler.refuse(sequence, error)
 
     def _launch(self, batch: ScheduledBatch) -> PendingTokens:
         try:
@@ -255,8 +278,9 @@ class Engine:
         """Have the oldest batch's tokens chosen; those before it are committed."""
         batch, pending = self._in_flight[0]
         masks, errors = self._mask_maker.masks(batch)
-        for key, error in errors.items():
-            self._scheduler.refuse(key, error)
+        for item in batch.sequences:
+            if item.key in errors:
+                self._scheduler.refuse(item, errors[item.key])
         try:
             pending.choose(masks)
         except Exception:

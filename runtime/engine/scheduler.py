@@ -81,6 +81,10 @@ class Scheduler:
         """Return the keys of all live sequences."""
         return [*self._running, *self._waiting]
 
+    def is_live(self, item: ScheduledSequence) -> bool:
+        """Return whether a scheduled sequence has not ended since."""
+        return self._find_same(item) is not None
+
     def add(self, sequence: Sequence) -> None:
         """Queue a sequence that could fit the KV cache, alone if need be."""
         _insert(self._waiting, sequence)
@@ -91,16 +95,16 @@ class Scheduler:
         if sequence is not None:
             self._finish(sequence, FinishReason.CANCELLED)
 
-    def fail(self, key: SequenceKey, error: str) -> None:
+    def fail(self, item: Sequence | ScheduledSequence, error: str) -> None:
         """End a sequence whose content cannot be trusted; the next commit reports it."""
-        sequence = self._find(key)
+        sequence = self._find_same(item)
         if sequence is not None:
             self._blocks.release(sequence, keep_content=False)
             self._finish(sequence, FinishReason.ERROR, error)
 
-    def refuse(self, key: SequenceKey, error: str) -> None:
+    def refuse(self, item: Sequence | ScheduledSequence, error: str) -> None:
         """End a sequence that asks for what cannot be; the next commit reports it."""
-        sequence = self._find(key)
+        sequence = self._find_same(item)
         if sequence is not None:
             self._finish(sequence, FinishReason.REFUSED, error)
 
@@ -145,8 +149,8 @@ class Scheduler:
         started: dict[SequenceKey, int] = {}
         for item in batch.sequences:
             token_id = next(sampled) if item.is_sampled else None
-            sequence = self._find(item.key)
-            if sequence is None or sequence.number != item.number:
+            sequence = self._find_same(item)
+            if sequence is None:
                 continue
             if sequence.num_preemptions == item.num_preemptions:
                 self._blocks.publish(sequence, item.end)
@@ -255,6 +259,11 @@ class Scheduler:
 
     def _find(self, key: SequenceKey) -> Sequence | None:
         return self._running.get(key) or self._waiting.get(key)
+
+    def _find_same(self, item: Sequence | ScheduledSequence) -> Sequence | None:
+        """Return a live sequence, not another that has taken the key of one that has ended."""
+        sequence = self._find(item.key)
+        return sequence if sequence is not None and sequence.number == item.number else None
 
 
 def _insert(queue: OrderedDict[SequenceKey, Sequence], sequence: Sequence) -> None:

@@ -12,6 +12,7 @@ from contextlib import contextmanager
 from itertools import chain, zip_longest
 from typing import Generic, NamedTuple, TypeVar
 
+import structlog
 import torch
 
 from runtime.gpu.device import Device
@@ -21,6 +22,8 @@ CAPTURE_AFTER = 2
 DECODE_SIZES = (1, 2, 4, 8, 16, 32, 48, 64, 96, 128, 160, 192, 224, 256, 320, 384, 448, 512)
 MAX_CAPTURED_TOKENS = 1024  # more takes the GPU longer than the host takes to launch it
 SPARE_TILES = 16  # each chunk of a prompt has one that is not full
+
+log = structlog.get_logger()
 
 Result = TypeVar("Result")
 """What a step leaves on the device."""
@@ -60,6 +63,7 @@ class StepGraphs(Generic[Result]):
         self._served: Counter[StepShape] = Counter()
         self._is_serving = True
         self._graphs: dict[StepShape, tuple[torch.cuda.CUDAGraph, Result]] = {}
+        self._refused: set[StepShape] = set()
         self._pool = torch.cuda.graph_pool_handle() if device.is_gpu else None
         self._may_capture = device.is_gpu
 
@@ -91,7 +95,8 @@ class StepGraphs(Generic[Result]):
         """Return the most useful shape without a graph; None if all have one."""
         if not self._device.is_gpu:
             return None
-        return next((shape for shape in self._usual if shape not in self._graphs), None)
+        done = self._graphs.keys() | self._refused
+        return next((shape for shape in self._usual if shape not in done), None)
 
     @contextmanager
     def suspended(self) -> Iterator[None]:
@@ -113,18 +118,27 @@ class StepGraphs(Generic[Result]):
             return result
         result = self._run(shape)
         self._uses[shape] += shape in self._usual
-        if self._may_capture and self._uses[shape] >= CAPTURE_AFTER:
+        is_due = self._uses[shape] >= CAPTURE_AFTER and shape not in self._refused
+        if self._may_capture and is_due:
             self.capture(shape)
         return result
 
     def capture(self, shape: StepShape) -> None:
-        """Record what a shape launches, which must have run once; nothing is computed."""
+        """Record what a shape launches, which must have run once; nothing is computed.
+
+        A shape that cannot be recorded, for want of memory, say, is launched one by one for good.
+        """
         graph = torch.cuda.CUDAGraph()
-        graph.capture_begin(pool=self._pool, capture_error_mode="thread_local")
         try:
-            result = self._run(shape)
-        finally:
-            graph.capture_end()
+            graph.capture_begin(pool=self._pool, capture_error_mode="thread_local")
+            try:
+                result = self._run(shape)
+            finally:
+                graph.capture_end()
+        except Exception:  # whatever it is, steps run without
+            log.exception("not_captured", **shape._asdict())
+            self._refused.add(shape)
+            return
         self._graphs[shape] = graph, result
 
     def _usual_tiles(self, num_tokens: int) -> int:

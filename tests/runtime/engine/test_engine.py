@@ -1,6 +1,7 @@
 from collections import defaultdict
 
 import pytest
+from structlog.testing import capture_logs
 
 from runtime.config import EngineConfig
 from runtime.engine.batch import SampledTokens, ScheduledBatch
@@ -306,3 +307,14 @@ def test_a_models_end_token_outside_its_vocabulary_harms_nobody() -> None:
     sampling = SamplingParams(temperature=0.0, max_tokens=4, min_tokens=2)
     engine.submit(new_request(1, [1], sampling=sampling))
     assert run(engine)[0] == {1: answer([1], 4, VOCAB_SIZE)}
+
+
+def test_preemptions_are_logged_now_and_then() -> None:
+    engine = new_engine(TokenRunner(num_kv_blocks=4))
+    for id in range(4):
+        engine.submit(new_request(id, [id] * 4, max_tokens=8))
+    with capture_logs() as logs:
+        run(engine)
+    told = [entry for entry in logs if entry["event"] == "preempted"]
+    assert engine.figures().num_preemptions > len(told) == 1
+    assert told[0]["num_times"] > 0

@@ -87,7 +87,8 @@ class EngineMachine(RuleBasedStateMachine):
     def end_early(self, data: st.DataObject, is_fault: bool) -> None:
         key = data.draw(st.sampled_from(self.scheduler.live_keys()))
         if is_fault:
-            self.scheduler.fail(key, "broken")
+            live = next(one for one in reversed(self.sequences) if one.key == key)
+            self.scheduler.fail(live, "broken")
         else:
             self.scheduler.cancel(key)
 

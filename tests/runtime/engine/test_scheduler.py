@@ -149,10 +149,25 @@ def test_failed_sequence_leaves_nothing_to_share() -> None:
     sequence = new_sequence(range(9), id=1)
     harness.scheduler.add(sequence)
     harness.step()
-    harness.scheduler.fail(sequence.key, "broken")
+    harness.scheduler.fail(sequence, "broken")
     assert harness.blocks.num_cached_blocks == 0
     [finished] = harness.step()[1].finished
     assert (finished.reason, finished.error) == (FinishReason.ERROR, "broken")
+
+
+def test_a_fault_or_refusal_of_an_ended_sequence_spares_the_new_owner_of_its_key() -> None:
+    harness = Harness()
+    old = new_sequence(range(9), id=1)
+    harness.scheduler.add(old)
+    batch = harness.scheduler.schedule()
+    harness.scheduler.cancel(old.key)
+    harness.scheduler.add(new_sequence(range(9), id=1))
+    harness.scheduler.fail(batch.sequences[0], "broken")
+    harness.scheduler.refuse(batch.sequences[0], "no token is left")
+    assert not harness.scheduler.is_live(batch.sequences[0])
+    [finished] = harness.commit(batch).finished
+    assert finished.reason is FinishReason.CANCELLED
+    assert harness.scheduler.live_keys() == [old.key]
 
 
 def test_next_step_can_be_scheduled_before_the_last_is_committed() -> None:

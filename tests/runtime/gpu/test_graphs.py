@@ -47,3 +47,21 @@ def test_steps_are_counted_once_requests_run(
     graphs.run(StepShape(64, 60))  # rare tiles, never a graph
     assert graphs.most_used() == [(StepShape(8, 0), 3), (StepShape(2, 0), 1)]
     assert captured
+
+
+def test_a_shape_that_cannot_be_captured_runs_without_a_graph(
+    graphs: StepGraphs[Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    class Graph:
+        num_tried = 0
+
+        def capture_begin(self, **_: object) -> None:
+            Graph.num_tried += 1
+            raise torch.OutOfMemoryError("no memory for a graph")
+
+    monkeypatch.setattr(torch.cuda, "CUDAGraph", Graph)
+    assert [graphs.run(StepShape(8, 0)) for _ in range(4)] == [8] * 4
+    assert Graph.num_tried == 1
+    assert graphs.num_captured == 0
+    graphs.capture(StepShape(1, 0))  # as in idle time
+    assert graphs.next_missing() not in (StepShape(1, 0), StepShape(8, 0))
