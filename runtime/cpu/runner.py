@@ -171,6 +171,9 @@ class CpuRunner(NothingCompiled):
     def warm_up(self) -> None:
         """Do nothing: on the CPU, nothing is compiled."""
 
+    def check_device(self) -> None:
+        """Do nothing: a processor computes on, whatever went wrong."""
+
     def use_idle_time(self) -> bool:
         """Do nothing; return whether anything was done."""
         return False

@@ -70,6 +70,9 @@ class StepRunner(Protocol):
         Running the same batch again gives the same result.
         """
 
+    def check_device(self) -> None:
+        """Raise if the device can compute nothing any more; waits for what was launched."""
+
     def use_idle_time(self) -> bool:
         """Do a little that makes later steps faster; return whether anything was done."""
 
@@ -272,6 +275,7 @@ class Engine:
             return self._runner.launch(batch)
         except Exception:  # the fault of one sequence, or of few
             log.exception("batch_failed", num_sequences=len(batch.sequences))
+            self._runner.check_device()  # else this process must end, to be replaced
             return IsolatedBatch(self._runner, batch)
 
     def _choose_next(self) -> None:
@@ -285,6 +289,7 @@ class Engine:
             pending.choose(masks)
         except Exception:
             log.exception("choice_failed", num_sequences=len(batch.sequences))
+            self._runner.check_device()
             isolated = IsolatedBatch(self._runner, batch)
             isolated.choose(masks)
             self._in_flight[0] = (batch, isolated)

@@ -23,6 +23,9 @@ class Launcher(Protocol):
     def launch(self, batch: ScheduledBatch) -> PendingTokens:
         """Run a batch after those launched before."""
 
+    def check_device(self) -> None:
+        """Raise if the device can compute nothing any more."""
+
 
 class IsolatedBatch:
     """Runs each sequence of a batch alone; implements `runtime.engine.batch.PendingTokens`.
@@ -76,6 +79,7 @@ class IsolatedBatch:
             return pending.wait()
         except Exception as error:  # whatever is wrong with it, the others go on
             log.exception("sequence_raised", **item.key._asdict())
+            self._runner.check_device()
             message = f"the engine could not run this sequence: {type(error).__name__}: {error}"
             return SampledTokens(token_ids=(0,) * item.is_sampled, faults={0: message})
 

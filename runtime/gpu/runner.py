@@ -322,6 +322,13 @@ class GpuRunner:
             for shape, count in self._graphs.most_used()
         ]
 
+    def check_device(self) -> None:
+        """Raise the driver's error if it has lost the context, after an illegal access for one.
+
+        Nothing can be computed in this process then.
+        """
+        self._device.synchronize()
+
     def use_idle_time(self) -> bool:
         """Tidy up after a load, then capture one more CUDA graph, which takes some milliseconds.
 

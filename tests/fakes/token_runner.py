@@ -61,6 +61,7 @@ class TokenRunner:
         self.max_in_flight = max_in_flight
         self.num_late_compilations = 0
         self.batches: list[ScheduledBatch] = []
+        self.is_lost = False
         self.fail: Callable[[ScheduledBatch], str | None] = lambda batch: None
         self.fail_late: Callable[[ScheduledBatch], str | None] = lambda batch: None
         self._block_size = block_size
@@ -69,6 +70,10 @@ class TokenRunner:
 
     def max_prefill_tokens(self, num_decodes: int) -> int:
         return self.max_step_tokens
+
+    def check_device(self) -> None:
+        if self.is_lost:
+            raise RuntimeError("CUDA error: an illegal memory access was encountered")
 
     def use_idle_time(self) -> bool:
         return False

@@ -146,6 +146,9 @@ class TeacherForced:
     def max_prefill_tokens(self, num_decodes: int) -> int:
         return self.max_step_tokens
 
+    def check_device(self) -> None:
+        pass
+
     def use_idle_time(self) -> bool:
         return False
 

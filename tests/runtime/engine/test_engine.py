@@ -318,3 +318,18 @@ def test_preemptions_are_logged_now_and_then() -> None:
     told = [entry for entry in logs if entry["event"] == "preempted"]
     assert engine.figures().num_preemptions > len(told) == 1
     assert told[0]["num_times"] > 0
+
+
+@pytest.mark.parametrize("is_late", [True, False])
+def test_an_engine_whose_device_is_lost_does_not_go_on(*, is_late: bool) -> None:
+    runner = TokenRunner()
+    engine = new_engine(runner)
+    engine.submit(new_request(1, [1, 2, 3], max_tokens=8))
+    engine.step()
+    runner.is_lost = True
+    if is_late:
+        runner.fail_late = lambda batch: "CUDA error"
+    else:
+        runner.fail = lambda batch: "CUDA error"
+    with pytest.raises(RuntimeError, match="illegal memory access"):
+        run(engine)
