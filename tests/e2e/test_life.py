@@ -5,7 +5,6 @@ import os
 import signal
 import sqlite3
 import threading
-import time
 from contextlib import closing
 from typing import Any
 
@@ -39,31 +38,8 @@ def test_cold_warm_parked_and_awake_again(node: Node, spec: FunctionSpec) -> Non
     assert node.view()["replicas"][0]["id"] == before["id"], "woken, not started anew"
     starts = wait_for(lambda: _cold_starts(node, 2), "the journal")
     assert [start["from_tier"] for start in starts] == ["parked", "stopped"]
-    for start in starts:
-        assert sum(phase["seconds"] for phase in start["phases"]) >= 0.98 * start["total_s"]
     node.operate("stop")
     assert not node.runtimes()
-
-
-@pytest.mark.parametrize("stream", [False, True])
-def test_the_timeline_explains_the_clients_wait(
-    node: Node, spec: FunctionSpec, stream: bool
-) -> None:
-    node.deploy(spec)
-    node.operate("warm")
-    node.operate("park")
-    body = {"model": "smollm2", "prompt": "The sea", "max_tokens": 1, "stream": stream}
-    with httpx.Client(base_url=node.url, timeout=60.0) as client:
-        client.get("/healthz")  # the connection is there already
-        began = time.perf_counter()
-        with client.stream("POST", "/v1/completions", json=body) as answer:
-            next(answer.iter_lines())
-            waited_s = time.perf_counter() - began
-    entries = [entry.split(";dur=") for entry in answer.headers["server-timing"].split(", ")]
-    timeline = {name: float(milliseconds) / 1000 for name, milliseconds in entries}
-    assert list(timeline)[:2] == ["gateway", "queue"]
-    assert "weights_read" in timeline
-    assert 0.8 * waited_s <= sum(timeline.values()) <= waited_s, "benchmarks/waits.py has the share"
 
 
 @pytest.mark.timeout(180)
