@@ -97,6 +97,22 @@ def test_operations_print_the_tier_and_the_memory_still_held(
     assert cli(operation, "tiny", "-o", "json").json == after
 
 
+def test_a_parked_replica_shows_what_it_keeps_and_why(cli: Cli, controller: ScriptedServer) -> None:
+    parked = replica(state="parked")
+    parked["memory"] |= {
+        "weights_bytes": 0, "kv_cache_bytes": 0, "kept_bytes": 3 << 20, "kept_reason": "context",
+    }  # fmt: skip
+    shown = view(tier="parked", replicas=[parked])
+    controller.on("GET /api/v1/functions/tiny", json_reply(shown))
+    controller.on("GET /api/v1/cold-starts?function=tiny&limit=5", json_reply({"cold_starts": []}))
+    controller.on("POST /api/v1/functions/tiny/park", json_reply(shown))
+    text = cli("describe", "tiny").stdout
+    assert "KEPT" in text
+    assert "3.0 MiB" in text
+    assert "context" in text
+    assert cli("park", "tiny").stdout.split()[-3:] == ["holds", "3.0", "MiB"]
+
+
 def test_delete_says_so_on_stderr_only(cli: Cli, controller: ScriptedServer) -> None:
     controller.on("DELETE /api/v1/functions/tiny", Reply(status=204))
     outcome = cli("delete", "tiny")
