@@ -193,8 +193,11 @@ def delete(
 ) -> None:
     """Delete a function and stop its replicas; its snapshot and its costs stay."""
     with connect(context) as controller:
-        controller.call("DELETE", function_path(name))
+        view = controller.call("DELETE", function_path(name))
+        left = [replica["id"] for replica in view["replicas"]] if view else []
     if output is OutputFormat.JSON:
-        print_json({"deleted": name})
+        print_json({"deleted": name, "left": left})
+    elif left:
+        note(f"deleted {name}; removed as soon as its backend answers: {', '.join(left)}")
     else:
         note(f"deleted {name}")

@@ -117,7 +117,18 @@ def test_delete_says_so_on_stderr_only(cli: Cli, controller: ScriptedServer) -> 
     controller.on("DELETE /api/v1/functions/tiny", Reply(status=204))
     outcome = cli("delete", "tiny")
     assert (outcome.exit_code, outcome.stdout, outcome.stderr) == (0, "", "deleted tiny\n")
-    assert cli("delete", "tiny", "-o", "json").json == {"deleted": "tiny"}
+    assert cli("delete", "tiny", "-o", "json").json == {"deleted": "tiny", "left": []}
+
+
+def test_delete_says_what_is_left_while_a_backend_is_away(
+    cli: Cli, controller: ScriptedServer
+) -> None:
+    left = view(replicas=[replica(state="draining")])
+    controller.on("DELETE /api/v1/functions/tiny", json_reply(left, status=202))
+    outcome = cli("delete", "tiny")
+    assert outcome.exit_code == 0
+    assert outcome.stderr.endswith("as soon as its backend answers: tiny-0a1b2c3d\n")
+    assert cli("delete", "tiny", "-o", "json").json["left"] == ["tiny-0a1b2c3d"]
 
 
 def test_name_cannot_leave_its_place_in_the_path(cli: Cli, controller: ScriptedServer) -> None:
