@@ -128,25 +128,34 @@ def _call_at_random(
         name = chance.choice(names)
         tier, answer, wait_s = _ask(client, name)
         if answer != canaries[name]:
-            sys.exit(f"{name} answered {answer!r} instead of {canaries[name]!r}")
+            sys.exit(f"{name} answered the tokens {answer} instead of {canaries[name]}")
         waits[tier].append(wait_s)
         time.sleep(chance.expovariate(1 / MEAN_PAUSE_S))
     return waits
 
 
-def _ask(client: openai.OpenAI, name: str) -> tuple[str, str, float]:
-    """Return the tier the call met, the answer, and the wait for its first token."""
+def _ask(client: openai.OpenAI, name: str) -> tuple[str, tuple[int, ...], float]:
+    """Return the tier the call met, the answer's token ids, and the wait for its first token.
+
+    Ids, since texts can hide a difference: every broken character looks alike.
+    """
     began = time.perf_counter()
     response = client.completions.with_raw_response.create(
-        model=name, prompt=PROMPT, max_tokens=NUM_TOKENS, temperature=0, stream=True
+        model=name,
+        prompt=PROMPT,
+        max_tokens=NUM_TOKENS,
+        temperature=0,
+        stream=True,
+        extra_body={"return_token_ids": True},
     )
-    first_at, parts = None, []
+    first_at, token_ids = None, list[int]()
     for chunk in response.parse():
         first_at = first_at or time.perf_counter()
-        parts += [choice.text for choice in chunk.choices]
-    if first_at is None:
+        for choice in chunk.choices:
+            token_ids += (choice.model_extra or {})["token_ids"]
+    if first_at is None or not token_ids:
         sys.exit(f"{name} answered nothing")
-    return response.headers["x-coldspark-tier"], "".join(parts), first_at - began
+    return response.headers["x-coldspark-tier"], tuple(token_ids), first_at - began
 
 
 def _device(controller: Controller, kind: str) -> Mapping[str, object]:

@@ -25,7 +25,8 @@ View = Mapping[str, Any]
 NUM_COLD_STARTS = 5
 COLUMNS = ("NAME", "TIER", ">REPLICAS", ">IN FLIGHT", ">QUEUED", "SNAPSHOT", "BACKEND", "SOURCE")
 REPLICA_COLUMNS = (
-    "ID", "STATE", ">IN FLIGHT", ">IDLE", ">WEIGHTS", ">KV CACHE", ">HOST", "DEVICES", "NOTE"
+    "ID", "STATE", ">IN FLIGHT", ">IDLE", ">WEIGHTS", ">KV CACHE", ">KEPT", ">HOST", "DEVICES",
+    "NOTE",
 )  # fmt: skip
 COLD_START_COLUMNS = ("STARTED", "FROM", "OUTCOME", ">TOTAL", "PHASES")
 
@@ -117,6 +118,7 @@ def _replica_row(replica: View) -> Sequence[object]:
         human_seconds(replica["idle_s"]),
         human_bytes(memory.get("weights_bytes")),
         human_bytes(memory.get("kv_cache_bytes")),
+        human_bytes(memory.get("kept_bytes")),
         human_bytes(memory.get("host_rss_bytes")),
         " ".join(replica["devices"]),
         replica["last_error"] or memory.get("kept_reason") or _profile_note(replica),
@@ -178,8 +180,11 @@ def _operate(context: typer.Context, name: str, operation: str, output: OutputFo
         if output is OutputFormat.JSON:
             print_json(view)
             return
-        held = sum(get(replica, "memory", "weights_bytes") or 0 for replica in view["replicas"])
-        held += sum(get(replica, "memory", "kv_cache_bytes") or 0 for replica in view["replicas"])
+        held = sum(
+            get(replica, "memory", part) or 0
+            for replica in view["replicas"]
+            for part in ("weights_bytes", "kv_cache_bytes", "kept_bytes")
+        )
         print_fields({"name": view["name"], "tier": view["tier"], "holds": human_bytes(held)})
 
 
@@ -188,8 +193,11 @@ def delete(
 ) -> None:
     """Delete a function and stop its replicas; its snapshot and its costs stay."""
     with connect(context) as controller:
-        controller.call("DELETE", function_path(name))
+        view = controller.call("DELETE", function_path(name))
+        left = [replica["id"] for replica in view["replicas"]] if view else []
     if output is OutputFormat.JSON:
-        print_json({"deleted": name})
+        print_json({"deleted": name, "left": left})
+    elif left:
+        note(f"deleted {name}; removed as soon as its backend answers: {', '.join(left)}")
     else:
         note(f"deleted {name}")

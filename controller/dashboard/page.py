@@ -155,9 +155,10 @@ def function_lines(views: Sequence[Json], costs: Mapping[str, Json]) -> Sequence
 
 def _function_line(view: Json, cost: Json | None) -> FunctionLine:
     memories = [replica["memory"] for replica in view["replicas"] if replica.get("memory")]
-    held = sum(memory["weights_bytes"] + memory["kv_cache_bytes"] for memory in memories)
+    kept = sum(memory["kept_bytes"] for memory in memories)
+    held = kept + sum(memory["weights_bytes"] + memory["kv_cache_bytes"] for memory in memories)
     freed = sum(replica.get("freed_bytes") or 0 for replica in view["replicas"])
-    kept = sorted({memory["kept_reason"] for memory in memories if memory.get("kept_reason")})
+    reasons = sorted({memory["kept_reason"] for memory in memories if memory.get("kept_reason")})
     build, tier = view.get("build"), str(view["tier"])
     return FunctionLine(
         name=view["name"],
@@ -169,7 +170,7 @@ def _function_line(view: Json, cost: Json | None) -> FunctionLine:
         queued=view["queued"],
         replicas=_replicas(view["replicas"]),
         memory=human_bytes(held),
-        memory_note="; ".join(kept) or (f"{human_bytes(freed)} given back" if freed else ""),
+        memory_note=_memory_note(freed, kept, reasons),
         active=human_seconds(float(cost["active_s"])) if cost else NOTHING,
         idle=human_seconds(float(cost["idle_s"])) if cost else NOTHING,
         cost=human_usd(Decimal(cost["cost_usd"])) if cost else NOTHING,
@@ -177,6 +178,13 @@ def _function_line(view: Json, cost: Json | None) -> FunctionLine:
         percent=_percent(build["done_bytes"], build["total_bytes"]) if build else None,
         error=view.get("last_error") or "",
     )
+
+
+def _memory_note(freed: int, kept: int, reasons: Sequence[str]) -> str:
+    """Return what parking gave back and what it did not, and why."""
+    parts = [f"{human_bytes(freed)} given back"] if freed else []
+    parts += [f"{human_bytes(kept)} kept"] if kept else []
+    return "; ".join([", ".join(parts), *reasons] if parts else reasons)
 
 
 def _replicas(replicas: Sequence[Json]) -> str:

@@ -55,6 +55,7 @@ log = structlog.get_logger(__name__)
 
 WATCH_RETRY_S = 1.0
 STOP_TIMEOUT_S = 60.0
+REMOVAL_TIMEOUT_S = 30.0
 BUILD_RETRY_AFTER_S = 5.0
 
 
@@ -237,8 +238,15 @@ class ControlPlane:
             self._accept(spec, backend, created_us, previous)
         return previous is None
 
-    async def delete(self, name: str) -> None:
-        """Forget a function: new requests get 404, running ones finish within the drain timeout."""
+    async def delete(self, name: str) -> dict[str, Any] | None:
+        """Forget a function: new requests get 404, running ones finish within the drain timeout.
+
+        Whoever cancels this stops waiting; the function is removed all the same.
+
+        Returns:
+            None if nothing is left of it. Else its view: its backend is away, say, and what is
+            left is removed as soon as that can be done.
+        """
         async with self._deploying:
             entry = self._entry(name)
             await self._store.delete(name)
@@ -247,13 +255,18 @@ class ControlPlane:
         self._reaper.forget(name)
         if entry.builder is not None:
             entry.builder.cancel()
-        function, owner = entry.function, entry.owner
+        function, owner, drain_s = entry.function, entry.owner, 0.0
         if function is not None and owner is not None:
             self._closing.add(function)
             owner.add_done_callback(lambda _: self._closing.discard(function))
             function.close()
-            await asyncio.wait([owner])
-        await self._clear_up(entry)
+            drain_s = entry.spec.timeouts.drain if function.set.in_flight else 0.0
+        removal = self._background.start(self._clear_up(entry), f"delete {name}")
+        await asyncio.wait([removal], timeout=drain_s + REMOVAL_TIMEOUT_S)
+        if not removal.done() or removal.cancelled():
+            return entry_view(entry)
+        removal.result()
+        return None
 
     async def warm(self, name: str) -> None:
         """Return once a replica is ready."""
@@ -378,6 +391,8 @@ class ControlPlane:
 
     async def _clear_up(self, entry: Entry) -> None:
         """Let go of what a deleted function held, unless its name has been deployed again."""
+        if entry.function is not None and entry.owner is not None:
+            await asyncio.wait([entry.owner])
         name, current = entry.spec.name, self._entries.get(entry.spec.name)
         if entry.snapshot is not None and (current is None or current.snapshot != entry.snapshot):
             self._snapshots.unpin(entry.snapshot, owner=name)

@@ -98,6 +98,7 @@ def replica_view(function: Function, replica: Replica) -> dict[str, Any]:
             "weights_bytes": memory.weights_bytes,
             "kv_cache_bytes": memory.kv_cache_bytes,
             "host_rss_bytes": memory.host_rss_bytes,
+            "kept_bytes": memory.kept_bytes,
             "kept_reason": memory.kept_reason,
         },
         "profile": None if link is None else _profile_use(link.status.profile),

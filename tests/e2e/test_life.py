@@ -5,7 +5,6 @@ import os
 import signal
 import sqlite3
 import threading
-import time
 from contextlib import closing
 from typing import Any
 
@@ -39,31 +38,8 @@ def test_cold_warm_parked_and_awake_again(node: Node, spec: FunctionSpec) -> Non
     assert node.view()["replicas"][0]["id"] == before["id"], "woken, not started anew"
     starts = wait_for(lambda: _cold_starts(node, 2), "the journal")
     assert [start["from_tier"] for start in starts] == ["parked", "stopped"]
-    for start in starts:
-        assert sum(phase["seconds"] for phase in start["phases"]) >= 0.98 * start["total_s"]
     node.operate("stop")
     assert not node.runtimes()
-
-
-@pytest.mark.parametrize("stream", [False, True])
-def test_the_timeline_explains_the_clients_wait(
-    node: Node, spec: FunctionSpec, stream: bool
-) -> None:
-    node.deploy(spec)
-    node.operate("warm")
-    node.operate("park")
-    body = {"model": "smollm2", "prompt": "The sea", "max_tokens": 1, "stream": stream}
-    with httpx.Client(base_url=node.url, timeout=60.0) as client:
-        client.get("/healthz")  # the connection is there already
-        began = time.perf_counter()
-        with client.stream("POST", "/v1/completions", json=body) as answer:
-            next(answer.iter_lines())
-            waited_s = time.perf_counter() - began
-    entries = [entry.split(";dur=") for entry in answer.headers["server-timing"].split(", ")]
-    timeline = {name: float(milliseconds) / 1000 for name, milliseconds in entries}
-    assert list(timeline)[:2] == ["gateway", "queue"]
-    assert "weights_read" in timeline
-    assert 0.8 * waited_s <= sum(timeline.values()) <= waited_s, "benchmarks/waits.py has the share"
 
 
 @pytest.mark.timeout(180)
@@ -168,7 +144,7 @@ def test_a_killed_controller_adopts_its_runtime_and_loses_no_second(
     assert server.is_running(), "adopted, not replaced"
     node.operate("stop")
     assert node.terminate() == 0
-    _assert_books_have_no_gap(node)
+    assert {"starting", "loading", "active", "idle"} <= assert_books_have_no_gap(node)
 
 
 def test_a_controller_that_ends_in_order_leaves_runtimes_to_the_next(
@@ -219,8 +195,8 @@ def test_bad_input_never_reaches_the_engine(node: Node, spec: FunctionSpec) -> N
     assert engine.is_running()
 
 
-def _assert_books_have_no_gap(node: Node) -> None:
-    """Every microsecond between the first and the last is told exactly once."""
+def assert_books_have_no_gap(node: Node) -> set[str]:
+    """Every microsecond between the first and the last is told exactly once; by which states."""
     with closing(sqlite3.connect(node.home / "coldspark.db")) as database:
         intervals = database.execute(
             "select start_us, end_us, share_ppm, state from intervals where end_us is not null"
@@ -229,7 +205,7 @@ def _assert_books_have_no_gap(node: Node) -> None:
     first = min(start for start, _, _, _ in intervals)
     last = max(end for _, end, _, _ in intervals)
     assert told == (last - first) * 1_000_000
-    assert {"starting", "loading", "active", "idle"} <= {state for *_, state in intervals}
+    return {state for *_, state in intervals}
 
 
 def settled_in(node: Node, tier: str) -> Any:

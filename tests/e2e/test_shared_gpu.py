@@ -13,8 +13,9 @@ from typing import Any
 import psutil
 import pytest
 
+from controller.backends import log_writer
 from controller.backends.process import RUNTIME_COMMAND, ProcessBackend
-from controller.errors import ActivationFailed
+from controller.errors import ActivationFailed, RuntimeDied
 from controller.scaling.function import Function
 from controller.scaling.lifecycle import ReplicaState, Tier
 from controller.scaling.node import Node
@@ -100,6 +101,23 @@ class Machine:
         ]
         return found
 
+    def writer(self, runtime_id: str) -> psutil.Process:
+        """Return the process that writes a runtime's log."""
+        log = str(self.home / "runtimes" / runtime_id / "log")
+        (found,) = [
+            process
+            for process in psutil.process_iter()
+            if log_writer.__file__ in (line := cmdline(process)) and log in line
+        ]
+        return found
+
+    async def watch_exits(self) -> None:
+        """Tell whom it concerns of exits the backend sees, as the control plane does."""
+        async for info in self.backend.watch():
+            self.node.standbys.exited(info)
+            for function in self.functions:
+                await function.exited(info)
+
     def _is_ours(self, process: psutil.Process) -> bool:
         return any(str(self.home) in part for part in cmdline(process))
 
@@ -130,7 +148,11 @@ async def machine(monkeypatch: pytest.MonkeyPatch) -> AsyncIterator[Machine]:
     node.memory.on_release(machine.poke_all)
     node.contention.among(lambda: (one.tenancy for one in machine.functions))
     standbys.use([backend])
+    watch = asyncio.create_task(machine.watch_exits(), name="watch exits")
     yield machine
+    watch.cancel()
+    await asyncio.wait([watch])
+    assert watch.cancelled(), watch.exception()
     await standbys.close(remove=True)
     await backend.close()
     await until(lambda: not machine.processes(), "the end of all processes")
@@ -190,13 +212,43 @@ async def test_random_calls_to_functions_on_one_gpu_get_their_own_answers(
     assert most_at_once == 1
 
 
-async def bring_to(machine: Machine, function: Function, state: str) -> psutil.Process:
-    """Bring a function's replica into a state; return its runtime server."""
+@dataclass(kw_only=True)
+class Begun:
+    """A replica, or a standby, on its way into a state."""
+
+    server: psutil.Process
+    writer: psutil.Process
+    calls: list[asyncio.Task[Any]]  # what was called for that, in the order of OUTCOMES
+
+    def tree(self) -> list[psutil.Process]:
+        """Return every process there is for the runtime; the server is the first one."""
+        return [self.server, self.writer, *self.server.children(recursive=True)]
+
+    def victim(self, name: str) -> psutil.Process:
+        """Return one of them by its part."""
+        match name:
+            case "server":
+                return self.server
+            case "writer":
+                return self.writer
+            case "zygote":  # whatever it is called as long as it starts
+                (zygote,) = self.server.children()
+                return zygote
+        return engine_of(self.server)
+
+
+async def bring_to(machine: Machine, function: Function, state: str) -> Begun:
+    """Bring a function's replica into a state."""
+    calls: list[asyncio.Task[Any]] = []
+
+    def begin(work: Coroutine[Any, Any, object]) -> None:
+        calls.append(asyncio.create_task(work, name="begun"))
+
     if state != "starting":
         await until(lambda: machine.node.standbys.has_ready(machine.backend), "a standby")
     if state == "standby":
         (runtime_id,) = machine.node.standbys.runtime_ids
-        return machine.server(runtime_id)
+        return begun_on(machine, runtime_id, calls)
     if state not in ("starting", "loading"):
         await collect(function)
     if state in ("parked", "waking"):
@@ -210,73 +262,104 @@ async def bring_to(machine: Machine, function: Function, state: str) -> psutil.P
         begin(collect(function, max_tokens=1 << 20))
         await until(lambda: function.set.in_flight, "a request in flight")
         begin(function.stop())
-    now = {"waking": ReplicaState.LOADING}.get(state) or ReplicaState(state)
-    await until(lambda: {r.state for r in function.set.replicas.values()} == {now}, state)
+    await until(lambda: states(function) == {STATE_OF.get(state, state)}, state)
     if state == "parking":
         server = machine.server_of(function)
-        await until(lambda: victim(server, "engine").status() == psutil.STATUS_STOPPED, "a stop")
+        await until(lambda: engine_of(server).status() == psutil.STATUS_STOPPED, "a stop")
     if state == "starting":
-        await until(lambda: function.runtime_ids and server_is_there(machine, function), "a server")
-    return machine.server_of(function)
-
-
-def begin(work: Coroutine[Any, Any, object]) -> None:
-    """Have something done whose end does not matter here."""
-    task = asyncio.create_task(work, name="begun")
-    task.add_done_callback(lambda task: task.cancelled() or task.exception())
-
-
-def server_is_there(machine: Machine, function: Function) -> bool:
-    try:
-        machine.server_of(function)
-    except ValueError:
-        return False
-    return True
-
-
-def victim(server: psutil.Process, name: str) -> psutil.Process:
-    """Return a process of a runtime's tree."""
-    if name == "server":
-        return server
-    (found,) = [child for child in server.children(recursive=True) if child.name() == name]
+        await until(lambda: has_zygote(machine, function), "a zygote")
+    (runtime_id,) = function.runtime_ids
+    found = begun_on(machine, runtime_id, calls)
+    if state in ("loading", "waking"):
+        await until(lambda: len(found.server.children(recursive=True)) == 2, "the engine's fork")
+    assert states(function) == {STATE_OF.get(state, state)}
     return found
 
 
-STATES = ["standby", "starting", "loading", "ready", "parking", "parked", "waking", "draining"]
+def begun_on(machine: Machine, runtime_id: str, calls: list[asyncio.Task[Any]]) -> Begun:
+    server, writer = machine.server(runtime_id), machine.writer(runtime_id)
+    return Begun(server=server, writer=writer, calls=calls)
+
+
+def states(function: Function) -> set[str]:
+    return {str(replica.state) for replica in function.set.replicas.values()}
+
+
+def has_zygote(machine: Machine, function: Function) -> bool:
+    try:
+        return bool(function.runtime_ids and machine.server_of(function).children())
+    except ValueError:
+        return False
+
+
+def engine_of(server: psutil.Process) -> psutil.Process:
+    (found,) = [child for child in server.children(recursive=True) if child.name() == "engine"]
+    return found
+
+
+ANSWER, DONE = [2, 3, 4, 5], None
+OUTCOMES: dict[str, list[Any]] = {
+    "standby": [],
+    "starting": [ANSWER],
+    "loading": [ANSWER],
+    "ready": [],
+    "parking": [DONE],
+    "parked": [],
+    "waking": [ANSWER],
+    "draining": [RuntimeDied, DONE],  # the drain timeout is shorter than the answer
+}
+"""What those hear whose calls have brought the replica into a state, whoever is killed then."""
+STATE_OF = {"waking": ReplicaState.LOADING}
 FIRST = ("starting", "loading")
 """Only a first start that fails is told to who waits for it."""
+WITHOUT_ENGINE = ("standby", "starting")
 
 
-@pytest.mark.parametrize("name", ["server", "zygote", "engine"])
-@pytest.mark.parametrize("state", STATES)
+@pytest.mark.parametrize(
+    ("state", "name"),
+    [
+        (state, name)
+        for state in OUTCOMES
+        for name in ("server", "writer", "zygote", "engine")
+        if not (name == "engine" and state in WITHOUT_ENGINE)
+    ],
+)
 async def test_killing_any_process_in_any_state_costs_at_most_the_call_that_started_it(
     machine: Machine, state: str, name: str
 ) -> None:
-    if (state, name) in {("standby", "engine"), ("starting", "engine"), ("starting", "zygote")}:
-        pytest.skip("there is none yet")
     async with machine.function("f", Script(load_s=0.5)) as function:
-        server = await bring_to(machine, function, state)
-        if state in ("loading", "waking"):
-            await until(lambda: len(server.children(recursive=True)) == 2, "the engine's fork")
-        tree = [server, *server.children(recursive=True)]
+        begun = await bring_to(machine, function, state)
+        tree, killed = begun.tree(), begun.victim(name)
         homes = [machine.home / "runtimes" / runtime_id for runtime_id in function.runtime_ids]
-        victim(server, name).kill()
-        await until(lambda: not victim_is_alive(tree, name), "its death")
+        killed.kill()
+        await until(lambda: not is_alive(killed), "its death")
         for home in homes:
             (home / "hang").unlink(missing_ok=True)
+        outcomes = await asyncio.gather(*begun.calls, return_exceptions=True)
+        may_fail = state in FIRST and name != "writer"
+        for outcome, expected in zip(outcomes, OUTCOMES[state], strict=True):
+            if may_fail and isinstance(outcome, ActivationFailed):
+                continue
+            assert outcome == expected or type(outcome) is expected
         try:
-            assert await collect(function) == [2, 3, 4, 5]
+            assert await collect(function) == ANSWER
         except ActivationFailed:
-            assert state in FIRST
+            assert may_fail
             await until(lambda: not function.set.replicas, "its removal")
             await asyncio.sleep(1.1)  # the back-off
-            assert await collect(function) == [2, 3, 4, 5]
+            assert await collect(function) == ANSWER
         (replica,) = function.set.replicas.values()
         assert replica.state is ReplicaState.READY
         assert dict(machine.node.memory.held(GPU)).keys() == {replica.id}
-        if state != "standby":
+        if name == "writer":
+            is_over = state == "draining"
+            assert is_over or is_alive(begun.server), "a log is not worth a runtime"
+        elif state != "standby":
             await until(
-                lambda: function.tier is Tier.READY and not victim_is_alive(tree, "engine"),
+                lambda: (
+                    function.tier is Tier.READY
+                    and not any(is_alive(one) and process_name(one) == "engine" for one in tree)
+                ),
                 "the end of the engine that was killed",
             )
 
@@ -301,7 +384,7 @@ async def test_an_engine_that_cannot_be_restored_is_replaced_without_the_client_
     async with machine.function("f") as function:
         await collect(function)
         server = machine.server_of(function)
-        engine = victim(server, "engine")
+        engine = engine_of(server)
         await function.park()
         await until(lambda: engine.status() == psutil.STATUS_STOPPED, "its suspension")
         (machine.home_of(function) / "resume").touch()
@@ -310,13 +393,6 @@ async def test_an_engine_that_cannot_be_restored_is_replaced_without_the_client_
         (replica,) = function.set.replicas.values()
         assert dict(machine.node.memory.held(GPU)).keys() == {replica.id}
         assert machine.server_of(function) != server
-
-
-def victim_is_alive(tree: list[psutil.Process], name: str) -> bool:
-    """Return whether a process of a tree still runs: the server is the first one."""
-    if name == "server":
-        return is_alive(tree[0])
-    return any(is_alive(process) and process_name(process) == name for process in tree[1:])
 
 
 def is_alive(process: psutil.Process) -> bool:

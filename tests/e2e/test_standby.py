@@ -54,7 +54,6 @@ def test_a_standby_answers_the_first_call_and_serves_again_after_a_stop(
     assert engines(server), "the standby has become the replica"
     start = wait_for(lambda: pooled.get("/api/v1/cold-starts")["cold_starts"], "the journal")[0]
     assert start["from_tier"] == "standby"
-    assert sum(phase["seconds"] for phase in start["phases"]) >= 0.98 * start["total_s"]
     other = standby(pooled)
     other.send_signal(signal.SIGKILL)
     replacement = standby(pooled)

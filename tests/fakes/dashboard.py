@@ -14,7 +14,9 @@ DAY = NOW_US // DAY_US
 Json = dict[str, Any]
 
 
-def replica(state: str, *, weights: int = 0, kv_cache: int = 0, freed: int = 0) -> Json:
+def replica(
+    state: str, *, weights: int = 0, kv_cache: int = 0, freed: int = 0, kept: int = 0
+) -> Json:
     return {
         "id": f"replica-{state}",
         "state": state,
@@ -26,6 +28,7 @@ def replica(state: str, *, weights: int = 0, kv_cache: int = 0, freed: int = 0) 
             "weights_bytes": weights,
             "kv_cache_bytes": kv_cache,
             "host_rss_bytes": 0,
+            "kept_bytes": kept,
             "kept_reason": "",
         },
         "last_error": None,

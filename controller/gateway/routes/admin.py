@@ -38,14 +38,22 @@ TEXT_RESPONSE: dict[int | str, dict[str, Any]] = {
 }
 
 
+LEFT_RESPONSE: dict[int | str, dict[str, Any]] = {
+    202: {
+        "description": "Deleted; what is left of it is removed as soon as its backend answers.",
+        "content": {"application/json": {"schema": {"type": "object"}}},
+    }
+}
+
+
 class Plane(Protocol):
     """The operations on functions; see controller.scaling.plane."""
 
     async def deploy(self, spec: Any, backend: str) -> bool:
         """Accept a spec; says whether the function is new."""
 
-    async def delete(self, name: str) -> None:
-        """Forget a function."""
+    async def delete(self, name: str) -> Json | None:
+        """Forget a function; returns what is left of it if not all can be removed now."""
 
     async def warm(self, name: str) -> None:
         """Bring a replica up."""
@@ -150,10 +158,11 @@ def _add_functions(router: APIRouter, plane: Plane) -> None:
         is_new = await plane.deploy(spec, body.backend)
         return JSONResponse(plane.view(name), status_code=201 if is_new else 200)
 
-    @router.delete("/functions/{name}", status_code=204)
-    async def delete(name: Name) -> None:
+    @router.delete("/functions/{name}", status_code=204, responses=LEFT_RESPONSE)
+    async def delete(name: Name) -> Response:
         """Remove a function; running requests get the drain timeout."""
-        await plane.delete(name)
+        left = await plane.delete(name)
+        return Response(status_code=204) if left is None else JSONResponse(left, status_code=202)
 
     @router.post("/functions/{name}/profile")
     async def profile(name: Name) -> Json:

@@ -85,6 +85,7 @@ def replica(**changes: Any) -> dict[str, Any]:
             "weights_bytes": 256 << 20,
             "kv_cache_bytes": 128 << 20,
             "host_rss_bytes": 600 << 20,
+            "kept_bytes": 0,
             "kept_reason": "",
         },
         "last_error": None,

@@ -97,11 +97,38 @@ def test_operations_print_the_tier_and_the_memory_still_held(
     assert cli(operation, "tiny", "-o", "json").json == after
 
 
+def test_a_parked_replica_shows_what_it_keeps_and_why(cli: Cli, controller: ScriptedServer) -> None:
+    parked = replica(state="parked")
+    parked["memory"] |= {
+        "weights_bytes": 0, "kv_cache_bytes": 0, "kept_bytes": 3 << 20, "kept_reason": "context",
+    }  # fmt: skip
+    shown = view(tier="parked", replicas=[parked])
+    controller.on("GET /api/v1/functions/tiny", json_reply(shown))
+    controller.on("GET /api/v1/cold-starts?function=tiny&limit=5", json_reply({"cold_starts": []}))
+    controller.on("POST /api/v1/functions/tiny/park", json_reply(shown))
+    text = cli("describe", "tiny").stdout
+    assert "KEPT" in text
+    assert "3.0 MiB" in text
+    assert "context" in text
+    assert cli("park", "tiny").stdout.split()[-3:] == ["holds", "3.0", "MiB"]
+
+
 def test_delete_says_so_on_stderr_only(cli: Cli, controller: ScriptedServer) -> None:
     controller.on("DELETE /api/v1/functions/tiny", Reply(status=204))
     outcome = cli("delete", "tiny")
     assert (outcome.exit_code, outcome.stdout, outcome.stderr) == (0, "", "deleted tiny\n")
-    assert cli("delete", "tiny", "-o", "json").json == {"deleted": "tiny"}
+    assert cli("delete", "tiny", "-o", "json").json == {"deleted": "tiny", "left": []}
+
+
+def test_delete_says_what_is_left_while_a_backend_is_away(
+    cli: Cli, controller: ScriptedServer
+) -> None:
+    left = view(replicas=[replica(state="draining")])
+    controller.on("DELETE /api/v1/functions/tiny", json_reply(left, status=202))
+    outcome = cli("delete", "tiny")
+    assert outcome.exit_code == 0
+    assert outcome.stderr.endswith("as soon as its backend answers: tiny-0a1b2c3d\n")
+    assert cli("delete", "tiny", "-o", "json").json["left"] == ["tiny-0a1b2c3d"]
 
 
 def test_name_cannot_leave_its_place_in_the_path(cli: Cli, controller: ScriptedServer) -> None:

@@ -40,10 +40,11 @@ def test_function_line_tells_what_parking_gave_back() -> None:
 
 
 def test_function_line_tells_why_memory_was_kept() -> None:
-    kept = replica("parked", freed=MIB)
-    kept["memory"]["kept_reason"] = "the allocator keeps 3 MiB"
+    kept = replica("parked", freed=MIB, kept=3 * MIB)
+    assert line(function("smol", "parked", replicas=[kept])).memory == "3.0 MiB"
+    kept["memory"]["kept_reason"] = "the allocator keeps it"
     assert line(function("smol", "parked", replicas=[kept])).memory_note == (
-        "the allocator keeps 3 MiB"
+        "1.0 MiB given back, 3.0 MiB kept; the allocator keeps it"
     )
 
 

@@ -27,6 +27,9 @@ class Asked:
 
         return call
 
+    async def delete(self, name: str) -> dict[str, Any] | None:
+        return {"name": name} if name == "stuck" else None
+
     def view(self, name: str) -> dict[str, Any]:
         return {"name": name}
 
@@ -84,3 +87,12 @@ async def test_a_source_that_means_the_same_everywhere_is_deployed(
     response = await client.put("/api/v1/functions/tiny", json=body)
     assert response.status_code == 200
     assert [name for name, _ in asked.calls] == ["deploy"]
+
+
+async def test_a_deleted_function_of_which_something_is_left_is_202(
+    client: httpx.AsyncClient,
+) -> None:
+    gone = await client.delete("/api/v1/functions/tiny")
+    assert (gone.status_code, gone.content) == (204, b"")
+    left = await client.delete("/api/v1/functions/stuck")
+    assert (left.status_code, left.json()) == (202, {"name": "stuck"})

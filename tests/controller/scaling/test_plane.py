@@ -21,7 +21,7 @@ from controller.errors import (
 from controller.scaling.entry import StoredFunction
 from controller.scaling.lifecycle import Tier
 from controller.scaling.placement import CPU_DEVICE_ID
-from controller.scaling.plane import ControlPlane
+from controller.scaling.plane import REMOVAL_TIMEOUT_S, ControlPlane
 from controller.scaling.policy import backoff_s
 from controller.scaling.preparation import BuildProgress, PreparationFailed
 from controller.scaling.reaper import Reaper
@@ -364,6 +364,46 @@ async def test_a_deleted_function_still_keeps_its_deadlines_and_hears_of_exits(
         with pytest.raises(RuntimeDied, match=r"timeouts\.stream_idle"):
             await running
         await deleting
+
+
+async def test_a_function_deleted_while_its_backend_is_away_is_removed_when_that_is_back(
+    smollm2_snapshot: Path,
+) -> None:
+    machine = Machine(smollm2_snapshot)
+    backend, store = machine.world.backend, SnapshotStore(machine.snapshot.parent)
+    async with machine.controller() as plane:
+        await plane.deploy(spec_of(), "fake")
+        await until_built(plane)
+        await collect(plane.resolve("tiny"))
+        backend.error = BackendUnavailable("the engine is away", temporary=True)
+        began = asyncio.get_running_loop().time()
+        left = await plane.delete("tiny")
+        assert asyncio.get_running_loop().time() == began + REMOVAL_TIMEOUT_S
+        assert left is not None
+        assert [replica["state"] for replica in left["replicas"]] == ["draining"]
+        with pytest.raises(NotFound):
+            plane.view("tiny")
+        assert backend.machine.runtimes
+        backend.error = None
+        await asyncio.sleep(10.0)  # its longest pause between two tries
+        assert not backend.machine.runtimes
+        assert "tiny" not in store.pins(machine.snapshot.name)
+
+
+async def test_a_function_is_deleted_although_nobody_waits_for_it(smollm2_snapshot: Path) -> None:
+    machine = Machine(smollm2_snapshot)
+    async with machine.controller() as plane:
+        await plane.deploy(spec_of(), "fake")
+        await until_built(plane)
+        running = asyncio.create_task(collect(plane.resolve("tiny"), max_tokens=100))
+        await asyncio.sleep(1.5)
+        deleting = asyncio.create_task(plane.delete("tiny"))
+        await asyncio.sleep(0.1)
+        deleting.cancel()
+        assert len(await running) == 100
+        await asyncio.sleep(0.1)
+        assert not machine.world.backend.machine.runtimes
+        assert "tiny" not in SnapshotStore(machine.snapshot.parent).pins(machine.snapshot.name)
 
 
 async def test_a_name_deployed_again_keeps_its_pin_when_the_old_one_has_ended(
