@@ -88,8 +88,7 @@ def _budget_bytes(config: EngineConfig, sizes: KvSizes) -> int:
         return config.kv_cache_bytes
     if sizes.device is not None:
         # What other processes hold of the device is not ours to count, unless there is no more.
-        share = int(config.gpu_memory_utilization * sizes.device.total_bytes)
-        ours = (config.device_memory_bytes or share) - CONTEXT_BYTES
+        ours = _granted_bytes(config, sizes.device) - CONTEXT_BYTES
         usable = min(ours, sizes.device.free_bytes)
         return usable - sizes.weights_bytes - sizes.activation_bytes - DEVICE_RESERVE_BYTES
     if not config.memory_limit_bytes:
@@ -98,16 +97,26 @@ def _budget_bytes(config: EngineConfig, sizes: KvSizes) -> int:
     return usable - sizes.weights_bytes - sizes.activation_bytes - PROCESS_BYTES
 
 
+def _granted_bytes(config: EngineConfig, device: DeviceMemory) -> int:
+    """Return how much of a GPU the engine may use, whether that is free or not."""
+    return config.device_memory_bytes or int(config.gpu_memory_utilization * device.total_bytes)
+
+
 def _advice(config: EngineConfig, sizes: KvSizes, missing_bytes: int) -> str:
     if config.kv_cache_bytes:
         return f"raise kv_cache_bytes by {missing_bytes} or lower max_model_len"
     if sizes.device is not None:
-        total, free = sizes.device.total_bytes, sizes.device.free_bytes
+        granted, free = _granted_bytes(config, sizes.device), sizes.device.free_bytes
+        less = "lower max_model_len or max_num_seqs"
+        if free < granted - CONTEXT_BYTES:
+            return (
+                f"only {free} bytes of the GPU were free of the {granted} that the engine may use, "
+                f"and the weights take {sizes.weights_bytes}: stop what else uses the GPU, or {less}"
+            )
         return (
-            f"the GPU has {total} bytes, of which {free} were free, the weights take "
-            f"{sizes.weights_bytes}, and gpu_memory_utilization is "
-            f"{config.gpu_memory_utilization}: raise it, lower max_model_len or max_num_seqs, or "
-            "use a larger GPU"
+            f"the engine may use {granted} of the GPU's {sizes.device.total_bytes} bytes, and the "
+            f"weights take {sizes.weights_bytes}: raise gpu_memory_utilization, {less}, or use a "
+            "larger GPU"
         )
     if not config.memory_limit_bytes:
         return "set kv_cache_bytes or lower max_model_len"

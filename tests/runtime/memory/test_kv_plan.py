@@ -96,6 +96,19 @@ def test_too_little_memory_is_refused_with_what_is_missing(
         plan_kv(config, SIZES)
 
 
+@pytest.mark.parametrize(
+    ("free_bytes", "match"),
+    [
+        (99 << 30, "may use 2147483648 of the GPU's .*: raise gpu_memory_utilization"),
+        (1 << 30, "only 1073741824 bytes of the GPU were free .*: stop what else uses the GPU"),
+    ],
+)
+def test_too_little_memory_of_a_gpu_is_explained_by_what_binds(free_bytes: int, match: str) -> None:
+    config = replace(MANY, device_memory_bytes=2 << 30, max_model_len=2048)
+    with pytest.raises(OutOfMemory, match=match):
+        plan_kv(config, replace(on_gpu(free_bytes=free_bytes), weights_bytes=3 << 30))
+
+
 def test_following_the_advice_helps() -> None:
     config = replace(MANY, kv_cache_bytes=500_000 + 12_000, max_model_len=512)
     assert plan_kv(config, SIZES).max_model_len == 512
