@@ -63,7 +63,7 @@ def sampling_params(
     }
     chosen["top_k"] = max(chosen["top_k"], 0)
     if chosen["top_p"] == 0:
-        chosen |= {"top_p": 1.0, "top_k": 1}
+        chosen |= {"temperature": 0.0, "top_p": 1.0, "top_k": 0}  # the likeliest, ties settled
     return pb.SamplingParams(
         **chosen,
         max_tokens=max_tokens,

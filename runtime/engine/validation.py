@@ -14,6 +14,7 @@ MAX_LOGPROBS = 20
 MAX_LOGIT_BIASES = 1024
 MAX_BAD_WORDS = 1024
 MAX_GRAMMAR_CHARS = 1 << 20
+MAX_REPETITION_PENALTY = 1e6  # and no less than its inverse: logits stay finite
 MAX_LOGIT_BIAS = 1e6  # far beyond any logit, and still finite when added to one
 
 
@@ -52,11 +53,12 @@ def check_sampling(sampling: SamplingParams, *, vocab_size: int) -> None:
     _check(sampling.top_k >= 0, "top_k", sampling.top_k, "at least 0; 0 is off")
     _check(0 <= sampling.min_p <= 1, "min_p", sampling.min_p, "between 0 and 1; 0 is off")
     _check(sampling.max_tokens >= 1, "max_tokens", sampling.max_tokens, "at least 1")
+    least, most = 1 / MAX_REPETITION_PENALTY, MAX_REPETITION_PENALTY
     _check(
-        math.isfinite(sampling.repetition_penalty) and sampling.repetition_penalty > 0,
+        least <= sampling.repetition_penalty <= most,
         "repetition_penalty",
         sampling.repetition_penalty,
-        "a finite number above 0; 1 is off",
+        f"between {least:g} and {most:g}; 1 is off",
     )
     for name, penalty in (
         ("frequency_penalty", sampling.frequency_penalty),

@@ -43,7 +43,7 @@ def sampling_of(function: FakeFunction, index: int = -1) -> pb.SamplingParams:
         ({"allowed_token_ids": [4, 9]}, {"allowed_token_ids": [4, 9]}),
         ({"min_tokens": 3}, {"min_tokens": 3}),
         ({"temperature": 0, "top_k": -1}, {"temperature": 0, "top_k": 0}),
-        ({"top_p": 0, "top_k": 9}, {"top_p": 1, "top_k": 1}),
+        ({"top_p": 0, "top_k": 9}, {"temperature": 0, "top_p": 1, "top_k": 0}),
         ({"seed": -1}, {"seed": (1 << 64) - 1}),
         ({"ignore_eos": True}, {"ignore_eos": True}),
         ({"stop_token_ids": [5]}, {"stop_token_ids": [5]}),

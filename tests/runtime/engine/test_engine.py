@@ -111,6 +111,8 @@ def test_context_limit_ends_a_sequence_by_length() -> None:
         ([1], SamplingParams(seed=-1), "seed is -1"),
         ([1], SamplingParams(seed=1 << 64), "seed is 18446744073709551616"),
         ([1], SamplingParams(repetition_penalty=0.0), "repetition_penalty is 0.0"),
+        ([1], SamplingParams(repetition_penalty=1e-46), "repetition_penalty is 1e-46"),
+        ([1], SamplingParams(repetition_penalty=1e39), "repetition_penalty is 1e.39"),
         ([1], SamplingParams(frequency_penalty=float("nan")), "frequency_penalty is nan"),
         ([1], SamplingParams(presence_penalty=float("inf")), "presence_penalty is inf"),
         ([1], SamplingParams(logit_bias={50: 1.0}), r"logit_bias\[50\] is 1.0"),
