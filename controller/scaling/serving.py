@@ -13,6 +13,7 @@ from controller.errors import (
     FirstTokenTimeout,
     InternalError,
     InvalidRequest,
+    Overloaded,
     RuntimeDied,
 )
 from controller.scaling.generation import GenerationRecord, GenerationRequest, TokenChunk
@@ -21,10 +22,11 @@ from controller.scaling.link import SequenceStream
 from controller.scaling.replica import Replica, Waiter
 from functions.spec import FunctionSpec
 from runtime.rpc import inference_pb2 as pb
-from runtime.rpc.client import RuntimeRpcError, RuntimeUnavailable
+from runtime.rpc.client import RuntimeRpcError, RuntimeUnavailable, StreamOverrun
 
 FINISH_REASONS = {pb.FINISH_REASON_STOP: "stop", pb.FINISH_REASON_LENGTH: "length"}
 MAX_ATTEMPTS = 2
+OVERRUN_RETRY_S = 1.0
 
 
 @dataclass(slots=True, eq=False, kw_only=True)
@@ -375,6 +377,12 @@ class FunctionGeneration:
     def _translate(self, error: ApiError | RuntimeRpcError) -> ApiError:
         if isinstance(error, ApiError):
             return error
+        if isinstance(error, StreamOverrun):
+            return Overloaded(
+                f"the controller fell behind the replica of {self._host.name!r}: {error}; the "
+                "answer is incomplete",
+                retry_after_s=OVERRUN_RETRY_S,
+            )
         if not isinstance(error, RuntimeUnavailable):
             return InternalError(f"the runtime did not take the sequence: {error}")
         return RuntimeDied(

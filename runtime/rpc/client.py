@@ -3,13 +3,22 @@
 RuntimeRpcError
 ├── RuntimeUnavailable  gone, unreachable, or dying; another replica may do it
 ├── RuntimeRefused      invalid, not possible now, or does not fit; the same call fails again
+│   ├── SnapshotUnusable  missing or damaged
+│   └── StreamOverrun   we read a stream too slowly; its sequences are over, it goes on
 └── RuntimeTimedOut     no answer in time
 """
 
 import asyncio
-from collections.abc import AsyncGenerator, AsyncIterator, Callable, Iterator, Sequence
+from collections.abc import (
+    AsyncGenerator,
+    AsyncIterator,
+    Awaitable,
+    Callable,
+    Iterator,
+    Sequence,
+)
 from contextlib import contextmanager
-from typing import Protocol
+from typing import Protocol, TypeAlias
 
 import grpc
 import grpc.aio
@@ -55,6 +64,10 @@ class SnapshotUnusable(RuntimeRefused):
     """The runtime found a snapshot missing or damaged: no other runtime can load it either."""
 
 
+class StreamOverrun(RuntimeRefused):
+    """A stream was read too slowly, so its sequences were cancelled; the runtime is well."""
+
+
 class RuntimeTimedOut(RuntimeRpcError):
     """No answer came in time; the runtime may still be at it."""
 
@@ -97,21 +110,32 @@ class SequenceSink(Protocol):
         """Take, instead of the end, that the stream died; nothing comes after it."""
 
 
+Stream: TypeAlias = "grpc.aio.StreamStreamCall[pb.AttachRequest, pb.StepOutput]"
+Outputs = AsyncIterator[pb.StepOutput]
+
+
 class Attachment:
     """One stream of sequences. Made by `RuntimeClient.attach`; used on its event loop only.
+
+    A stream that the runtime has closed because it was read too slowly is opened anew: its
+    sequences are over, and those submitted from then on wait for the new one.
 
     Args:
         call: The open gRPC call.
         outputs: Its messages after the first.
+        reopen: Returns another call and its messages.
     """
 
     def __init__(
         self,
-        call: "grpc.aio.StreamStreamCall[pb.AttachRequest, pb.StepOutput]",
-        outputs: AsyncIterator[pb.StepOutput],
+        call: Stream,
+        outputs: Outputs,
+        reopen: Callable[[], Awaitable[tuple[Stream, Outputs]]],
     ) -> None:
         self._call = call
         self._outputs = outputs
+        self._reopen = reopen
+        self._is_reopening = False
         self._sinks: dict[int, SequenceSink] = {}
         self._outbox: asyncio.Queue[pb.AttachRequest] = asyncio.Queue()
         self._num_submitted = 0
@@ -170,14 +194,15 @@ class Attachment:
     async def close(self) -> None:
         """Close the stream; sequences still running are cancelled and their sinks told."""
         self._call.cancel()
+        if self._is_reopening:
+            self._reader.cancel()
         await asyncio.wait([self._reader, self._writer])
 
     async def _read(self) -> None:
         error: RuntimeRpcError = RuntimeUnavailable("the stream was closed")
         try:
-            with _translated():
-                async for output in self._outputs:
-                    self._deliver(output)
+            while overrun := await self._read_call():
+                await self._begin_anew(overrun)
         except RuntimeRpcError as caught:
             error = caught
         except asyncio.CancelledError:
@@ -185,6 +210,32 @@ class Attachment:
                 raise
         finally:
             self._break(error)
+
+    async def _read_call(self) -> StreamOverrun | None:
+        """Hand out what one call brings; return why it is over if another may follow."""
+        try:
+            with _translated():
+                async for output in self._outputs:
+                    self._deliver(output)
+        except RuntimeRefused as error:
+            cause = error.__cause__
+            assert isinstance(cause, grpc.aio.AioRpcError)
+            if cause.code() is grpc.StatusCode.RESOURCE_EXHAUSTED:
+                return StreamOverrun(str(error))
+            raise
+        return None
+
+    async def _begin_anew(self, overrun: StreamOverrun) -> None:
+        """End all sequences and open another call for those to come."""
+        log.warning("stream_overrun", num_sequences=len(self._sinks), reason=str(overrun))
+        self._is_reopening = True
+        self._writer.cancel()
+        await asyncio.wait([self._writer])
+        self._outbox = asyncio.Queue()
+        self._end_all(overrun)
+        self._call, self._outputs = await self._reopen()
+        self._writer = asyncio.create_task(self._write(), name="attachment writer")
+        self._is_reopening = False
 
     async def _write(self) -> None:
         try:
@@ -238,6 +289,9 @@ class Attachment:
     def _break(self, error: RuntimeRpcError) -> None:
         self._error = error
         self._writer.cancel()
+        self._end_all(error)
+
+    def _end_all(self, error: RuntimeRpcError) -> None:
         sinks, self._sinks = self._sinks, {}
         for sequence_id, sink in sinks.items():
             try:
@@ -332,6 +386,9 @@ class RuntimeClient:
         Raises:
             RuntimeRefused: No engine is loaded.
         """
+        return Attachment(*await self._open_stream(), reopen=self._open_stream)
+
+    async def _open_stream(self) -> tuple[Stream, Outputs]:
         call = self._stub.Attach()  # type: ignore[call-arg]  # requests come by call.write
         outputs = aiter(call)
         try:
@@ -342,7 +399,7 @@ class RuntimeClient:
         except BaseException:
             call.cancel()
             raise
-        return Attachment(call, outputs)
+        return call, outputs
 
     async def close(self) -> None:
         """Close the channel; streams still open break."""

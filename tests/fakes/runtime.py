@@ -13,6 +13,7 @@ from runtime.rpc.client import (
     RuntimeUnavailable,
     SequenceSink,
     SnapshotUnusable,
+    StreamOverrun,
 )
 
 WEIGHTS_BYTES = 1 << 20
@@ -77,6 +78,15 @@ class FakeRuntime:
             sink.on_broken(RuntimeUnavailable("the runtime is gone"))
         for watcher in self.watchers:
             watcher.put_nowait(None)
+
+    def overrun(self) -> None:
+        """Cancel every sequence because they are read too slowly; be well."""
+        sequences, self.sequences = self.sequences, {}
+        for task in sequences.values():
+            task.cancel()
+        sinks, self.sinks = self.sinks, {}
+        for sink in sinks.values():
+            sink.on_broken(StreamOverrun("read faster"))
 
     async def work(self, name: str, seconds: float) -> None:
         """Take time over a call, and fail it if told to."""

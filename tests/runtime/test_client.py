@@ -1,7 +1,8 @@
+import asyncio
 from collections.abc import AsyncIterator, Callable
 from pathlib import Path
 from typing import Any
-from unittest.mock import create_autospec
+from unittest.mock import AsyncMock, create_autospec
 
 import grpc
 import grpc.aio
@@ -16,6 +17,7 @@ from runtime.rpc.client import (
     RuntimeTimedOut,
     RuntimeUnavailable,
     SnapshotUnusable,
+    StreamOverrun,
 )
 from tests.runtime.conftest import ENDLESS, TIMEOUT_S, Process, Recorder, submit
 
@@ -124,6 +126,78 @@ async def test_nobody_there_is_unavailable(client: RuntimeClient) -> None:
         await client.wait_reachable(0.2)
 
 
+class Overrunner(grpc.GenericRpcHandler):  # type: ignore[type-arg]  # not generic at run time
+    """Answers every sequence with one token; to that of the first stream it adds an overrun."""
+
+    def __init__(self) -> None:
+        self.num_streams = 0
+        self.submitted: list[int] = []
+        self.may_open = asyncio.Event()
+        self.may_open.set()
+
+    def service(self, details: Any) -> Any:
+        assert details.method.endswith("Attach")
+        return grpc.stream_stream_rpc_method_handler(
+            self._attach,
+            request_deserializer=pb.AttachRequest.FromString,
+            response_serializer=pb.StepOutput.SerializeToString,
+        )
+
+    async def _attach(self, requests: Any, context: Any) -> AsyncIterator[pb.StepOutput]:
+        self.num_streams += 1
+        is_first = self.num_streams == 1
+        await self.may_open.wait()
+        yield pb.StepOutput()
+        async for request in requests:
+            sequence_id = request.submit.sequence_id
+            self.submitted.append(sequence_id)
+            yield pb.StepOutput(sequence_ids=[sequence_id], token_ids=[7])
+            if is_first:
+                self.may_open.clear()
+                await context.abort(grpc.StatusCode.RESOURCE_EXHAUSTED, "read faster")
+            finished = pb.Finished(sequence_id=sequence_id, reason=pb.FINISH_REASON_LENGTH)
+            yield pb.StepOutput(finished=[finished])
+
+
+@pytest.fixture
+async def overrunner(home: Path) -> AsyncIterator[Overrunner]:
+    handler = Overrunner()
+    server = grpc.aio.server()
+    server.add_generic_rpc_handlers((handler,))
+    server.add_insecure_port(f"unix:{home / 'socket'}")
+    await server.start()
+    yield handler
+    await server.stop(None)
+
+
+async def test_a_stream_that_was_read_too_slowly_is_opened_anew(
+    overrunner: Overrunner, client: RuntimeClient
+) -> None:
+    attachment = await client.attach()
+    lost = submit(attachment, 1)
+    assert isinstance(await lost.breakage(), StreamOverrun)
+    assert lost.tokens == [7]
+    assert not attachment.is_broken
+    waiting = submit(attachment, 2)  # before the new stream is open
+    overrunner.may_open.set()
+    await waiting.end()
+    assert waiting.tokens == [7]
+    assert overrunner.submitted == [lost.sequence_id, waiting.sequence_id]
+    assert overrunner.num_streams == 2
+    await attachment.close()
+
+
+async def test_a_stream_can_be_closed_while_it_is_opened_anew(
+    overrunner: Overrunner, client: RuntimeClient
+) -> None:
+    attachment = await client.attach()
+    await submit(attachment, 1).breakage()
+    waiting = submit(attachment, 2)
+    await attachment.close()
+    assert isinstance(await waiting.breakage(), RuntimeUnavailable)
+    assert attachment.is_broken
+
+
 class OrderedSink(Recorder):
     """Keeps when it was told, among others."""
 
@@ -145,7 +219,8 @@ async def test_of_each_step_the_newest_sequence_hears_first() -> None:
 
     heard: list[str] = []
     old, new = (OrderedSink(name, heard) for name in ("old", "new"))
-    attachment = Attachment(create_autospec(grpc.aio.StreamStreamCall, instance=True), outputs())
+    call = create_autospec(grpc.aio.StreamStreamCall, instance=True)
+    attachment = Attachment(call, outputs(), reopen=AsyncMock())
     for sink in (old, new):
         sink.sequence_id = attachment.submit([1], pb.SamplingParams(), sink)
     await old.breakage()

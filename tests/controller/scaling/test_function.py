@@ -17,6 +17,7 @@ from controller.errors import (
     Conflict,
     FirstTokenTimeout,
     ModelNotFound,
+    Overloaded,
     QueueFull,
     RuntimeDied,
     ShuttingDown,
@@ -229,6 +230,19 @@ async def test_a_runtime_that_dies_in_the_stream_ends_it_with_an_error() -> None
         assert generation.record.outcome == "runtime_died"
         assert await collect(function) == [3, 4, 5, 6], "the next request gets a new replica"
         assert len(world.backend.created) == 2
+
+
+async def test_a_stream_that_was_read_too_slowly_costs_its_answers_and_not_the_replica() -> None:
+    world = World()
+    async with world.function() as function:
+        await collect(function)
+        answer = asyncio.create_task(collect(function, max_tokens=1000))
+        await asyncio.sleep(0.5)
+        world.runtime.overrun()
+        with pytest.raises(Overloaded, match="fell behind"):
+            await answer
+        assert await collect(function) == [3, 4, 5, 6]
+        assert len(world.backend.created) == 1
 
 
 async def test_a_start_that_fails_is_told_at_once_and_backed_off() -> None:
