@@ -266,7 +266,7 @@ class EventStream(Response):
         if self._opened or self._answer.tier == "ready":
             return ": waiting\n\n"
         eta_s = self._answer.eta_s()
-        return ": waking\n\n" if eta_s is None else f": waking, {max(eta_s, 0):.1f} s left\n\n"
+        return ": waking\n\n" if eta_s is None else f": waking, {eta_s:.1f} s left\n\n"
 
     async def _write(self, event: bytes, *, is_last: bool = False) -> None:
         self._is_quiet = False

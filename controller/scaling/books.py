@@ -49,7 +49,6 @@ class Books:
         self._node = function.node
         self._activations: dict[str, Activation] = {}
         self._last: dict[str, Activation] = {}
-        self._cold_s: dict[str, float] = {}
         self._latest: defaultdict[str, deque[ColdStart]] = defaultdict(
             lambda: deque(maxlen=NUM_LATEST)
         )
@@ -102,9 +101,12 @@ class Books:
         self._node.metrics.generation_finished(record)
 
     def eta_s(self, tier: str, waited_s: float) -> float | None:
-        """Return the expected rest of a cold start after some seconds of waiting."""
-        expected = self._cold_s.get(tier) or self.reload_s(tier)
-        return max(expected - waited_s, 0.1) if expected else None
+        """Return the expected rest of a cold start after some seconds of waiting.
+
+        None when it takes longer than expected: nobody knows then, for want of a device, say.
+        """
+        left_s = self.reload_s(tier) - waited_s
+        return left_s if left_s > 0 else None
 
     def reload_s(self, tier: str) -> float:
         """Return how long bringing a replica up from a tier takes, waits for others left out.
@@ -191,9 +193,7 @@ class Books:
             waiting_since=waiting_since,
         )
         if outcome != "failed":
-            tier, seconds = cold_start.from_tier, cold_start.total_s
-            self._latest[tier].append(cold_start)
-            self._cold_s[tier] = 0.5 * (self._cold_s.get(tier, seconds) + seconds)
+            self._latest[cold_start.from_tier].append(cold_start)
         self._node.journal.add(cold_start)
         self._node.metrics.cold_start_finished(
             function=cold_start.function,

@@ -90,6 +90,26 @@ async def test_a_function_does_not_wait_for_more_of_a_park_than_it_needs(
         assert await collect(a) == [3, 4, 5, 6]
 
 
+async def test_what_others_take_is_in_no_estimate() -> None:
+    world = World(num_gpus=1, make_runtime=lambda: FakeRuntime(step_s=1.0, load_s=1.0))
+    async with functions(world, "a", "b") as (a, b):
+        running = asyncio.create_task(collect(a, max_tokens=60))
+        await asyncio.sleep(5.0)
+        began = now()
+        await collect(b, max_tokens=1)
+        assert now() - began > 20.0
+        assert (b.books.eta_s("stopped", 0.0) or 0.0) < 5.0
+        await b.stop()
+        await running
+        running = asyncio.create_task(collect(a, max_tokens=60))
+        await asyncio.sleep(5.0)
+        async with b.generate(request(max_tokens=1)) as generation:
+            assert (generation.eta_s() or 0.0) > 1.0
+            await asyncio.sleep(10.0)
+            assert generation.eta_s() is None, "it waits in line, nobody knows how long"
+        await running
+
+
 async def test_the_wait_for_room_is_a_phase_of_the_cold_start() -> None:
     world = World(num_gpus=1)
     async with functions(world, "a", "b") as (a, b):
