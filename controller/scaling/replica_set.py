@@ -82,24 +82,25 @@ class ReplicaSet:
     @property
     def num_ready(self) -> int:
         """Replicas that take new requests."""
-        return sum(replica.state in _ROUTABLE for replica in self._current())
+        return sum(1 for _ in self._routable())
 
     @property
     def has_place(self) -> bool:
         """Whether a request would get a lease at once."""
         limit = self.spec.scaling.max_concurrency
         return self.num_queued == 0 and any(
-            replica.state in _ROUTABLE and replica.in_flight < limit for replica in self._current()
+            replica.in_flight < limit for replica in self._routable()
         )
 
     @property
     def tier(self) -> Tier:
         """The warmest tier a new request would find."""
-        states = {replica.state for replica in self._current()}
-        if ReplicaState.READY in states:
+        if self.num_ready:
             return Tier.READY
+        states = {replica.state for replica in self._current()}
         is_waking = any(replica.is_waking for replica in self._current())
-        if is_waking or states & {ReplicaState.PARKED, ReplicaState.PARKING}:
+        # One that is ready and takes no requests will be parked.
+        if is_waking or states & {ReplicaState.PARKED, ReplicaState.PARKING, ReplicaState.READY}:
             return Tier.PARKED
         return Tier.STOPPED
 
@@ -309,13 +310,15 @@ class ReplicaSet:
             if replica.runtime_hash == self.runtime_hash and not replica.is_cordoned:
                 yield replica
 
+    def _routable(self) -> Iterator[Replica]:
+        """Yield the replicas that take new requests."""
+        for replica in self._current():
+            if replica.state in _ROUTABLE and not self.yields(replica):
+                yield replica
+
     def _lease(self, waiter: Waiter) -> bool:
         limit = self.spec.scaling.max_concurrency
-        free = [
-            replica
-            for replica in self._current()
-            if replica.state in _ROUTABLE and not self.yields(replica) and replica.in_flight < limit
-        ]
+        free = [replica for replica in self._routable() if replica.in_flight < limit]
         if not free:
             return False
         waiter.replica = min(free, key=lambda replica: replica.in_flight)

@@ -90,6 +90,25 @@ async def test_a_function_does_not_wait_for_more_of_a_park_than_it_needs(
         assert await collect(a) == [3, 4, 5, 6]
 
 
+async def test_a_function_that_runs_empty_for_another_is_not_ready() -> None:
+    world = World(num_gpus=1, make_runtime=lambda: FakeRuntime(step_s=1.0))
+    async with functions(world, "a", "b") as (a, b):
+        running = asyncio.create_task(collect(a, max_tokens=60))
+        await asyncio.sleep(5.0)
+        other = asyncio.create_task(collect(b, max_tokens=1))
+        await asyncio.sleep(40.0)
+        assert [replica.is_yielding for replica in a.set.replicas.values()] == [True]
+        assert (a.tier, a.set.num_ready, a.set.has_place) == (Tier.PARKED, 0, False)
+        with pytest.raises(ActivationFailed, match="may wake none"):
+            async with a.generate(replace(request(max_tokens=1), may_wake=False)):
+                pass
+        async with a.generate(request(max_tokens=1)) as generation:
+            assert [chunk async for chunk in generation]
+        assert generation.record.tier == Tier.PARKED
+        assert "room" in [phase.name for phase in generation.record.timeline]
+        await asyncio.gather(running, other)
+
+
 async def test_what_others_take_is_in_no_estimate() -> None:
     world = World(num_gpus=1, make_runtime=lambda: FakeRuntime(step_s=1.0, load_s=1.0))
     async with functions(world, "a", "b") as (a, b):
