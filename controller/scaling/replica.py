@@ -1,6 +1,6 @@
 """One replica, one waiting request, and the four things that can be done to a replica."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 from controller.errors import ApiError
 from controller.scaling.lifecycle import Lifecycle, ReplicaState
@@ -21,6 +21,7 @@ class Replica:
         is_cordoned: Takes no new lease and is put away once the last one is back.
         is_yielding: The same, for the sake of another function: load does not bring it back, but
             the floor does.
+        parking: When it may be asked to park again after its runtime has refused.
     """
 
     id: str
@@ -31,6 +32,7 @@ class Replica:
     up_since: float | None = None
     is_cordoned: bool = False
     is_yielding: bool = False
+    parking: "Backoff" = field(default_factory=lambda: Backoff())
 
     @property
     def state(self) -> ReplicaState:
@@ -85,18 +87,18 @@ Instruction = StartReplica | WakeReplica | ParkReplica | StopReplica
 
 @dataclass(slots=True, kw_only=True)
 class Backoff:
-    """When the next start may be tried after failures."""
+    """When something may be tried again after failures: the next start, or to park a replica."""
 
     num_failures: int = 0
     retry_at: float = 0.0
     reason: str = ""
 
     def holds(self, now: float) -> bool:
-        """Return whether starting is still forbidden."""
+        """Return whether trying is still forbidden."""
         return self.num_failures > 0 and now < self.retry_at
 
-    def after_failed_start(self, now: float, reason: str) -> "Backoff":
-        """Return the back-off after one more start that failed."""
+    def after_failure(self, now: float, reason: str) -> "Backoff":
+        """Return the back-off after one more attempt that failed."""
         failures = self.num_failures + 1
         return Backoff(num_failures=failures, retry_at=now + backoff_s(failures), reason=reason)
 

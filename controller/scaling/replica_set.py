@@ -211,10 +211,12 @@ class ReplicaSet:
     def parked(self, replica: Replica, *, now: float) -> None:
         """Note that a replica has given its memory back."""
         self._move(replica, ReplicaState.PARKED, now, "memory given back")
+        replica.parking = Backoff()
 
     def park_refused(self, replica: Replica, *, now: float, reason: str) -> None:
-        """Note that a runtime would not park; it serves on."""
+        """Note that a runtime would not park; it serves on, and is asked again after a while."""
         self._move(replica, ReplicaState.READY, now, reason)
+        replica.parking = replica.parking.after_failure(now, reason)
         replica.idle_since = now
 
     def failed(self, replica: Replica, *, now: float, reason: str, is_start: bool) -> list[Waiter]:
@@ -230,10 +232,13 @@ class ReplicaSet:
                 Otherwise a new replica takes its place; it waits too, from the second time on, if
                 they are lost as soon as they are ready.
         """
+        if is_start and replica.runtime_hash != self.runtime_hash:
+            self._move(replica, ReplicaState.FAILED, now, reason)
+            return []  # which says nothing of the revision that requests wait for
         is_early = replica.up_since is not None and now - replica.up_since < STABLE_S
         self._move(replica, ReplicaState.FAILED, now, reason)
         if is_start:
-            self.backoff = self.backoff.after_failed_start(now, reason)
+            self.backoff = self.backoff.after_failure(now, reason)
         elif is_early:
             self.backoff = self._early_losses = self._early_losses.after_early_loss(now, reason)
         if self._has_hope() or not (is_start or self._hold_reason):
@@ -408,18 +413,19 @@ class ReplicaSet:
         self._choose_surplus(now)
         instructions: list[Instruction] = []
         for replica in list(self.replicas.values()):
-            if replica.in_flight > 0 or replica.state not in (
-                ReplicaState.READY,
-                ReplicaState.PARKED,
-            ):
+            is_old = replica.runtime_hash != self.runtime_hash
+            may_go = replica.state in (ReplicaState.READY, ReplicaState.PARKED)
+            if replica.in_flight > 0 or not (may_go or (is_old and replica.state in COMING)):
                 continue
             if self.is_closing:
                 instructions += self._stop(replica, now, "function deleted")
-            elif replica.runtime_hash != self.runtime_hash:
+            elif is_old:
                 instructions += self._stop(replica, now, "replaced by a newer revision")
             elif replica.state is ReplicaState.PARKED:
                 if self._is_expired(replica, now):
                     instructions += self._stop(replica, now, "park timeout")
+            elif replica.parking.holds(now):
+                continue
             elif self.yields(replica):
                 instructions.append(self._park(replica, now, "another function needs its device"))
             elif replica.is_cordoned:
@@ -458,7 +464,7 @@ class ReplicaSet:
         for replica in self.replicas.values():
             is_idle = replica.state is ReplicaState.READY and replica.in_flight == 0
             if is_idle and scaling.idle_timeout is not None:
-                yield replica.idle_since + scaling.idle_timeout
+                yield max(replica.idle_since + scaling.idle_timeout, replica.parking.retry_at)
             if replica.state is ReplicaState.PARKED and scaling.park_timeout is not None:
                 yield replica.lifecycle.since + scaling.park_timeout
         if self._surplus_since is not None:

@@ -90,6 +90,18 @@ async def test_a_function_does_not_wait_for_more_of_a_park_than_it_needs(
         assert await collect(a) == [3, 4, 5, 6]
 
 
+async def test_a_redeploy_takes_the_device_of_a_start_that_hangs() -> None:
+    world = World(num_gpus=1, make_runtime=lambda: FakeRuntime(load_s=1e6))
+    async with functions(world, "a", timeouts={"startup": 900.0}) as (a,):
+        waiting = asyncio.create_task(collect(a))
+        await asyncio.sleep(5.0)
+        world.make_runtime = FakeRuntime
+        began = now()
+        a.update(replace(a.deployment, runtime_hash="mended"), world.backend)
+        assert await waiting == [3, 4, 5, 6]
+        assert now() - began < 5.0
+
+
 async def test_a_function_that_runs_empty_for_another_is_not_ready() -> None:
     world = World(num_gpus=1, make_runtime=lambda: FakeRuntime(step_s=1.0))
     async with functions(world, "a", "b") as (a, b):
@@ -246,7 +258,7 @@ async def test_one_whose_gpu_was_taken_is_not_given_up_while_no_start_may_be_tri
     async with parked_under_another(World(num_gpus=2)) as (a, c):
         await c.park()
         (before,) = a.set.replicas
-        a.set.backoff = a.set.backoff.after_failed_start(now(), "broken")
+        a.set.backoff = a.set.backoff.after_failure(now(), "broken")
         waiting = asyncio.create_task(collect(a))
         await asyncio.sleep(0.9)
         assert list(a.set.replicas) == [before]

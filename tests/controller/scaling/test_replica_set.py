@@ -286,6 +286,35 @@ def test_a_new_revision_replaces_replicas_once_they_are_idle() -> None:
     assert replica_set.plan(2.0) == [StopReplica(replica=old)]
 
 
+def test_a_start_of_an_older_revision_is_given_up_and_its_end_harms_nobody() -> None:
+    replica_set = set_of()
+    waiter = request(replica_set)
+    (start,) = replica_set.plan(0.0)
+    replica_set.update(spec_of(engine={"block_size": 32}), "other-hash")
+    instructions = replica_set.plan(1.0)
+    assert StopReplica(replica=start.replica) in instructions
+    (other,) = (one for one in instructions if isinstance(one, StartReplica))
+    assert replica_set.failed(start.replica, now=2.0, reason="killed", is_start=True) == []
+    assert not replica_set.backoff.holds(2.0)
+    replica_set.loading(other.replica, now=3.0, reason="answers")
+    replica_set.ready(other.replica, now=4.0)
+    assert replica_set.grant() == [waiter]
+
+
+def test_a_refused_park_is_tried_again_ever_more_seldom() -> None:
+    replica_set, replica = warm_set(spec_of(scaling={"idle_timeout": 0}))
+    at = 0.0
+    for wait_s in (1.0, 2.0, 4.0):
+        assert replica_set.plan(at) == [ParkReplica(replica=replica)]
+        replica_set.park_refused(replica, now=at, reason="not now")
+        assert replica_set.plan(at + wait_s - 0.1) == []
+        assert replica_set.next_deadline(at) == at + wait_s
+        at += wait_s
+    replica_set.plan(at)
+    replica_set.parked(replica, now=at)
+    assert not replica.parking.num_failures
+
+
 def test_parking_on_demand_leaves_busy_replicas_alone() -> None:
     replica_set, replica = warm_set()
     request(replica_set)
