@@ -26,7 +26,8 @@ EMBED = "embed"
 # Imports Triton, which a machine without a GPU need not have.
 GPU_RUNNER = "runtime.gpu.runner"
 GPU_CONTEXT = "runtime.gpu.context"
-if torch.version.cuda is not None and Path("/dev/nvidiactl").exists():
+HAS_GPU = torch.version.cuda is not None and Path("/dev/nvidiactl").exists()
+if HAS_GPU:
     # Before the fork, with what they import in their turn only where there is a driver.
     for module in (GPU_RUNNER, GPU_CONTEXT, "runtime.gpu.pinned_copies"):
         importlib.import_module(module)
@@ -56,7 +57,7 @@ class TorchEngineFactory:
                 if config.task == EMBED:
                     return PoolingRunner.open(snapshot, config)
                 return CpuRunner.open(snapshot, config)
-        if GPU_RUNNER not in sys.modules:
+        if not HAS_GPU:
             raise LoadFailed(
                 f"the function is to run on GPU {devices} and torch {torch.__version__} sees none: "
                 "install a build of torch for CUDA and give the runtime the device, or set "
