@@ -60,8 +60,6 @@ class Scheduler:
         self._waiting: OrderedDict[SequenceKey, Sequence] = OrderedDict()
         self._running: OrderedDict[SequenceKey, Sequence] = OrderedDict()
         self._finished: list[FinishedSequence] = []
-        self._blocked = -1, 0, 0
-        """The sequence that could not start last: its number, free blocks and others running."""
         self._retired: list[int] = []
         self.counters = SchedulerCounters()
 
@@ -207,14 +205,11 @@ class Scheduler:
             return None
         if sequence.num_pending_tokens > 0:  # preempted in flight; its tokens come with a commit
             return None
-        if self._is_still_blocked(sequence):
-            return None
         if sequence.sampling.num_prompt_logprobs is None:  # else all of it is computed
             self._blocks.share_prefix(sequence)
         num_reserved_tokens = len(self._running) * self._blocks.block_size
         if not self._blocks.can_grow(sequence, sequence.num_tokens + num_reserved_tokens):
             self._blocks.release(sequence)
-            self._blocked = sequence.number, self._blocks.num_available_blocks, len(self._running)
             return None
         self._blocks.grow(sequence, sequence.num_tokens)
         _insert(self._running, self._waiting.pop(sequence.key))
@@ -223,18 +218,6 @@ class Scheduler:
             self.counters.num_prompt_tokens += sequence.num_prompt_tokens
             self.counters.num_cached_prompt_tokens += sequence.num_cached_tokens
         return sequence
-
-    def _is_still_blocked(self, sequence: Sequence) -> bool:
-        """Return whether a sequence that could not start has no more room now.
-
-        To look its prefix up takes milliseconds if that is long, which is too much for each step.
-        """
-        number, num_available_blocks, num_running = self._blocked
-        return (
-            sequence.number == number
-            and self._blocks.num_available_blocks <= num_available_blocks
-            and len(self._running) >= num_running
-        )
 
     def _advance(self, sequence: Sequence, budget: int) -> ScheduledSequence:
         """Schedule as many of a sequence's tokens as the budget allows."""

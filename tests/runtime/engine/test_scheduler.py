@@ -4,7 +4,7 @@ from runtime.config import EngineConfig
 from runtime.engine.batch import ScheduledBatch
 from runtime.engine.block_manager import BlockManager
 from runtime.engine.scheduler import Scheduler
-from runtime.engine.sequence import FinishReason, Sequence, SequenceKey, StepResult
+from runtime.engine.sequence import FinishReason, StepResult
 from tests.runtime.engine.sequences import new_sequence
 
 
@@ -248,25 +248,3 @@ def test_a_lower_priority_that_came_later_takes_the_earlier_ones_blocks() -> Non
     assert seen[0] == {1, 2}
     assert {1} not in seen[: seen.index({2})]
     assert harness.scheduler.counters.num_preemptions == 1
-
-
-def test_a_prompt_that_finds_no_room_is_looked_up_again_only_when_there_is_more(
-    monkeypatch: pytest.MonkeyPatch,
-) -> None:
-    harness = Harness(num_blocks=6)
-    looked_up: list[int] = []
-    share_prefix = harness.blocks.share_prefix
-
-    def share(sequence: Sequence) -> None:
-        looked_up.append(sequence.key.sequence_id)
-        share_prefix(sequence)
-
-    monkeypatch.setattr(harness.blocks, "share_prefix", share)
-    harness.scheduler.add(new_sequence(range(12), id=1, max_tokens=20))
-    harness.scheduler.add(new_sequence(range(100, 116), id=2, max_tokens=20))
-    for _ in range(6):
-        harness.step()
-    assert looked_up == [1, 2]
-    harness.scheduler.cancel(SequenceKey(0, 1))
-    assert (2, 0, 16) in harness.step()[0]
-    assert looked_up == [1, 2, 2]
