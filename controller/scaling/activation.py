@@ -1,6 +1,6 @@
 """One cold start as a sequence of named phases that add up to the client's wait."""
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
 
 from runtime.rpc import inference_pb2 as pb
@@ -80,13 +80,17 @@ class Activation:
         self.phases += [*measured, PhaseTiming(rest, max(remainder, 0.0))]
         self.lap_at = now
 
-    def seen(self, since: float, until: float) -> list[PhaseTiming]:
+    def seen(self, since: float, until: float) -> Sequence[PhaseTiming]:
         """Return the phases as somebody saw them who waited for a first token.
+
+        There are none if only that token was to come.
 
         Args:
             since: Monotonic second of the admission; what was over by then is left out.
             until: Monotonic second of the first token.
         """
+        if self.lap_at <= since:
+            return ()
         at = self.began_at
         spans = [("queue", since, at)]
         for phase in self.phases:
@@ -96,7 +100,9 @@ class Activation:
         for name, start, end in spans:
             if (seconds := min(end, until) - max(start, since)) > 0:
                 seen[name] = seen.get(name, 0.0) + seconds
-        return [PhaseTiming(name, seconds) for name, seconds in seen.items()]
+        if seen.keys() <= {"first_token"}:
+            return ()
+        return tuple(PhaseTiming(name, seconds) for name, seconds in seen.items())
 
     def finish(
         self, *, function: str, replica_id: str, outcome: str, waiting_since: float | None

@@ -1,7 +1,7 @@
 """What one function tells the ledger, the journal and the metrics."""
 
 from collections import Counter, defaultdict, deque
-from collections.abc import Collection
+from collections.abc import Collection, Sequence
 from decimal import Decimal
 from statistics import median
 from typing import TYPE_CHECKING
@@ -75,15 +75,18 @@ class Books:
 
     def timeline(
         self, replica: Replica, *, received_at: float | None, admitted_at: float
-    ) -> list[PhaseTiming]:
-        """Return the phases of a replica's last cold start that a request saw of it until now."""
+    ) -> Sequence[PhaseTiming]:
+        """Return the phases of a replica's last cold start that a request saw of it until now.
+
+        None if it was up when the request was admitted, whatever the function's tier was then.
+        """
         activation = self._last.get(replica.id)
         if activation is None:
-            return []
+            return ()
         seen = activation.seen(admitted_at, self._node.clock.monotonic())
-        if received_at is None:
+        if not seen or received_at is None:
             return seen
-        return [PhaseTiming("gateway", admitted_at - received_at), *seen]
+        return (PhaseTiming("gateway", admitted_at - received_at), *seen)
 
     def ready(self, replica: Replica) -> None:
         """Note that a replica came up and nobody waits for its first token."""

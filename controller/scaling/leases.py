@@ -135,10 +135,9 @@ class Leases:
         """Note a request's first token; the first after a cold start closes its books."""
         books = self._function.books
         books.served(replica, waiting_since=generation.queued_at)
-        if generation.record.tier != Tier.READY:
-            generation.record.timeline = books.timeline(
-                replica, received_at=generation.received_at, admitted_at=generation.admitted_at
-            )
+        generation.record.timeline = books.timeline(
+            replica, received_at=generation.received_at, admitted_at=generation.admitted_at
+        )
 
     def left(self, generation: LiveRequest) -> None:
         """Note that a request is over; its record is complete."""

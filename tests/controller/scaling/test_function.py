@@ -55,6 +55,13 @@ async def read_on(generation: FunctionGeneration) -> None:
         pass
 
 
+async def ask(function: Function, received_at: float) -> FunctionGeneration:
+    asked = replace(request(max_tokens=1), received_at=received_at)
+    async with function.generate(asked) as generation:
+        await read_on(generation)
+    return generation
+
+
 async def test_the_first_request_starts_a_replica_and_is_answered() -> None:
     world = World()
     async with world.function() as function:
@@ -507,13 +514,6 @@ async def test_shutdown_fails_the_queue_lets_streams_end_and_keeps_runtimes() ->
 
 async def test_everybody_who_waited_is_told_where_their_own_wait_went() -> None:
     world = World()
-
-    async def ask(function: Function, received_at: float) -> FunctionGeneration:
-        asked = replace(request(max_tokens=1), received_at=received_at)
-        async with function.generate(asked) as generation:
-            await read_on(generation)
-        return generation
-
     async with world.function() as function:
         first = asyncio.create_task(ask(function, received_at=now()))
         await asyncio.sleep(0.4)
@@ -529,6 +529,30 @@ async def test_everybody_who_waited_is_told_where_their_own_wait_went() -> None:
         assert reads == pytest.approx([1.0, 0.6], abs=0.05), "it came when 0.4 s were over"
         warm = await ask(function, received_at=now())
         assert warm.record.timeline == ()
+
+
+async def test_who_waits_for_one_more_replica_is_told_where_the_wait_went() -> None:
+    world = World(make_runtime=lambda: FakeRuntime(step_s=1.0, load_s=1.0))
+    scaling = {"max_replicas": 2, "target_concurrency": 1, "max_concurrency": 1}
+    async with world.function(spec_of(scaling=scaling)) as function:
+        running = asyncio.create_task(collect(function, max_tokens=60))
+        await asyncio.sleep(5.0)
+        generation = await ask(function, received_at=now())
+        assert generation.record.tier == Tier.READY
+        timeline = {phase.name: phase.seconds for phase in generation.record.timeline}
+        assert sum(timeline.values()) == pytest.approx(generation.record.first_token_s)
+        assert timeline["read"] == pytest.approx(1.0, abs=0.05)
+        running.cancel()
+
+
+async def test_who_comes_when_the_replica_is_up_is_told_of_no_cold_start() -> None:
+    world = World(make_runtime=lambda: FakeRuntime(step_s=1.0, load_s=1.0))
+    async with world.function() as function:
+        first = asyncio.create_task(ask(function, received_at=now()))
+        await until(function, Tier.READY)
+        second = await ask(function, received_at=now())
+        assert (await first).record.timeline
+        assert second.record.timeline == (), "though no token had come by then"
 
 
 async def test_two_functions_take_turns_on_one_gpu() -> None:
