@@ -283,13 +283,12 @@ class Function:
 
     async def exited(self, info: RuntimeInfo) -> None:
         """Hear from a backend that a runtime, of this function or another, has exited."""
-        for replica_id in [
-            k for k, home in self.homes.items() if home.runtime_id == info.runtime_id
-        ]:
+        for replica_id in [k for k in self.homes if self._lives_in(k, info.runtime_id)]:
             replica = self.set.replicas[replica_id]
             code = "" if info.exit_code is None else f" with status {info.exit_code}"
             log_tail = await self._effects.log_tail(replica)
-            self.lost(replica, f"the runtime exited{code}", log_tail=log_tail)
+            if self._lives_in(replica_id, info.runtime_id):
+                self.lost(replica, f"the runtime exited{code}", log_tail=log_tail)
 
     # Facts: called by the effects.
 
@@ -369,6 +368,16 @@ class Function:
                 self.lost(instruction.replica, f"internal error: {error!r}")
         self.books.publish()
         return has_place
+
+    def _lives_in(self, replica_id: str, runtime_id: str) -> bool:
+        """Return whether a replica is gone when that runtime is.
+
+        One that is still being fitted with a standby is not: it finds out and gets another runtime.
+        """
+        home, replica = self.homes.get(replica_id), self.set.replicas.get(replica_id)
+        if home is None or replica is None or home.runtime_id != runtime_id:
+            return False
+        return home.standby is None or replica.state is not ReplicaState.STARTING
 
     def _begin(self, instruction: Instruction) -> bool:
         """Begin to carry one out; says whether its replica has a place."""

@@ -172,6 +172,21 @@ async def test_a_standby_found_dead_when_taken_costs_the_request_nothing() -> No
     await close(world)
 
 
+async def test_the_exit_of_a_standby_is_not_that_of_the_replica_which_was_to_get_it() -> None:
+    world = await world_with()
+    async with world.function() as function:
+        (standby,) = world.node.standbys.runtime_ids
+        world.runtimes[f"fake:{standby}"].is_alive = False
+        world.backend.exit(standby)
+        info = world.backend.machine.runtimes[standby]
+        world.backend.delete_s = 1.0
+        answer = asyncio.create_task(collect(function))
+        await asyncio.sleep(0.5)
+        await function.exited(info)  # while what is left of it is removed
+        assert await answer == [3, 4, 5, 6]
+    await close(world)
+
+
 async def test_a_standby_that_is_still_starting_is_better_than_none() -> None:
     world = World(num_standbys=1, make_runtime=lambda: FakeRuntime(state=pb.RUNTIME_STATE_STARTING))
     world.node.standbys.use([world.backend])
