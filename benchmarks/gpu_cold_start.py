@@ -93,14 +93,17 @@ def main() -> None:
 
 
 def _print_phases(controller: Controller, limit: int) -> None:
-    """Print the median of each phase of the last cold starts, in milliseconds."""
+    """Print the median of each phase of the last cold starts, in milliseconds, and its rate."""
     found = controller.get("/api/v1/cold-starts", function=NAME, limit=limit)["cold_starts"]
-    phases: defaultdict[str, defaultdict[str, list[float]]] = defaultdict(lambda: defaultdict(list))
+    times: defaultdict[str, defaultdict[str, list[float]]] = defaultdict(lambda: defaultdict(list))
+    rates: defaultdict[str, defaultdict[str, list[float]]] = defaultdict(lambda: defaultdict(list))
     for cold_start in found:
         for phase in cold_start["phases"]:
-            phases[cold_start["from_tier"]][phase["name"]].append(phase["seconds"])
-    for tier, by_name in phases.items():
-        print(f"{tier}:", _medians_ms(by_name), flush=True)
+            times[cold_start["from_tier"]][phase["name"]].append(1000 * phase["seconds"])
+            rates[cold_start["from_tier"]][phase["name"]].append(phase["gb_per_s"])
+    for tier, by_name in times.items():
+        print(f"{tier}, ms:", _medians(by_name, ".0f"))
+        print(f"{tier}, GB/s:", _medians(rates[tier], ".1f"), flush=True)
 
 
 def _print_profile(controller: Controller) -> None:
@@ -143,9 +146,10 @@ def _print_parking(controller: Controller, park: str, num_runs: int) -> list[str
     return [f"parking {park} takes more than {PARKING_GOAL_S} s"] if is_late else []
 
 
-def _medians_ms(by_name: Mapping[str, list[float]]) -> str:
-    medians = {name: 1000 * statistics.median(seconds) for name, seconds in by_name.items()}
-    return ", ".join(f"{name} {ms:.0f}" for name, ms in medians.items()) + " ms"
+def _medians(by_name: Mapping[str, list[float]], places: str) -> str:
+    """Return the medians of those that are not always 0, for people."""
+    found = ((name, values) for name, values in by_name.items() if any(values))
+    return ", ".join(f"{name} {statistics.median(values):{places}}" for name, values in found)
 
 
 if __name__ == "__main__":

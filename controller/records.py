@@ -5,7 +5,7 @@ import secrets
 import uuid
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager, suppress
-from dataclasses import replace
+from dataclasses import asdict, replace
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any, TypeVar
@@ -280,7 +280,7 @@ def _stored_cold_start(start: ColdStart) -> StoredColdStart:
         reason=start.reason,
         outcome=start.outcome,
         total_s=start.total_s,
-        phases=tuple(StoredPhase(name=one.name, seconds=one.seconds) for one in start.phases),
+        phases=tuple(StoredPhase(**asdict(one)) for one in start.phases),
     )
 
 
@@ -313,7 +313,7 @@ def _cold_start_view(start: StoredColdStart) -> dict[str, Any]:
         "reason": start.reason,
         "outcome": start.outcome,
         "total_s": start.total_s,
-        "phases": [{"name": one.name, "seconds": one.seconds} for one in start.phases],
+        "phases": [asdict(one) for one in start.phases],
     }
 
 

@@ -21,6 +21,10 @@ class LoadReport(Protocol):
     """How the reading of weights went."""
 
     @property
+    def num_bytes(self) -> int:
+        """What was read."""
+
+    @property
     def read_s(self) -> float:
         """Seconds until the last byte was read."""
 

@@ -14,9 +14,15 @@ class PhaseLog:
     def __init__(self) -> None:
         self.phases: list[pb.Phase] = []
 
-    def add(self, name: str, seconds: float) -> None:
-        """Append a phase that was measured elsewhere."""
-        self.phases.append(pb.Phase(name=name, seconds=seconds))
+    def add(self, name: str, seconds: float, *, gb_per_s: float = 0.0) -> None:
+        """Append a phase that was measured elsewhere.
+
+        Args:
+            name: What it is called.
+            seconds: What it took, beside no other phase.
+            gb_per_s: How fast bytes moved, over all the time they did; 0 if none moved.
+        """
+        self.phases.append(pb.Phase(name=name, seconds=seconds, gb_per_s=gb_per_s))
 
     @contextmanager
     def measure(self, name: str) -> Iterator[None]:
@@ -41,6 +47,13 @@ def bring_up(runner: Runner, phase_log: PhaseLog, on_progress: OnProgress) -> in
     waited_from = time.monotonic()
     report = runner.load_weights(on_progress)
     waited_s = time.monotonic() - waited_from
-    phase_log.add("weights_read", max(0.0, waited_s - report.verify_s))
-    phase_log.add("weights_verify", report.verify_s)
+    left_s = max(0.0, waited_s - report.verify_s)
+    phase_log.add("weights_read", left_s, gb_per_s=_rate(report.num_bytes, report.read_s))
+    rate = _rate(report.num_bytes, report.verify_s)
+    phase_log.add("weights_verify", report.verify_s, gb_per_s=rate)
     return num_kv_blocks
+
+
+def _rate(num_bytes: int, seconds: float) -> float:
+    """Return GB/s; 0 if it took no time."""
+    return num_bytes / 1e9 / seconds if seconds else 0.0

@@ -132,7 +132,7 @@ def _profile_note(replica: View) -> str | None:
 
 
 def _cold_start_row(start: View) -> Sequence[object]:
-    phases = (f"{phase['name']} {human_seconds(phase['seconds'])}" for phase in start["phases"])
+    phases = (_phase_text(phase) for phase in start["phases"])
     return (
         human_moment(start["started_at"]),
         start["from_tier"],
@@ -140,6 +140,11 @@ def _cold_start_row(start: View) -> Sequence[object]:
         human_seconds(start["total_s"]),
         " · ".join(phases),
     )
+
+
+def _phase_text(phase: View) -> str:
+    text = f"{phase['name']} {human_seconds(phase['seconds'])}"
+    return f"{text} at {phase['gb_per_s']:.1f} GB/s" if phase["gb_per_s"] else text
 
 
 def _heading(title: str) -> None:

@@ -88,7 +88,7 @@ def _phase_bars(phases: Sequence[Json], total_s: float, longest_s: float) -> Seq
             PhaseBar(
                 name=str(phase["name"]).replace("_", " "),
                 seconds=seconds,
-                duration=human_seconds(seconds),
+                duration=_duration(seconds, float(phase["gb_per_s"])),
                 kind=phase_kind(str(phase["name"])),
                 x=round(x, 2),
                 width=round(width, 2),
@@ -97,6 +97,11 @@ def _phase_bars(phases: Sequence[Json], total_s: float, longest_s: float) -> Seq
         )
         x += width
     return bars
+
+
+def _duration(seconds: float, gb_per_s: float) -> str:
+    text = human_seconds(seconds)
+    return f"{text} at {gb_per_s:.1f} GB/s" if gb_per_s else text
 
 
 def phase_kind(name: str) -> str:

@@ -8,10 +8,18 @@ from runtime.rpc import inference_pb2 as pb
 
 @dataclass(frozen=True, slots=True)
 class PhaseTiming:
-    """A finished part of a cold start."""
+    """A finished part of a cold start.
+
+    Attributes:
+        name: Which.
+        seconds: How much of the wait it was.
+        gb_per_s: How fast bytes moved, over all the time they did, which may have begun in earlier
+            parts; 0 if none moved.
+    """
 
     name: str
     seconds: float
+    gb_per_s: float = 0.0
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -75,7 +83,7 @@ class Activation:
     def lap_call(self, parts: Iterable[pb.Phase], *, rest: str) -> None:
         """End a remote call now: its own phases, then what they leave of its duration."""
         now = self.monotonic()
-        measured = [PhaseTiming(part.name, part.seconds) for part in parts]
+        measured = [PhaseTiming(part.name, part.seconds, part.gb_per_s) for part in parts]
         remainder = now - self.lap_at - sum(part.seconds for part in measured)
         self.phases += [*measured, PhaseTiming(rest, max(remainder, 0.0))]
         self.lap_at = now

@@ -10,10 +10,11 @@ from controller.store.tables import cold_starts
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class StoredPhase:
-    """A part of a cold start."""
+    """A part of a cold start; `gb_per_s` is 0 if it moved no bytes."""
 
     name: str
     seconds: float
+    gb_per_s: float = 0.0
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -115,7 +115,7 @@ cold_starts = Table(
     Column("reason", Text, nullable=False),
     Column("outcome", String(16), nullable=False),
     Column("total_s", Float, nullable=False),
-    Column("phases", JSON, nullable=False),  # [{"name": …, "seconds": …}] in order
+    Column("phases", JSON, nullable=False),  # [{"name": …, "seconds": …, "gb_per_s": …}] in order
     Index(None, "function", "started_us"),
 )
 

@@ -27,7 +27,7 @@ class WeightStream(ABC):
         self._rank = rank
         self._num_pieces = num_pieces
         self._source = source
-        self._began = time.perf_counter()
+        self._began = 0.0  # with the copying: before it, a file is read as far as buffers go
         self._news: queue.SimpleQueue[int | Exception] = queue.SimpleQueue()
         """Bytes that were copied, or why no more will be."""
         self._slab: Tensor | None = None
@@ -44,6 +44,7 @@ class WeightStream(ABC):
             slab: uint8 [data_bytes], on the device.
         """
         self._slab = slab
+        self._began = time.perf_counter()
         self._start(slab)
 
     def finish(self, on_progress: OnProgress | None = None) -> LoadReport:

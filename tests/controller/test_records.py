@@ -53,7 +53,7 @@ def cold_start(started_us: int = START_US) -> ColdStart:
         reason="request",
         outcome="ready",
         total_s=1.5,
-        phases=(PhaseTiming("queue", 0.5), PhaseTiming("read", 1.0)),
+        phases=(PhaseTiming("queue", 0.5), PhaseTiming("read", 1.0, 16.1)),
     )
 
 
@@ -110,7 +110,10 @@ async def test_the_journal_ends_up_in_the_history(records: Records, clock: FakeC
     await journal.flush()
     await journal.flush()
     (start,) = await records.cold_starts(function="tiny", limit=10)
-    assert start["phases"] == [{"name": "queue", "seconds": 0.5}, {"name": "read", "seconds": 1.0}]
+    assert start["phases"] == [
+        {"name": "queue", "seconds": 0.5, "gb_per_s": 0.0},
+        {"name": "read", "seconds": 1.0, "gb_per_s": 16.1},
+    ]
     assert start["started_at"] == "2026-03-02T12:00:00+00:00"
     assert await records.cold_starts(function="other", limit=10) == []
 

@@ -66,7 +66,14 @@ def cold_start(index: int, name: str, seconds: Sequence[tuple[str, float]], **ch
         "reason": "request",
         "outcome": "ready",
         "total_s": sum(duration for _, duration in seconds),
-        "phases": [{"name": phase, "seconds": duration} for phase, duration in seconds],
+        "phases": [
+            {
+                "name": phase,
+                "seconds": duration,
+                "gb_per_s": 41.25 if phase == "weights_read" else 0.0,
+            }
+            for phase, duration in seconds
+        ],
         **changes,
     }
 

@@ -57,6 +57,7 @@ class Script:
 class FakeLoadReport:
     """How the reading of nothing went."""
 
+    num_bytes: int
     read_s: float
     verify_s: float = 0.0
 
@@ -117,7 +118,7 @@ class FakeRunner(NothingCompiled):
             time.sleep(min(0.05, remaining_s))
             if on_progress is not None:
                 on_progress(0, self.script.weights_bytes)
-        return FakeLoadReport(read_s=self.script.load_s)
+        return FakeLoadReport(num_bytes=self.script.weights_bytes, read_s=self.script.load_s)
 
     def warm_up(self) -> None:
         pass

@@ -59,7 +59,10 @@ def test_describe_shows_replicas_memory_cold_starts_and_spec(
         "from_tier": "parked",
         "outcome": "ready",
         "total_s": 0.61,
-        "phases": [{"name": "queue", "seconds": 0.01}, {"name": "weights_load", "seconds": 0.6}],
+        "phases": [
+            {"name": "queue", "seconds": 0.01, "gb_per_s": 0.0},
+            {"name": "weights_read", "seconds": 0.6, "gb_per_s": 41.25},
+        ],
     }
     controller.on("GET /api/v1/functions/tiny", json_reply(view(replicas=[replica()])))
     controller.on(
@@ -68,7 +71,7 @@ def test_describe_shows_replicas_memory_cold_starts_and_spec(
     text = cli("describe", "tiny").stdout
     for expected in (
         "tiny, tiny-chat", "tiny-0a1b2c3d", "12.5 s", "256.0 MiB", "600.0 MiB",
-        "queue 10 ms · weights_load 600 ms", "  name: tiny\n", "    source: org/tiny\n",
+        "queue 10 ms · weights_read 600 ms at 41.2 GB/s", "  name: tiny\n", "    source: org/tiny\n",
     ):  # fmt: skip
         assert expected in text
     assert cli("describe", "tiny", "-o", "json").json["cold_starts"] == [start]

@@ -31,6 +31,13 @@ def test_phases_too_short_to_see_are_listed_together() -> None:
     assert told.rest == "5 ms"
 
 
+def test_a_phase_that_moves_weights_tells_how_fast() -> None:
+    (told,) = cold_start_lines([cold_start(1, "smol", FROM_NOTHING)], NOW)
+    by_name = {phase.name: phase.duration for phase in told.phases}
+    assert by_name["weights read"].endswith(" at 41.2 GB/s")
+    assert "GB/s" not in by_name["first token"]
+
+
 def test_cold_start_without_short_phases_has_no_rest() -> None:
     (told,) = cold_start_lines([cold_start(1, "smol", [("place", 1.0), ("graphs", 2.0)])], NOW)
     assert told.rest == ""
