@@ -14,7 +14,7 @@ import json
 import subprocess
 import sys
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict
 from pathlib import Path
@@ -93,6 +93,14 @@ def run_engine_apart(arguments: Sequence[str]) -> list[Figures]:
 
 def measure_engine(workloads: Sequence[Workload], num_layers: int) -> None:
     """Run workloads on an engine in this process and print a line of JSON for each."""
+    engine, runner = start_engine(num_layers)
+    for workload in workloads:
+        print(json.dumps(asdict(run_engine(engine, workload))), flush=True)
+    print(f"{runner.num_graphs} graphs, {runner.num_late_compilations} late compilations")
+
+
+def start_engine(num_layers: int) -> tuple[Engine, GpuRunner]:
+    """Return an engine with random weights, warm, its graphs captured."""
     config = EngineConfig(**ENGINE)
     shape = ModelConfig.from_hf(LLAMA_3_1_8B | {"num_hidden_layers": num_layers})
     runner = GpuRunner(shape, config, RandomWeights(shape))
@@ -112,13 +120,19 @@ def measure_engine(workloads: Sequence[Workload], num_layers: int) -> None:
     while engine.use_idle_time():  # as a server does before the first request, or between two
         pass
     print(f"{runner.num_graphs} graphs in {time.perf_counter() - warm:.1f} s", flush=True)
-    for workload in workloads:
-        print(json.dumps(asdict(run_engine(engine, workload))), flush=True)
-    print(f"{runner.num_graphs} graphs, {runner.num_late_compilations} late compilations")
+    return engine, runner
 
 
-def run_engine(engine: Engine, workload: Workload) -> Figures:
-    """Drive an idle engine through a workload in this thread."""
+def run_engine(
+    engine: Engine, workload: Workload, after_step: Callable[[], None] | None = None
+) -> Figures:
+    """Drive an idle engine through a workload in this thread.
+
+    Args:
+        engine: It has no work yet.
+        workload: What to ask of it.
+        after_step: Called after each step.
+    """
     requests, arrivals = make_requests(workload), make_arrivals(workload)
     timelines: dict[int, Timeline] = {}
     live = 0
@@ -147,6 +161,8 @@ def run_engine(engine: Engine, workload: Workload) -> Figures:
         for finished in result.finished:
             timelines[finished.key.sequence_id].num_output_tokens = finished.num_output_tokens
         live -= len(result.finished)
+        if after_step is not None:
+            after_step()
     return summarize(workload, requests, list(timelines.values()), time.perf_counter() - began)
 
 
