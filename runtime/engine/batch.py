@@ -1,5 +1,6 @@
 """What scheduler and runner pass each other: a batch to run, and what it yields. No torch."""
 
+from bisect import bisect_left
 from collections.abc import Sequence as SequenceOf
 from dataclasses import dataclass, field
 from typing import Protocol
@@ -95,7 +96,7 @@ class TokenMasks:
     """Which tokens may be chosen, for some of the sequences with `is_sampled`.
 
     Attributes:
-        rows: Their indices among those.
+        rows: Their indices among those, ascending.
         bits: int32 [len(rows), num_words] as bytes, num_words = ceil(vocab_size / 32); bit
             t % 32 of word t // 32 says whether token t may be chosen. One of them always may.
     """
@@ -103,12 +104,16 @@ class TokenMasks:
     rows: tuple[int, ...]
     bits: memoryview
 
-    def of(self, row: int) -> "TokenMasks | None":
-        """Return one sequence's mask, for a batch of that one alone; None if it has none."""
-        if row not in self.rows:
+    def part(self, first: int, end: int) -> "TokenMasks | None":
+        """Return the masks of a batch of those from `first` to before `end`; None if it has none."""
+        begin, stop = bisect_left(self.rows, first), bisect_left(self.rows, end)
+        if begin == stop:
             return None
-        index, size = self.rows.index(row), len(self.bits) // len(self.rows)
-        return TokenMasks(rows=(0,), bits=self.bits[index * size : (index + 1) * size])
+        size = len(self.bits) // len(self.rows)
+        return TokenMasks(
+            rows=tuple(row - first for row in self.rows[begin:stop]),
+            bits=self.bits[begin * size : stop * size],
+        )
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -10,7 +10,7 @@ from collections.abc import Iterable, Sequence
 import numpy as np
 import structlog
 from llguidance import LLExecutor, LLMatcher
-from llguidance.numpy import fill_next_token_bitmask_par
+from llguidance.numpy import fill_next_token_bitmask, fill_next_token_bitmask_par
 from numpy.typing import NDArray
 
 from runtime.engine.batch import ScheduledBatch, TokenMasks
@@ -117,16 +117,17 @@ class MaskMaker:
         if not found:
             return None, {}
         words = np.tile(self._all, (len(found), 1))
-        errors = {}
+        has_failed = False
         try:
-            self._fill([constraint for _, _, constraint in found], words)
-        except Exception as error:  # a defect of the library must not end the step loop
+            self._fill_all([constraint for _, _, constraint in found], words)
+        except Exception:  # a defect of the library must not end the step loop
             log.exception("masks_failed", num_sequences=len(found))
-            message = f"the grammar could not be followed: {type(error).__name__}: {error}"
-            errors = {key: message for _, key, item in found if item.matcher is not None}
-            words[:] = self._all
+            has_failed = True
+        errors = {}
         for index, (_, key, constraint) in enumerate(found):
             try:
+                if has_failed:
+                    self._fill_one(constraint, words, index)
                 constraint.restrict(words[index])
             except InvalidSequence as error:
                 errors[key] = str(error)
@@ -134,7 +135,7 @@ class MaskMaker:
         rows = tuple(row for row, _, _ in found)
         return TokenMasks(rows=rows, bits=words.data.cast("B")), errors
 
-    def _fill(self, constraints: Sequence[TokenConstraint], words: Words) -> None:
+    def _fill_all(self, constraints: Sequence[TokenConstraint], words: Words) -> None:
         """Write what the grammars allow."""
         matchers = [
             (constraint.matcher, index)
@@ -144,6 +145,18 @@ class MaskMaker:
         if matchers:
             self._executor = self._executor or LLExecutor()
             fill_next_token_bitmask_par(self._executor, matchers, words.view(np.int32))
+
+    def _fill_one(self, constraint: TokenConstraint, words: Words, index: int) -> None:
+        """Write what one grammar allows, whatever is there; raise InvalidSequence if that fails."""
+        words[index] = self._all
+        if constraint.matcher is None:
+            return
+        try:
+            fill_next_token_bitmask(constraint.matcher, words.view(np.int32), index)
+        except Exception as error:  # the same defect
+            raise InvalidSequence(
+                f"the grammar could not be followed: {type(error).__name__}: {error}"
+            ) from error
 
 
 def _packed(token_ids: Iterable[int], vocab_size: int) -> Words:

@@ -50,7 +50,8 @@ class IsolatedBatch:
         logprobs: dict[int, TokenLogprobs] = {}
         prompt_logprobs: dict[int, PromptLogprobs] = {}
         for index, item in enumerate(self._batch.sequences):
-            mask = masks.of(len(token_ids)) if masks is not None and item.is_sampled else None
+            row = len(token_ids)
+            mask = masks.part(row, row + 1) if masks is not None and item.is_sampled else None
             alone = self._run_alone(_with_known_tokens(item), mask)
             token_ids += alone.token_ids
             if alone.faults:

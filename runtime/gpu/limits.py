@@ -4,6 +4,8 @@ from dataclasses import dataclass
 
 from runtime.kernels.batch_inputs import Field
 
+MAX_LOGPROB_ROWS = 64
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class BatchLimits:
@@ -35,6 +37,11 @@ class BatchLimits:
     def num_rows(self) -> int:
         """Rows of the tables on the device."""
         return self.num_seqs + 1
+
+    @property
+    def num_logprob_rows(self) -> int:
+        """Rows of logits whose log-probabilities are in memory at a time."""
+        return min(MAX_LOGPROB_ROWS, self.num_seqs)
 
     @property
     def num_tiles(self) -> int:

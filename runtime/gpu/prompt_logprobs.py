@@ -9,6 +9,7 @@ from torch import Tensor
 from runtime.engine.batch import ScheduledSequence
 from runtime.engine.sequence import PromptLogprobs
 from runtime.gpu.device import Device
+from runtime.gpu.logprobs import LogprobBuffers
 
 Logits = Callable[[Tensor], Tensor]
 """Returns logits, fp32 [num_rows, vocab_size], of tokens of the batch, int32 [num_rows]."""
@@ -50,15 +51,16 @@ def launch_prompt_logprobs(
     sequences: Sequence[ScheduledSequence],
     logits: Logits,
     *,
-    max_rows: int,
+    buffers: LogprobBuffers,
     device: Device,
 ) -> PendingPromptLogprobs | None:
     """Compute what is to be reported of a batch's prompts; None if nothing is.
 
     Args:
         sequences: The batch's.
-        logits: Called with at most `max_rows` tokens; its result may be overwritten by the next.
-        max_rows: Rows of logits that there is memory for.
+        logits: Called with at most as many tokens as the buffers have room for; its result may be
+            overwritten by the next.
+        buffers: Where log-probabilities are computed.
         device: Where.
     """
     items: list[tuple[int, int, int, int]] = []
@@ -78,11 +80,11 @@ def launch_prompt_logprobs(
     most = max(num_top for *_, num_top in items)
     parts = []
     for part, wanted in zip(
-        device.upload(rows, torch.int32).split(max_rows),
-        device.upload(targets, torch.int64).split(max_rows),
+        device.upload(rows, torch.int32).split(buffers.max_rows),
+        device.upload(targets, torch.int64).split(buffers.max_rows),
         strict=True,
     ):
-        logprobs = logits(part).log_softmax(-1)
+        logprobs = buffers.compute(logits(part))
         parts.append((logprobs.gather(1, wanted[:, None])[:, 0], *logprobs.topk(most)))
     chosen, top_logprobs, top_token_ids = (
         torch.cat(columns) for columns in zip(*parts, strict=True)

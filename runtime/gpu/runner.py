@@ -22,6 +22,7 @@ from runtime.gpu.device import Device
 from runtime.gpu.graphs import StepGraphs, StepShape
 from runtime.gpu.limits import BatchLimits
 from runtime.gpu.llama import GpuLlama, Unfinished, activation_bytes
+from runtime.gpu.logprobs import LogprobBuffers, logprob_bytes
 from runtime.gpu.memory import WorkMemory, allocate_slab, device_memory, settle_freed
 from runtime.gpu.prompt_logprobs import launch_prompt_logprobs
 from runtime.gpu.rows import Rows
@@ -40,8 +41,6 @@ from runtime.model.config import ModelConfig
 from runtime.model.description import check_dtype, read_model
 from snapshots.loader import LoadReport
 from snapshots.profiles import StepSize
-
-PROMPT_LOGPROB_ROWS = 64  # at once: their probabilities are in memory beside their logits
 
 
 class Context(Protocol):
@@ -98,7 +97,10 @@ class GpuRunner:
         )
         self._inputs = ModelInputs.allocate(limits.num_tokens, limits.num_records, device)
         self._staging = BatchStaging(limits, self._device)
-        self._sampler = GpuSampler(limits, model_config.vocab_size, self._device, self._work)
+        self._logprobs = LogprobBuffers(limits, model_config.vocab_size, self._work)
+        self._sampler = GpuSampler(
+            limits, model_config.vocab_size, self._device, self._work, self._logprobs
+        )
         self._graphs = StepGraphs(self._run, self._limits, self._device)
 
     @classmethod
@@ -409,7 +411,7 @@ class GpuRunner:
             prompt_logprobs = launch_prompt_logprobs(
                 batch.sequences,
                 lambda rows: model.logits(result, rows)[:, : self.vocab_size],
-                max_rows=min(PROMPT_LOGPROB_ROWS, self._limits.num_seqs),
+                buffers=self._logprobs,
                 device=self._device,
             )
             logits = model.logits(result, self._staging.sampled_tokens[:num_sampled])
@@ -473,7 +475,8 @@ class GpuRunner:
             bytes_per_token=self._bytes_per_token(),
             weights_bytes=self._weights.total_bytes,
             activation_bytes=activation_bytes(shape, limits, self._dtype, self._wanted_len)
-            + limits.num_rows * 4 * shape.vocab_size,
+            + limits.num_rows * 4 * shape.vocab_size
+            + logprob_bytes(limits, shape.vocab_size),
             machine_bytes=0,
             model_max_len=shape.max_position_embeddings,
             device=device_memory(self._device.name),

@@ -1,6 +1,6 @@
 """From logits to tokens on the GPU: fills the sampling table, launches, reads the result."""
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import cycle
 
@@ -8,9 +8,9 @@ import torch
 from torch import Tensor
 
 from runtime.engine.batch import SampledTokens, ScheduledSequence, TokenMasks
-from runtime.engine.sequence import TokenLogprobs
 from runtime.gpu.device import Device, Mark
 from runtime.gpu.limits import BatchLimits
+from runtime.gpu.logprobs import ChosenLogprobs, LogprobBuffers, PendingLogprobs
 from runtime.gpu.memory import WorkMemory
 from runtime.gpu.prompt_logprobs import PendingPromptLogprobs
 from runtime.gpu.rows import Rows
@@ -35,13 +35,13 @@ class PendingSample:
     Attributes:
         token_ids: int32 [num_sampled], pinned; valid after `mark`.
         batch_indices: Which of the batch's sequences each token is of.
-        logprobs: What the sequences that ask for it will get, by row of logits.
+        logprobs: What the sequences that ask for it will get, in parts.
         prompt_logprobs: What those that ask for it will get of their prompts.
     """
 
     token_ids: Tensor
     batch_indices: Sequence[int]
-    logprobs: "PendingLogprobs | None"
+    logprobs: Sequence[PendingLogprobs]
     mark: Mark
     prompt_logprobs: PendingPromptLogprobs | None = None
 
@@ -58,10 +58,10 @@ class PendingSample:
             for batch_index, token_id in zip(self.batch_indices, token_ids, strict=True)
             if token_id == FAULT
         }
-        by_row = {} if self.logprobs is None else self.logprobs.read()
         logprobs = {
             self.batch_indices[row]: found
-            for row, found in by_row.items()
+            for part in self.logprobs
+            for row, found in part.read().items()
             if self.batch_indices[row] not in faults
         }
         return SampledTokens(
@@ -93,33 +93,6 @@ class PendingChoice:
         return self._chosen.wait()
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class PendingLogprobs:
-    """Log-probabilities on their way to the host; pinned, one row for each that asks.
-
-    Attributes:
-        counts: How many alternatives are wanted, by row of logits.
-        chosen: fp32 [num_rows].
-        top_token_ids: int64 [num_rows, largest count].
-        top_logprobs: fp32 [num_rows, largest count].
-    """
-
-    counts: dict[int, int]
-    chosen: Tensor
-    top_token_ids: Tensor
-    top_logprobs: Tensor
-
-    def read(self) -> dict[int, TokenLogprobs]:
-        """Return log-probabilities by row of logits; the copies must have ended."""
-        chosen, ids, values = (
-            x.tolist() for x in (self.chosen, self.top_token_ids, self.top_logprobs)
-        )
-        return {
-            row: TokenLogprobs(chosen[i], tuple(ids[i][:count]), tuple(values[i][:count]))
-            for i, (row, count) in enumerate(self.counts.items())
-        }
-
-
 class GpuSampler:
     """Chooses tokens for whole batches.
 
@@ -128,15 +101,22 @@ class GpuSampler:
         vocab_size: Token ids are below this.
         device: Where.
         work: Holds the counts of tokens, by far the largest part.
+        logprobs: Where log-probabilities are computed.
 
     Attributes:
         last_tokens: int32 [num_rows], the token sampled last for each row.
     """
 
     def __init__(
-        self, limits: BatchLimits, vocab_size: int, device: Device, work: WorkMemory
+        self,
+        limits: BatchLimits,
+        vocab_size: int,
+        device: Device,
+        work: WorkMemory,
+        logprobs: LogprobBuffers,
     ) -> None:
         self._device = device
+        self._logprobs = logprobs
         self._vocab_size = vocab_size
         self._table = SamplingTable.allocate(
             limits.num_rows,
@@ -187,29 +167,33 @@ class GpuSampler:
             return PendingSample(
                 token_ids=torch.empty(0, dtype=torch.int32),
                 batch_indices=(),
-                logprobs=None,
+                logprobs=(),
                 prompt_logprobs=prompt_logprobs,
                 mark=self._device.mark(),
             )
         self._fill_table(items, rows)
-        pending_logprobs = self._logprobs(logits, items)
-        if any(item.sampling.has_penalties or item.sampling.logit_bias for item in items):
-            adjust_logits(logits, sampled, batch_rows, self._table)
-        if masks is not None:
-            self._mask(logits, masks)
         token_ids = self._token_ids[: len(items)]
-        sample(
-            logits,
-            sampled,
-            batch_rows,
-            seq_lens,
-            self._table,
-            token_ids=token_ids,
-            last_tokens=self.last_tokens,
-        )
+        logprobs = []
+        for part in self._parts(items):
+            chosen_logprobs = self._chosen_logprobs(logits[part], items[part])
+            if any(item.sampling.has_penalties or item.sampling.logit_bias for item in items[part]):
+                adjust_logits(logits[part], sampled[part], batch_rows, self._table)
+            part_masks = None if masks is None else masks.part(part.start, part.stop)
+            if part_masks is not None:
+                self._mask(logits[part], part_masks)
+            sample(
+                logits[part],
+                sampled[part],
+                batch_rows,
+                seq_lens,
+                self._table,
+                token_ids=token_ids[part],
+                last_tokens=self.last_tokens,
+            )
+            if chosen_logprobs is not None:
+                logprobs.append(chosen_logprobs.finish(token_ids[part], part.start))
         on_host = next(self._on_host)[: len(items)]
         on_host.copy_(token_ids, non_blocking=True)
-        logprobs = None if pending_logprobs is None else pending_logprobs.finish(token_ids)
         return PendingSample(
             token_ids=on_host,
             batch_indices=batch_indices,
@@ -217,6 +201,14 @@ class GpuSampler:
             prompt_logprobs=prompt_logprobs,
             mark=self._device.mark(),
         )
+
+    def _parts(self, items: Sequence[ScheduledSequence]) -> Iterator[slice]:
+        """Cut a batch so that there is room for each part's log-probabilities; seldom in two."""
+        num_asking = sum(item.sampling.num_logprobs is not None for item in items)
+        room = self._logprobs.max_rows
+        size = len(items) if num_asking <= room else room
+        for first in range(0, len(items), size):
+            yield slice(first, min(first + size, len(items)))
 
     def _fill_table(self, items: Sequence[ScheduledSequence], rows: Rows) -> None:
         new = [(rows.of(item), item) for item in items if not rows.of(item).has_sampling]
@@ -288,7 +280,9 @@ class GpuSampler:
         biases = self._device.upload(list(logit_bias.values()), torch.float32)
         self._table.biases[row, :size].copy_(biases)
 
-    def _logprobs(self, logits: Tensor, items: Sequence[ScheduledSequence]) -> "_Logprobs | None":
+    def _chosen_logprobs(
+        self, logits: Tensor, items: Sequence[ScheduledSequence]
+    ) -> ChosenLogprobs | None:
         counts = {
             row: item.sampling.num_logprobs
             for row, item in enumerate(items)
@@ -296,27 +290,4 @@ class GpuSampler:
         }
         if not counts:
             return None
-        return _Logprobs(logits[:, : self._vocab_size], counts, self._device)
-
-
-class _Logprobs:
-    """Log-probabilities by the model alone, taken before the logits are changed."""
-
-    def __init__(self, logits: Tensor, counts: dict[int, int], device: Device) -> None:
-        self._counts = counts
-        self._device = device
-        self._rows = device.upload(list(counts), torch.int64)
-        self._logprobs = logits.index_select(0, self._rows).log_softmax(-1)
-
-    def finish(self, token_ids: Tensor) -> PendingLogprobs:
-        """Pick what was chosen, and start copying it and the likeliest ones to the host."""
-        # A fault has no log-probability; any will do in its place.
-        chosen_ids = token_ids.index_select(0, self._rows).clamp(min=0).long()
-        chosen = self._logprobs.gather(1, chosen_ids[:, None])[:, 0]
-        top_logprobs, top_token_ids = self._logprobs.topk(max(self._counts.values()))
-        return PendingLogprobs(
-            counts=self._counts,
-            chosen=self._device.download(chosen),
-            top_token_ids=self._device.download(top_token_ids),
-            top_logprobs=self._device.download(top_logprobs),
-        )
+        return ChosenLogprobs(logits[:, : self._vocab_size], counts, self._logprobs, self._device)

@@ -102,7 +102,7 @@ class TokenRunner:
     ) -> SampledTokens:
         token_ids = []
         for row, (item, token_id) in enumerate(sampled):
-            mask = None if masks is None else masks.of(row)
+            mask = None if masks is None else masks.part(row, row + 1)
             if mask is not None:
                 bits = int.from_bytes(mask.bits, "little")
                 token_id = next(

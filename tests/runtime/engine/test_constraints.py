@@ -6,10 +6,13 @@ import time
 from collections import defaultdict
 from collections.abc import Mapping, Sequence
 
+import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from llguidance import LLMatcher
+from llguidance import LLExecutor, LLMatcher
+from llguidance.numpy import fill_next_token_bitmask, fill_next_token_bitmask_par
+from numpy.typing import NDArray
 from tokenizers import Tokenizer
 
 from runtime.config import EngineConfig
@@ -270,19 +273,41 @@ def test_sentencepiece_tokenizers_are_followed() -> None:
     assert finished[1].reason is FinishReason.STOP
 
 
-def test_a_defect_in_the_library_ends_constrained_sequences_only(
+def test_a_grammar_that_the_library_fails_at_ends_its_own_sequence_only(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    def fail(*_: object) -> None:
-        raise ValueError("a defect")
+    opening = TOKENIZER.encode("{").ids
 
-    monkeypatch.setattr("runtime.engine.constraints.fill_next_token_bitmask_par", fail)
+    def check(matcher: LLMatcher) -> None:
+        if matcher.validate_tokens(opening):
+            raise ValueError("a defect")
+
+    def fill_all(
+        executor: LLExecutor, matchers: list[tuple[LLMatcher, int]], masks: NDArray[np.int32]
+    ) -> None:
+        for matcher, index in matchers:
+            masks[index] = 0  # as far as it came
+            check(matcher)
+        fill_next_token_bitmask_par(executor, matchers, masks)
+
+    def fill_one(matcher: LLMatcher, masks: NDArray[np.int32], index: int) -> None:
+        check(matcher)
+        fill_next_token_bitmask(matcher, masks, index)
+
     params = {
         1: SamplingParams(grammar=WORD, max_tokens=20),
-        2: SamplingParams(max_tokens=20, allowed_token_ids=frozenset({40, 41})),
-        3: SamplingParams(max_tokens=20, ignore_eos=True),
+        2: SamplingParams(grammar=OBJECT, max_tokens=20),
+        3: SamplingParams(max_tokens=20, allowed_token_ids=frozenset({40, 41})),
+        4: SamplingParams(grammar=WORD, max_tokens=20),
+        5: SamplingParams(max_tokens=20, ignore_eos=True),
     }
-    tokens, finished = generate(params)
-    assert "a defect" in finished[1].error
-    assert set(tokens[2]) <= {40, 41}
-    assert tokens[3] == answer([3, 4, 5], 20, VOCAB_SIZE)
+    expected, _ = generate({id: one for id, one in params.items() if id != 2})
+    monkeypatch.setattr("runtime.engine.constraints.fill_next_token_bitmask_par", fill_all)
+    monkeypatch.setattr("runtime.engine.constraints.fill_next_token_bitmask", fill_one)
+    engine, _ = new_engine(max_in_flight=2, compiled=[WORD, OBJECT])
+    for id, one in params.items():
+        engine.submit(new_request(id, [id, id + 1, id + 2], sampling=one))
+    tokens, finished = run(engine)
+    assert finished[2].reason is FinishReason.REFUSED
+    assert "the grammar could not be followed: ValueError: a defect" in finished[2].error
+    assert tokens == expected

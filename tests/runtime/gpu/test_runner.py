@@ -9,6 +9,8 @@ from typing import Any
 
 import pytest
 import torch
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 from transformers import LlamaForCausalLM
 
 from runtime.config import EngineConfig
@@ -176,6 +178,72 @@ def test_logprobs_are_of_the_model_alone() -> None:
         )
         assert list(found.top_token_ids) == ids.tolist()
         assert list(found.top_logprobs) == pytest.approx(values.tolist(), abs=1e-3)
+
+
+def test_logprobs_take_only_memory_that_is_planned_for(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("runtime.gpu.limits.MAX_LOGPROB_ROWS", 2)
+    vocab_size = 5000
+    model = tiny_llama(vocab_size=vocab_size)
+    engine = new_engine(model)
+    changed = SamplingParams(
+        temperature=2.0, seed=1, logit_bias={7: 8.0}, presence_penalty=1.0, max_tokens=2
+    )
+    constrained = SamplingParams(allowed_token_ids=frozenset(range(50)), max_tokens=2)
+    kinds = [changed, constrained, SamplingParams(temperature=0.0, max_tokens=2)]
+    prompts = {id: [id, 7, 30 * id] for id in range(1, 7)}
+    for id, prompt in prompts.items():
+        num_logprobs = None if id == 2 else id
+        sampling = replace(kinds[id % 3], num_logprobs=num_logprobs, num_prompt_logprobs=1)
+        engine.submit(new_request(id, prompt, sampling=sampling))
+    tokens: defaultdict[int, list[int]] = defaultdict(list)
+    logprobs: defaultdict[int, list[TokenLogprobs]] = defaultdict(list)
+    with LargestAllocation() as largest:
+        while engine.has_work():
+            result = engine.step()
+            for key, token_id in result.tokens:
+                tokens[key.sequence_id].append(token_id)
+            for key, found in result.logprobs.items():
+                logprobs[key.sequence_id].append(found)
+    assert largest.num_bytes < 4 * vocab_size * 2, "torch made room for rows of logits"
+    assert sorted(logprobs) == [1, 3, 4, 5, 6]
+    assert set(tokens[1] + tokens[4]) <= set(range(50))
+    for id, reported in logprobs.items():
+        expected = reference_logits(model, [*prompts[id], *tokens[id]]).log_softmax(-1)[2:]
+        for row, token_id, found in zip(expected, tokens[id], reported, strict=False):
+            assert found.logprob == pytest.approx(float(row[token_id]), abs=1e-3)
+            assert list(found.top_token_ids) == row.topk(id).indices.tolist()
+
+
+def test_all_work_memory_is_planned_for() -> None:
+    runner = new_gpu_runner(tiny_llama())
+    num_bytes = sum(slab.num_bytes for slab in runner._work._slabs)
+    assert 0 < num_bytes <= runner._kv_sizes(runner._limits).activation_bytes
+
+
+class LargestAllocation(TorchDispatchMode):  # type: ignore[no-untyped-call]
+    """Notes the most memory that one of torch's operations takes for its result."""
+
+    def __init__(self) -> None:
+        super().__init__()  # type: ignore[no-untyped-call]
+        self.num_bytes = 0
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        found = func(*args, **(kwargs or {}))
+        known = _storages((args, kwargs))
+        for pointer, num_bytes in _storages(found).items():
+            if pointer not in known:
+                self.num_bytes = max(self.num_bytes, num_bytes)
+        return found
+
+
+def _storages(values: object) -> dict[int, int]:
+    """Return the sizes of all tensors' memory, by address."""
+    storages = [
+        value if isinstance(value, torch.UntypedStorage) else value.untyped_storage()
+        for value in tree_leaves(values)
+        if isinstance(value, torch.Tensor | torch.UntypedStorage)
+    ]
+    return {storage.data_ptr(): storage.nbytes() for storage in storages}
 
 
 def test_penalties_follow_prompt_and_output() -> None:
