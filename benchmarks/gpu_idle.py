@@ -39,7 +39,7 @@ SAMPLE_S = 1 / 6
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--concurrency", type=int, default=256)
-    parser.add_argument("--steps", type=int, default=400)
+    parser.add_argument("--steps", type=int, default=100)
     parser.add_argument("--layers", type=int, default=32)
     parser.add_argument("--tokenizer", type=Path, help="directory with a tokenizer.json")
     parser.add_argument("--work", type=Path, default=Path("/tmp/coldspark-8b"))

@@ -40,6 +40,7 @@ from functions.spec import FunctionSpec
 from runtime.config import EngineConfig
 from runtime.engine.engine import Engine
 from runtime.engine.sequence import SamplingParams, SequenceKey, SequenceRequest
+from runtime.gpu.context import ContextInMaking
 from runtime.gpu.runner import GpuRunner
 from runtime.model.config import ModelConfig
 
@@ -101,6 +102,7 @@ def measure_engine(workloads: Sequence[Workload], num_layers: int) -> None:
 
 def start_engine(num_layers: int) -> tuple[Engine, GpuRunner]:
     """Return an engine with random weights, warm, its graphs captured."""
+    ContextInMaking().wait()
     config = EngineConfig(**ENGINE)
     shape = ModelConfig.from_hf(LLAMA_3_1_8B | {"num_hidden_layers": num_layers})
     runner = GpuRunner(shape, config, RandomWeights(shape))

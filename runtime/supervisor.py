@@ -246,6 +246,8 @@ class Supervisor:
         if engine is not self._engine:
             raise EngineDied("the engine died while it was parked")
         self._board.update(state=pb.RUNTIME_STATE_PARKED, memory=response.memory)
+        phases = {phase.name: round(phase.seconds, 3) for phase in response.phases}
+        log.info("parked", phases=phases)
         return response
 
     async def _suspend(self, engine: EngineHandle, response: pb.ParkResponse) -> None:

@@ -8,6 +8,10 @@ from cuda.bindings import driver
 from runtime.errors import LoadFailed
 from runtime.memory.device_slab import checked
 
+NUM_CONNECTIONS = "1"
+"""Queues of the GPU that streams are spread over, by default 8. Each takes 6 ms to be parked and 7
+to come back, on an H200, and steps of an engine run one after the other."""
+
 
 class ContextInMaking:
     """The primary context of the first GPU this process sees, as torch uses it.
@@ -16,6 +20,7 @@ class ContextInMaking:
     """
 
     def __init__(self) -> None:
+        os.environ.setdefault("CUDA_DEVICE_MAX_CONNECTIONS", NUM_CONNECTIONS)
         self._error: Exception | None = None
         self._thread = threading.Thread(target=self._make, name="context", daemon=True)
         self._thread.start()
