@@ -71,6 +71,14 @@ class RuntimeInfo:
     device_uuids: tuple[str, ...] = ()
     exit_code: int | None = None  # of an exited runtime, where known
 
+    @property
+    def was_killed(self) -> bool:
+        """Whether an exited runtime was ended by a signal, or by nobody knows what.
+
+        A container reports 128 and the signal's number; a process the number below zero.
+        """
+        return self.exit_code is None or not 0 <= self.exit_code <= 128
+
 
 class RuntimeBackend(Protocol):
     """Starts and stops runtimes of one cluster.

@@ -23,7 +23,12 @@ from controller.scaling.replica_log import replica_log
 from controller.scaling.standby import Standby
 from functions.spec import ParkMode
 from runtime.rpc import inference_pb2 as pb
-from runtime.rpc.client import RuntimeRefused, RuntimeRpcError, SnapshotUnusable
+from runtime.rpc.client import (
+    RuntimeRefused,
+    RuntimeRpcError,
+    RuntimeUnavailable,
+    SnapshotUnusable,
+)
 
 if TYPE_CHECKING:
     from controller.scaling.function import Function
@@ -49,11 +54,13 @@ class ReplicaLost(Exception):
     Args:
         reason: Why, for anybody who asks.
         log_tail: The end of the runtime's log, for its operator alone.
+        was_killed: Whether runtime or engine went away, instead of saying why it could not.
     """
 
-    def __init__(self, reason: str, *, log_tail: str = "") -> None:
+    def __init__(self, reason: str, *, log_tail: str = "", was_killed: bool = False) -> None:
         super().__init__(reason)
         self.log_tail = log_tail
+        self.was_killed = was_killed
 
 
 def load_request(
@@ -126,7 +133,7 @@ class Effects:
             function.node.metrics.engine_started(
                 function=function.name, num_compilations=response.profile.num_compilations
             )
-            await link.attach()
+            await _attach(link)
             activation.lap("attach")
         function.ready(replica)
 
@@ -190,7 +197,7 @@ class Effects:
                     gpus, timeout_s=function.spec.timeouts.startup
                 )
                 activation.lap_call(response.phases, rest="wake_other")
-                await link.attach()
+                await _attach(link)
                 activation.lap("attach")
             function.ready(replica)
         except ReplicaLost as error:
@@ -325,7 +332,9 @@ class Effects:
                 await asyncio.wait([previous])
             await effect
         except ReplicaLost as error:
-            self._function.lost(replica, str(error), log_tail=error.log_tail)
+            self._function.lost(
+                replica, str(error), log_tail=error.log_tail, was_killed=error.was_killed
+            )
         except Exception as error:
             # A defect in one effect must not end the owner.
             log.exception("effect failed", function=self._function.name, replica_id=replica.id)
@@ -353,7 +362,8 @@ class Effects:
         except RuntimeRpcError as error:
             reason = f"the runtime went away: {error}"
         if replica.state not in ENDING:
-            self._function.lost(replica, reason, log_tail=await self.log_tail(replica))
+            log_tail = await self.log_tail(replica)
+            self._function.lost(replica, reason, log_tail=log_tail, was_killed=True)
 
     async def _unwatch(self, replica: Replica) -> None:
         task = self._watches.pop(replica.id, None)
@@ -377,7 +387,9 @@ class Effects:
         except TimeoutError as error:
             raise ReplicaLost(f"not done within {limit_s:g} s") from error
         except (BackendError, RuntimeRpcError) as error:
-            raise ReplicaLost(str(error), log_tail=await self.log_tail(replica)) from error
+            was_killed = isinstance(error, RuntimeUnavailable)
+            log_tail = await self.log_tail(replica)
+            raise ReplicaLost(str(error), log_tail=log_tail, was_killed=was_killed) from error
 
     async def log_tail(self, replica: Replica) -> str:
         """Return the end of the runtime's log on one line, as far as it is to be had."""
@@ -390,6 +402,14 @@ class Effects:
         except (BackendError, OSError):  # running out of time is an OSError, too
             pass
         return " | ".join(lines)
+
+
+async def _attach(link: RuntimeLink) -> None:
+    """Open the stream to a runtime that has just come up: it refuses if its engine has died."""
+    try:
+        await link.attach()
+    except RuntimeRefused as error:
+        raise RuntimeUnavailable(str(error)) from error
 
 
 class _Refused(Exception):

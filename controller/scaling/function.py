@@ -288,17 +288,26 @@ class Function:
             code = "" if info.exit_code is None else f" with status {info.exit_code}"
             log_tail = await self._effects.log_tail(replica)
             if self._lives_in(replica_id, info.runtime_id):
-                self.lost(replica, f"the runtime exited{code}", log_tail=log_tail)
+                self.lost(
+                    replica,
+                    f"the runtime exited{code}",
+                    log_tail=log_tail,
+                    was_killed=info.was_killed,
+                )
 
     # Facts: called by the effects.
 
-    def lost(self, replica: Replica, reason: str, *, log_tail: str = "") -> None:
+    def lost(
+        self, replica: Replica, reason: str, *, log_tail: str = "", was_killed: bool = False
+    ) -> None:
         """Note that a replica is gone or useless, and have it removed.
 
         Args:
             replica: The lost one.
             reason: Why; clients are told.
             log_tail: The end of its log, which only the operator gets to see.
+            was_killed: Whether it went without a reason of its own: if it was starting, another
+                one is started for the same callers, once.
         """
         if replica.state in ENDING or replica.id not in self.set.replicas:
             return
@@ -307,7 +316,9 @@ class Function:
         self.last_error = f"{reason}; its log ends: {log_tail}" if log_tail else reason
         self.books.failed(replica)
         now = self.clock.monotonic()
-        waiters = self.set.failed(replica, now=now, reason=reason, is_start=is_start)
+        waiters = self.set.failed(
+            replica, now=now, reason=reason, is_start=is_start, was_killed=was_killed
+        )
         self.leases.notify(waiters)
         self.books.publish()
         self._effects.run(replica, self._effects.remove(replica))

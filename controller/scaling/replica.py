@@ -18,6 +18,7 @@ class Replica:
         in_flight: Leases out.
         idle_since: Monotonic second of the last byte of the last response.
         up_since: Monotonic second it first became ready; None before, and when it was adopted.
+        is_retry: Whether it is the second try of a start that was killed.
         is_cordoned: Takes no new lease and is put away once the last one is back.
         is_yielding: The same, for the sake of another function: load does not bring it back, but
             the floor does.
@@ -30,6 +31,7 @@ class Replica:
     in_flight: int = 0
     idle_since: float = 0.0
     up_since: float | None = None
+    is_retry: bool = False
     is_cordoned: bool = False
     is_yielding: bool = False
     parking: "Backoff" = field(default_factory=lambda: Backoff())

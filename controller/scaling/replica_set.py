@@ -64,6 +64,7 @@ class ReplicaSet:
         self.backoff = Backoff()
         self._hold_reason = ""
         self._early_losses = Backoff()
+        self._is_retrying = False  # the last start to end was killed and is made once more
         self.replicas: dict[str, Replica] = {}
         self.transitions: list[tuple[Replica, Transition]] = []
         self._queue = _Queue()
@@ -113,6 +114,7 @@ class ReplicaSet:
         self.spec = spec
         self.runtime_hash = runtime_hash
         self.backoff = self._early_losses = Backoff()
+        self._is_retrying = False
 
     @property
     def is_held(self) -> bool:
@@ -207,6 +209,7 @@ class ReplicaSet:
         if replica.up_since is None:
             replica.up_since = now
         self.backoff = Backoff()
+        self._is_retrying = False
 
     def parked(self, replica: Replica, *, now: float) -> None:
         """Note that a replica has given its memory back."""
@@ -219,7 +222,15 @@ class ReplicaSet:
         replica.parking = replica.parking.after_failure(now, reason)
         replica.idle_since = now
 
-    def failed(self, replica: Replica, *, now: float, reason: str, is_start: bool) -> list[Waiter]:
+    def failed(
+        self,
+        replica: Replica,
+        *,
+        now: float,
+        reason: str,
+        is_start: bool,
+        was_killed: bool = False,
+    ) -> list[Waiter]:
         """Note that a replica is lost; returns the requests that fail with it.
 
         Args:
@@ -231,17 +242,22 @@ class ReplicaSet:
                 start waits for a back-off.
                 Otherwise a new replica takes its place; it waits too, from the second time on, if
                 they are lost as soon as they are ready.
+            was_killed: Whether it did not fail by itself: such a start is made once more, at once.
         """
         if is_start and replica.runtime_hash != self.runtime_hash:
             self._move(replica, ReplicaState.FAILED, now, reason)
             return []  # which says nothing of the revision that requests wait for
         is_early = replica.up_since is not None and now - replica.up_since < STABLE_S
         self._move(replica, ReplicaState.FAILED, now, reason)
+        may_retry = was_killed and not replica.is_retry and not self.backoff.holds(now)
+        has_failed = is_start and not may_retry
         if is_start:
+            self._is_retrying = may_retry
+        if has_failed:
             self.backoff = self.backoff.after_failure(now, reason)
         elif is_early:
             self.backoff = self._early_losses = self._early_losses.after_early_loss(now, reason)
-        if self._has_hope() or not (is_start or self._hold_reason):
+        if self._has_hope() or not (has_failed or self._hold_reason):
             return []
         return self.fail_waiters(self._failure(now))
 
@@ -404,6 +420,7 @@ class ReplicaSet:
             runtime_hash=self.runtime_hash,
             lifecycle=Lifecycle(at=now, reason="requests wait"),
             idle_since=now,
+            is_retry=self._is_retrying,
         )
         self.replicas[replica.id] = replica
         self.transitions.append((replica, replica.lifecycle.history[-1]))

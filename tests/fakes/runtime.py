@@ -29,7 +29,7 @@ class FakeRuntime:
     wake_s: float = 0.2
     step_s: float = 0.01
     embed_s: float = 0.05
-    fails: set[str] = field(default_factory=set)  # of "load", "park", "wake", "unload"
+    fails: set[str] = field(default_factory=set)  # of "load", "attach", "park", "wake", "unload"
     damage: str = ""  # what it finds wrong with the snapshot whenever it reads it
     state: int = pb.RUNTIME_STATE_STANDBY
     calls: list[str] = field(default_factory=list)
@@ -249,6 +249,8 @@ class FakeConnection:
 
     async def attach(self) -> FakeAttachment:
         """Open a stream."""
+        if "attach" in self._runtime.fails:
+            raise RuntimeRefused("told to refuse attach")
         return FakeAttachment(self._runtime)
 
     async def close(self) -> None:

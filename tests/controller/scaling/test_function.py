@@ -282,6 +282,56 @@ async def test_an_exit_during_the_start_is_told_and_its_log_only_to_the_operator
         assert now() < 2.0
 
 
+@pytest.mark.parametrize("exit_code", [-9, 137, None])
+async def test_a_runtime_that_is_killed_before_it_answers_is_replaced_unnoticed(
+    exit_code: int | None,
+) -> None:
+    runtimes = iter([FakeRuntime(is_alive=False), FakeRuntime()])
+    world = World(make_runtime=lambda: next(runtimes))
+    async with world.function() as function:
+        task = asyncio.create_task(collect(function))
+        await asyncio.sleep(0.5)
+        (runtime_id,) = function.runtime_ids
+        world.backend.exit(runtime_id, exit_code)
+        await function.exited(await world.backend.inspect(runtime_id))
+        assert await task == [3, 4, 5, 6]
+        assert now() < 2.0, "nothing was backed off"
+
+
+async def test_a_runtime_that_is_killed_while_it_loads_is_replaced_unnoticed() -> None:
+    world = World()
+    async with world.function() as function:
+        task = asyncio.create_task(collect(function))
+        await asyncio.sleep(0.5)
+        world.runtime.crash()
+        assert await task == [3, 4, 5, 6]
+        assert len(world.backend.created) == 2
+        assert now() < 2.0, "nothing was backed off"
+
+
+async def test_an_engine_that_dies_between_load_and_attach_is_replaced_unnoticed() -> None:
+    runtimes = iter([FakeRuntime(fails={"attach"}), FakeRuntime()])
+    world = World(make_runtime=lambda: next(runtimes))
+    async with world.function() as function:
+        assert await collect(function) == [3, 4, 5, 6]
+        assert len(world.backend.created) == 2
+
+
+async def test_runtimes_that_are_killed_again_and_again_are_told_of() -> None:
+    def short_lived() -> FakeRuntime:
+        runtime = FakeRuntime()
+        asyncio.get_running_loop().call_later(0.5, runtime.crash)
+        return runtime
+
+    world = World(make_runtime=short_lived)
+    async with world.function() as function:
+        with pytest.raises(ActivationFailed, match="the runtime is gone"):
+            await collect(function)
+        assert len(world.backend.created) == 2
+        with pytest.raises(ActivationFailed, match="possible in 1 s"):
+            await collect(function)
+
+
 async def test_a_runtime_that_does_not_wake_is_replaced_without_the_client_noticing() -> None:
     world = World()
     async with world.function(spec_of(scaling={"idle_timeout": 0})) as function:

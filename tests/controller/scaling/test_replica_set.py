@@ -165,6 +165,59 @@ def test_repeated_failures_back_off_longer_and_success_forgets_them() -> None:
     assert replica_set.backoff.num_failures == 0
 
 
+def kill(replica_set: ReplicaSet, replica: Replica, now: float) -> list[Waiter]:
+    """Have a replica killed while it starts, and be removed."""
+    lost = replica_set.failed(replica, now=now, reason="killed", is_start=True, was_killed=True)
+    replica_set.stopped(replica, now=now)
+    return lost
+
+
+def test_a_start_that_is_killed_is_made_again_at_once_and_nobody_hears_of_it() -> None:
+    replica_set = set_of()
+    waiter = request(replica_set)
+    (first,) = replica_set.plan(0.0)
+    assert kill(replica_set, first.replica, 1.0) == []
+    late = request(replica_set, now=1.0)
+    bring_up(replica_set, 1.0)
+    assert replica_set.grant() == [waiter, late]
+
+
+def test_the_second_start_to_be_killed_fails_its_waiters_and_backs_off() -> None:
+    replica_set = set_of()
+    waiter = request(replica_set)
+    (first,) = replica_set.plan(0.0)
+    kill(replica_set, first.replica, 1.0)
+    (second,) = replica_set.plan(1.0)
+    replica_set.unplace(second.replica, parked=False)  # which is no try
+    (second,) = replica_set.plan(2.0)
+    assert kill(replica_set, second.replica, 3.0) == [waiter]
+    assert replica_set.backoff.holds(3.0)
+    request(replica_set, now=4.5)
+    (third,) = replica_set.plan(4.5)
+    assert kill(replica_set, third.replica, 5.0) == [], "a new start has its own second try"
+
+
+def test_a_start_of_its_own_has_its_own_second_try() -> None:
+    replica_set = set_of(spec_of(scaling={"target_concurrency": 1}))
+    waiters = [request(replica_set), request(replica_set)]
+    one, two = (start.replica for start in replica_set.plan(0.0))
+    assert kill(replica_set, one, 1.0) == []
+    (again,) = replica_set.plan(1.0)
+    assert kill(replica_set, two, 1.0) == []
+    bring_up(replica_set, 1.0)
+    assert kill(replica_set, again.replica, 2.0) == [], "another one will serve"
+    assert replica_set.backoff.holds(2.0)
+    assert replica_set.grant() == waiters
+
+
+def test_a_start_that_is_killed_during_a_back_off_is_not_made_again_before_its_end() -> None:
+    replica_set = set_of(spec_of(scaling={"target_concurrency": 1}))
+    waiters = [request(replica_set), request(replica_set)]
+    broken, killed = (start.replica for start in replica_set.plan(0.0))
+    assert replica_set.failed(broken, now=1.0, reason="broken", is_start=True) == []
+    assert kill(replica_set, killed, 1.5) == waiters
+
+
 def test_the_back_off_of_failed_starts_does_not_keep_a_parked_replica_from_waking() -> None:
     replica_set, parked = warm_set(spec_of(scaling={"target_concurrency": 1, "idle_timeout": 0}))
     waiters = [request(replica_set), request(replica_set)]
