@@ -92,10 +92,16 @@ class Books:
         """Note that a replica came up and nobody waits for its first token."""
         self._finish(replica, lap="", outcome="ready", waiting_since=None)
 
-    def failed(self, replica: Replica) -> None:
-        """Note that a replica was lost, possibly while it came up."""
+    def failed(self, replica: Replica, *, waiting_since: float | None) -> None:
+        """Note that a replica was lost, possibly while it came up.
+
+        Args:
+            replica: The lost one.
+            waiting_since: Monotonic second the first of those began to wait whom it leaves
+                waiting; None when nobody waits.
+        """
         self._node.metrics.runtime_crashed(self._function.name)
-        self._finish(replica, lap="failed", outcome="failed", waiting_since=None)
+        self._finish(replica, lap="failed", outcome="failed", waiting_since=waiting_since)
 
     def used(self, record: GenerationRecord) -> None:
         """Note a request that is over."""

@@ -191,17 +191,13 @@ class Effects:
         link = function.links[replica.id]
         activation = function.books.began(replica, Tier.PARKED, room_s=room_s)
         gpus = function.homes[replica.id].gpus
-        try:
-            async with self._translated(replica, limit_s=function.spec.timeouts.startup):
-                response = await link.connection.wake(
-                    gpus, timeout_s=function.spec.timeouts.startup
-                )
-                activation.lap_call(response.phases, rest="wake_other")
-                await _attach(link)
-                activation.lap("attach")
-            function.ready(replica)
-        except ReplicaLost as error:
-            function.lost(replica, str(error), log_tail=error.log_tail)
+        limit_s = function.spec.timeouts.startup
+        async with self._translated(replica, limit_s=limit_s):
+            response = await link.connection.wake(gpus, timeout_s=limit_s)
+            activation.lap_call(response.phases, rest="wake_other")
+            await _attach(link)
+            activation.lap("attach")
+        function.ready(replica)
 
     async def park(self, replica: Replica) -> None:
         """Have a runtime give its memory back."""

@@ -84,6 +84,11 @@ class FunctionEmbedding:
         raise AssertionError("the last attempt returns or raises")
 
     @property
+    def replica(self) -> Replica | None:
+        """The replica it has a lease of; None while it waits for one."""
+        return self._ticket.replica
+
+    @property
     def queued_at(self) -> float:
         """Monotonic second it began to wait for the replica it has."""
         return self._ticket.queued_at

@@ -314,7 +314,7 @@ class Function:
         is_start = replica.state in COMING and not replica.is_waking
         log.warning("replica lost", function=self.name, replica_id=replica.id, reason=reason)
         self.last_error = f"{reason}; its log ends: {log_tail}" if log_tail else reason
-        self.books.failed(replica)
+        self.books.failed(replica, waiting_since=self.leases.waiting_since(replica))
         now = self.clock.monotonic()
         waiters = self.set.failed(
             replica, now=now, reason=reason, is_start=is_start, was_killed=was_killed

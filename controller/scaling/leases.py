@@ -156,6 +156,18 @@ class Leases:
         for waiter in self._function.set.grant():
             self._granted(waiter)
 
+    def waiting_since(self, replica: Replica) -> float | None:
+        """Return the monotonic second the first request began to wait for a lease or this replica.
+
+        None if there is none; one that has had its first token waits no more.
+        """
+        waiting = (
+            one.queued_at
+            for one in self._live
+            if one.record.first_token_s is None and one.replica in (None, replica)
+        )
+        return min(waiting, default=None)
+
     def notify(self, waiters: Iterable[Waiter]) -> None:
         """Tell waiters that it was decided about them."""
         for waiter in waiters:

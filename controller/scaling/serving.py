@@ -62,6 +62,10 @@ class LiveRequest(Protocol):
     admitted_at: float
 
     @property
+    def replica(self) -> Replica | None:
+        """The replica it has a lease of; None while it waits for one."""
+
+    @property
     def queued_at(self) -> float:
         """Monotonic second it began to wait for the replica it has."""
 
@@ -279,6 +283,11 @@ class FunctionGeneration:
             self._buffer = None
             self._ticket.queued(self._host.clock.monotonic())
             self._host.readmit(self._ticket)
+
+    @property
+    def replica(self) -> Replica | None:
+        """The replica it has a lease of; None while it waits for one."""
+        return self._ticket.replica
 
     @property
     def queued_at(self) -> float:

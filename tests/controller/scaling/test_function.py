@@ -55,6 +55,13 @@ async def read_on(generation: FunctionGeneration) -> None:
         pass
 
 
+async def first_failure(world: World) -> ColdStart:
+    """Return the first cold start in the journal that failed."""
+    await world.node.journal.flush()
+    starts = (entry for entry in world.entries if isinstance(entry, ColdStart))
+    return next(start for start in starts if start.outcome == "failed")
+
+
 async def ask(function: Function, received_at: float) -> FunctionGeneration:
     asked = replace(request(max_tokens=1), received_at=received_at)
     async with function.generate(asked) as generation:
@@ -136,6 +143,41 @@ async def test_the_phases_of_a_cold_start_add_up_to_the_clients_wait() -> None:
         assert sum(phase.seconds for phase in start.phases) == pytest.approx(start.total_s)
         assert generation.record.first_token_s == pytest.approx(start.total_s, abs=0.01)
         assert {"queue", "place", "read", "first_token"} <= {phase.name for phase in start.phases}
+
+
+async def test_a_wake_that_fails_is_in_the_books_of_the_request_that_waits_for_it() -> None:
+    world = World()
+    async with world.function(spec_of(scaling={"idle_timeout": 0})) as function:
+        await collect(function)
+        await until(function, Tier.PARKED)
+        world.runtime.fails.add("wake")
+        await collect(function)
+        wake = await first_failure(world)
+        assert (wake.from_tier, wake.reason) == (Tier.PARKED, "request")
+        assert [phase.name for phase in wake.phases] == ["queue", "failed"]
+        assert wake.total_s == pytest.approx(0.2), "the fake's time to wake"
+
+
+async def test_a_replica_that_dies_before_its_first_token_is_in_the_books_of_its_request() -> None:
+    world = World(make_runtime=lambda: FakeRuntime(step_s=5.0))
+    async with world.function() as function:
+        task = asyncio.create_task(collect(function))
+        await asyncio.sleep(2.0)
+        world.runtime.crash()
+        await task
+        assert (await first_failure(world)).reason == "request"
+
+
+async def test_a_start_that_fails_while_another_replica_serves_is_nobodys() -> None:
+    runtimes = iter([FakeRuntime(step_s=5.0), FakeRuntime(fails={"load"})])
+    world = World(make_runtime=lambda: next(runtimes, FakeRuntime()))
+    spec = spec_of(scaling={"min_replicas": 1, "max_replicas": 2})
+    async with world.function(spec) as function:
+        task = asyncio.create_task(collect(function))
+        await asyncio.sleep(2.0)
+        function.update(deployment(spec, runtime_hash="newer"), function.backend)
+        await task
+        assert (await first_failure(world)).reason == "kept ready"
 
 
 async def test_usage_is_written_for_finished_and_for_abandoned_requests() -> None:
