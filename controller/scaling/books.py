@@ -148,6 +148,7 @@ class Books:
         """Tell the ledger what a replica's devices are doing now."""
         if replica.state is ReplicaState.STOPPED:
             self._node.ledger.drop_claim(replica.id)
+            self._activations.pop(replica.id, None)  # of one that was stopped while it came up
             self._last.pop(replica.id, None)
         home = self._function.homes.get(replica.id)
         if home is None or replica.id not in self._function.set.replicas:

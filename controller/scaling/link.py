@@ -82,6 +82,7 @@ class RuntimeLink:
         self.kept_bytes: int | None = (
             None  # of each device, when parked; None before the first time
         )
+        self.is_profiled = False  # whether what its start missed has been recorded, or cannot be
         self._attachment: SequenceStream | None = None
 
     @property

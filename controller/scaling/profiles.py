@@ -51,12 +51,11 @@ class Profiles:
         self._function = function
         self._background = Background()
         self._under_way: set[str] = set()
-        self._recorded: set[str] = set()
 
     def idle(self, replica: Replica) -> None:
         """Note that a replica has no request: what its start missed can be recorded soon."""
         link = self._function.links.get(replica.id)
-        if link is None or replica.id in self._under_way or not self._misses_some(replica, link):
+        if link is None or replica.id in self._under_way or not _misses_some(link):
             return
         self._start(replica, self._record_when_quiet(replica, link))
 
@@ -88,11 +87,6 @@ class Profiles:
         """End what is under way."""
         await self._background.cancel()
 
-    def _misses_some(self, replica: Replica, link: RuntimeLink) -> bool:
-        use = link.status.profile
-        is_complete = use.is_used and not use.num_compilations
-        return bool(use.key) and not is_complete and replica.id not in self._recorded
-
     def _start(self, replica: Replica, work: Coroutine[Any, Any, None]) -> None:
         self._under_way.add(replica.id)
         task = self._background.start(work, f"profile {replica.id}")
@@ -106,10 +100,10 @@ class Profiles:
 
     async def _record_quietly(self, replica: Replica, link: RuntimeLink) -> None:
         try:
-            with_kernels = self._misses_some(replica, link)
+            with_kernels = _misses_some(link)
             profile = await self._record(replica, link, with_kernels=with_kernels)
         except (RuntimeRpcError, ProfileUnusable, SnapshotError, OSError) as error:
-            self._recorded.add(replica.id)  # the next start may have more luck
+            link.is_profiled = True  # the next start may have more luck
             log.warning("profile not recorded", function=self._function.name, reason=str(error))
         else:
             if with_kernels:
@@ -127,8 +121,14 @@ class Profiles:
             _write, store, snapshot, learned, times, with_kernels=with_kernels
         )
         if with_kernels:
-            self._recorded.add(replica.id)
+            link.is_profiled = True
         return profile
+
+
+def _misses_some(link: RuntimeLink) -> bool:
+    use = link.status.profile
+    is_complete = use.is_used and not use.num_compilations
+    return bool(use.key) and not is_complete and not link.is_profiled
 
 
 def _write(

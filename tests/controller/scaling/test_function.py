@@ -29,6 +29,7 @@ from controller.scaling.lifecycle import ReplicaState, Tier
 from controller.scaling.replica import Instruction
 from controller.scaling.serving import FunctionGeneration
 from functions.spec import ScheduleSpec
+from runtime.rpc import inference_pb2 as pb
 from tests.fakes.runtime import FakeRuntime
 from tests.fakes.world import World, collect, deployment, request, spec_of
 
@@ -566,6 +567,30 @@ async def test_a_new_revision_serves_on_a_new_replica_and_the_old_one_goes() -> 
         await asyncio.sleep(1.0)
         assert [spec.revision for spec in world.backend.created] == ["hash", "new"]
         assert len(world.backend.machine.runtimes) == 1
+
+
+async def test_nothing_is_kept_of_a_replica_that_is_gone() -> None:
+    use = pb.ProfileUse(key="0123456789abcdef")
+    world = World(make_runtime=lambda: FakeRuntime(profile=use))
+    async with world.function() as function:
+        await collect(function)
+        await asyncio.sleep(2.0)  # its profile cannot be written
+        await function.stop()
+        task = asyncio.create_task(collect(function))
+        await asyncio.sleep(0.5)
+        function.update(deployment(spec_of(), runtime_hash="newer"), function.backend)
+        await task
+        (replica,) = function.set.replicas
+        parts = (part for part in vars(function).values() if hasattr(part, "__dict__"))
+        kept = {
+            key
+            for part in (function, *parts)
+            for value in vars(part).values()
+            if isinstance(value, dict | set)
+            for key in value
+            if isinstance(key, str) and key.startswith(f"{function.name}-")
+        }
+        assert kept == {replica}
 
 
 async def test_a_changed_timeout_alone_keeps_the_replica() -> None:
