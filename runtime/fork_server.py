@@ -1,6 +1,7 @@
 """The runtime server's side of one zygote: readiness, forks, and who ended how."""
 
 import asyncio
+import math
 import os
 import signal
 import socket
@@ -20,12 +21,20 @@ from runtime.zygote_messages import (
     Exited,
     Forked,
     ForkRefused,
+    Prepared,
+    Preparing,
     Ready,
     ZygoteMessage,
     decode_message,
 )
 
-FORK_TIMEOUT_S = 10.0  # a fork takes milliseconds
+FORK_TIMEOUT_S = 30.0
+"""A fork takes milliseconds, on a machine that swaps some seconds.
+
+Not counted is the time the zygote prepares, which is a minute or two where nothing is in the page
+cache and the compiler builds its launchers: killing it then would only begin that anew. Who waits
+for a load has a limit of its own.
+"""
 
 log = structlog.get_logger()
 
@@ -62,6 +71,7 @@ class ForkServer:
         self._ready: asyncio.Future[None] = loop.create_future()
         self._requests: deque[asyncio.Future[EngineChild]] = deque()
         self._engines: dict[int, asyncio.Future[int]] = {}
+        self._prepared_at = -math.inf  # inf while it prepares
         self._death: ZygoteDied | None = None
         self._is_stopping = False
         self._task = asyncio.create_task(self._follow(), name="zygote")
@@ -101,8 +111,7 @@ class ForkServer:
         request: asyncio.Future[EngineChild] = loop.create_future()
         self._requests.append(request)
         try:
-            async with asyncio.timeout(FORK_TIMEOUT_S):
-                return await asyncio.shield(request)
+            return await self._answer(request)
         except TimeoutError as error:
             await self._kill()
             raise ZygoteDied(
@@ -111,6 +120,22 @@ class ForkServer:
         except ZygoteDied:
             await self._kill()  # what refuses once would refuse again
             raise
+
+    async def _answer(self, request: asyncio.Future[EngineChild]) -> EngineChild:
+        """Return what a request becomes.
+
+        Raises:
+            TimeoutError: The zygote has had nothing else to do for too long.
+            ZygoteDied: It refuses, or has died.
+        """
+        loop = asyncio.get_running_loop()
+        sent_at = loop.time()
+        while not request.done():
+            idle_s = max(loop.time() - max(sent_at, self._prepared_at), 0.0)
+            if idle_s >= FORK_TIMEOUT_S:
+                raise TimeoutError
+            await asyncio.wait([request], timeout=FORK_TIMEOUT_S - idle_s)
+        return request.result()
 
     async def stop(self) -> None:
         """Kill the zygote, and with it its engines; return when all are gone."""
@@ -151,6 +176,10 @@ class ForkServer:
             case Ready(import_s=import_s):
                 self._ready.set_result(None)
                 self._on_ready(import_s)
+            case Preparing():
+                self._prepared_at = math.inf
+            case Prepared():
+                self._prepared_at = asyncio.get_running_loop().time()
             case Forked(pid=pid):
                 child = EngineChild(pid=pid, exited=asyncio.get_running_loop().create_future())
                 self._engines[pid] = child.exited

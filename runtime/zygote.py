@@ -29,6 +29,8 @@ from runtime.zygote_messages import (
     Exited,
     Forked,
     ForkRefused,
+    Prepared,
+    Preparing,
     Ready,
     ZygoteMessage,
     encode_message,
@@ -79,12 +81,14 @@ class Zygote:
 
     def _prepare(self) -> None:
         started = time.monotonic()
+        self._send(Preparing())
         try:
             self._factory.prepare()
         except Exception:
             log.exception("not_prepared")  # an engine will meet it, and say so to somebody
         else:
             log.info("prepared", seconds=round(time.monotonic() - started, 3))
+        self._send(Prepared())
 
     def _answer(self) -> bool:
         """Handle one request; return whether the server is still there."""

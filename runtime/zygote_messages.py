@@ -1,7 +1,7 @@
 """What a zygote tells the runtime server: JSON over a SOCK_SEQPACKET pair, one message a packet.
 
-Ready comes once, then Forked or ForkRefused for each request in order, Exited for each engine. A
-request is a packet with two descriptors: the engine's socket and the pipe for its output.
+Ready comes once, then Forked or ForkRefused for each request in order, Exited for each engine.
+Requests wait, and so do exits, between Preparing and Prepared, which come at most once. A request is a packet with two descriptors: the engine's socket and the pipe for its output.
 """
 
 import json
@@ -16,6 +16,16 @@ class Ready:
     """Everything is imported; forks are cheap from now on."""
 
     import_s: float
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Preparing:
+    """Nobody has asked for a while, so work begins that makes later starts faster."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Prepared:
+    """That work is over, done or not; what was asked meanwhile is answered now."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -40,9 +50,9 @@ class Exited:
     status: int
 
 
-ZygoteMessage = Ready | Forked | ForkRefused | Exited
+ZygoteMessage = Ready | Preparing | Prepared | Forked | ForkRefused | Exited
 _MESSAGES: Mapping[str, type[ZygoteMessage]] = {
-    type_.__name__: type_ for type_ in (Ready, Forked, ForkRefused, Exited)
+    type_.__name__: type_ for type_ in (Ready, Preparing, Prepared, Forked, ForkRefused, Exited)
 }
 
 

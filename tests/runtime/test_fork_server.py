@@ -12,7 +12,16 @@ from runtime import fork_server
 from runtime.errors import ZygoteDied
 from runtime.fork_server import ForkServer
 from runtime.spawn import ZygoteProcess
-from runtime.zygote_messages import Forked, ForkRefused, Ready, ZygoteMessage, encode_message
+from runtime.zygote_messages import (
+    Exited,
+    Forked,
+    ForkRefused,
+    Prepared,
+    Preparing,
+    Ready,
+    ZygoteMessage,
+    encode_message,
+)
 
 NOBODYS_CHILD = 1
 
@@ -97,6 +106,42 @@ async def test_a_zygote_that_does_not_answer_is_killed(
         await forked
     assert server.is_dead
     assert len(zygote.deaths) == 1
+
+
+async def test_a_zygote_that_prepares_engines_is_waited_for(
+    zygote: FakeZygote, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(fork_server, "FORK_TIMEOUT_S", 0.2)
+    server = zygote.serve()
+    zygote.say(Ready(import_s=0.1))
+    forked = asyncio.create_task(fork(server))
+    await asyncio.to_thread(zygote.control.recv, 100)
+    zygote.say(Preparing())  # which it had begun before it could see the request
+    await asyncio.sleep(0.5)
+    zygote.say(Prepared())
+    await asyncio.sleep(0.1)
+    zygote.say(Forked(pid=NOBODYS_CHILD))
+    zygote.say(Exited(pid=NOBODYS_CHILD, status=0))
+    assert await forked == 0
+    zygote.control.close()
+    await server.stop()
+
+
+async def test_a_zygote_that_does_not_answer_once_it_has_prepared_is_killed(
+    zygote: FakeZygote, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(fork_server, "FORK_TIMEOUT_S", 0.05)
+    server = zygote.serve()
+    zygote.say(Ready(import_s=0.1))
+    zygote.say(Preparing())
+    await server.ready()
+    forked = asyncio.create_task(fork(server))
+    await asyncio.sleep(0.2)
+    assert zygote.process.process.poll() is None
+    zygote.say(Prepared())
+    assert await zygote.end() == -signal.SIGKILL
+    with pytest.raises(ZygoteDied, match="has not forked"):
+        await forked
 
 
 async def test_a_zygote_that_refuses_is_killed(zygote: FakeZygote) -> None:

@@ -6,6 +6,13 @@ from pathlib import Path
 import pytest
 
 from runtime.spawn import ZygoteOptions, ZygoteProcess, spawn_zygote
+from runtime.zygote_messages import (
+    MAX_MESSAGE_BYTES,
+    Prepared,
+    Preparing,
+    Ready,
+    decode_message,
+)
 
 
 class PreparingFactory:
@@ -50,6 +57,9 @@ def read_until(text: str, descriptor: int) -> str:
 def test_a_zygote_that_nobody_wants_yet_prepares_its_engines(zygote: ZygoteProcess) -> None:
     output = read_until('"prepared"', zygote.output)
     assert output.index("zygote_ready") < output.index("preparing")
+    zygote.control.setblocking(True)
+    messages = [type(decode_message(zygote.control.recv(MAX_MESSAGE_BYTES))) for _ in range(3)]
+    assert messages == [Ready, Preparing, Prepared]
 
 
 @pytest.mark.timeout(30)
@@ -57,3 +67,6 @@ def test_a_zygote_that_nobody_wants_yet_prepares_its_engines(zygote: ZygoteProce
 def test_a_zygote_that_cannot_prepare_lives_on(zygote: ZygoteProcess) -> None:
     assert "no compiler" in read_until('"not_prepared"', zygote.output)
     assert zygote.process.poll() is None
+    zygote.control.setblocking(True)
+    messages = [type(decode_message(zygote.control.recv(MAX_MESSAGE_BYTES))) for _ in range(3)]
+    assert messages == [Ready, Preparing, Prepared]
