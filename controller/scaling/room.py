@@ -35,6 +35,8 @@ class Tenant:
         is_needed: Whether it must stay, for a minimum of replicas.
         is_yielding: Whether it takes no more requests already.
         may_park: Whether it may be left parked, with what it keeps; else it is stopped.
+        refuses_s: How much longer it is not asked to park, since its runtime would not; 0 or less
+            if it may be asked.
     """
 
     replica_id: str
@@ -48,6 +50,7 @@ class Tenant:
     is_needed: bool = False
     is_yielding: bool = False
     may_park: bool = True
+    refuses_s: float = 0.0
 
     def on_device(self, *, held_bytes: int) -> "Tenant":
         """Return it as the tenant of one device."""
@@ -192,7 +195,8 @@ def _ripens_in_s(tenant: Tenant, min_residency_s: float) -> float:
     """Return how much longer an idle tenant is left alone; 0 or less if it can go."""
     if tenant.state is ReplicaState.PARKED:
         return 0.0
-    return max(min_residency_s - tenant.resident_s, BETWEEN_CALLS_S - tenant.idle_s)
+    ripens_in_s = max(min_residency_s - tenant.resident_s, BETWEEN_CALLS_S - tenant.idle_s)
+    return max(ripens_in_s, tenant.refuses_s) if tenant.may_park else ripens_in_s
 
 
 def _freed(tenants: Iterable[Tenant]) -> int:

@@ -139,6 +139,7 @@ class Tenancy:
                 is_busy=replica.in_flight > 0 or self._has_callers(replica),
                 is_needed=function.set.is_needed(replica),
                 is_yielding=function.set.yields(replica),
+                refuses_s=replica.parking.retry_at - now if replica.parking.holds(now) else 0.0,
             )
             for replica in function.set.replicas.values()
             if replica.id in function.homes

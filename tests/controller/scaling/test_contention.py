@@ -613,6 +613,19 @@ async def test_a_park_that_is_refused_is_asked_for_again() -> None:
 
 
 @pytest.mark.usefixtures("no_sweeps")
+async def test_one_that_refuses_to_park_is_asked_ever_more_seldom() -> None:
+    world = World(num_gpus=1)
+    async with functions(world, "a", "b") as (a, b):
+        await collect(a)
+        world.runtime.fails = {"park"}
+        waiting = asyncio.create_task(collect(b))
+        await asyncio.sleep(60.0)
+        assert world.runtime.calls.count("park") == 6, "after 1, 2, 4, 8, 16 s"
+        world.runtime.fails = set()
+        assert await waiting == [3, 4, 5, 6]
+
+
+@pytest.mark.usefixtures("no_sweeps")
 async def test_one_that_became_ready_for_nobody_gives_way() -> None:
     world = World(num_gpus=1)
     async with functions(world, "a", "b") as (a, b), asyncio.timeout(10.0):

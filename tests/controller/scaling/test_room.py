@@ -72,6 +72,18 @@ def test_one_that_cannot_be_stopped_now_is_stopped_once_it_is_parked(
     assert room(parked, missing=1).evict == ("a",)
 
 
+def test_one_whose_runtime_has_refused_is_not_asked_to_park_before_its_time() -> None:
+    refusing = tenant("a", refuses_s=4.0)
+    assert room(refusing) == Room(retry_in_s=4.0)
+    assert room(refusing, tenant("b", value_s=5.0)).evict == ("b",)
+    assert room(tenant("a", refuses_s=-1.0)).evict == ("a",)
+
+
+def test_what_a_runtime_refuses_is_to_park_and_not_to_be_stopped() -> None:
+    assert room(tenant("a", refuses_s=4.0), missing=10).stop == ("a",)
+    assert room(tenant("a", state=S.PARKED, refuses_s=4.0)).evict == ("a",)
+
+
 def test_as_many_go_as_are_needed_and_no_more() -> None:
     small = tenant("small", held_bytes=3, value_s=0.1)
     assert room(small, tenant("large"), missing=9).evict == ("large",), "the small one is no help"
