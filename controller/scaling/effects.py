@@ -14,7 +14,6 @@ import structlog
 
 from controller.backends.base import BackendError, RuntimeSpec
 from controller.scaling.activation import Activation
-from controller.scaling.deployment import Deployment
 from controller.scaling.lifecycle import ENDING, ReplicaState, Tier
 from controller.scaling.link import RuntimeLink
 from controller.scaling.node import Home
@@ -63,11 +62,9 @@ class ReplicaLost(Exception):
         self.was_killed = was_killed
 
 
-def load_request(
-    deployment: Deployment, replica: Replica, home: Home, device_memory_bytes: int
-) -> pb.LoadRequest:
+def load_request(replica: Replica, home: Home, device_memory_bytes: int) -> pb.LoadRequest:
     """Return what a runtime is told to load, for whom, and how much of each GPU it may use."""
-    spec = deployment.spec
+    deployment, spec = home.deployment, home.deployment.spec
     engine, pooling = spec.engine, deployment.pooling
     usual_block_size = GPU_BLOCK_SIZE if spec.resources.gpus else CPU_BLOCK_SIZE
     return pb.LoadRequest(
@@ -122,10 +119,7 @@ class Effects:
             function.changed()
             response = await link.connection.load(
                 load_request(
-                    function.deployment,
-                    replica,
-                    function.homes[replica.id],
-                    function.tenancy.promised_bytes(home),
+                    replica, function.homes[replica.id], function.tenancy.promised_bytes(home)
                 ),
                 timeout_s=limit_s,
             )
@@ -374,7 +368,7 @@ class Effects:
             async with asyncio.timeout(limit_s):
                 yield
         except SnapshotUnusable as error:
-            self._function.snapshot_unusable(str(error))
+            self._function.snapshot_unusable(replica, str(error))
             raise ReplicaLost(str(error)) from error
         except RuntimeRefused as error:
             if replica.state is ReplicaState.PARKING:

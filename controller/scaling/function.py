@@ -253,9 +253,9 @@ class Function:
         self.leases.notify(self.set.hold(reason))
         self.poke()
 
-    def snapshot_unusable(self, reason: str) -> None:
-        """Note that a runtime found the snapshot missing or damaged."""
-        self._on_snapshot_unusable(self.deployment.snapshot, reason)
+    def snapshot_unusable(self, replica: Replica, reason: str) -> None:
+        """Note that a replica's runtime found its snapshot missing or damaged."""
+        self._on_snapshot_unusable(self.homes[replica.id].deployment.snapshot, reason)
 
     def adopt(
         self,

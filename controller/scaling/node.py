@@ -10,6 +10,7 @@ from controller.host_cache.host_cache import HostCache
 from controller.ledger.ledger import Ledger
 from controller.metrics import Metrics
 from controller.scaling.contention import Contention
+from controller.scaling.deployment import Deployment
 from controller.scaling.journal import Journal
 from controller.scaling.last_logs import LastLogs
 from controller.scaling.lifecycle import Tier
@@ -42,6 +43,7 @@ class Home:
     """Where a replica lives.
 
     Attributes:
+        deployment: The revision the replica was started for.
         runtime_id: The runtime it is in; one that was in standby has a name of its own.
         device_ids: The devices the replica was given.
         backend: What runs the runtime.
@@ -50,6 +52,7 @@ class Home:
         is_generic: Whether the runtime could serve any function, and so go back to the pool.
     """
 
+    deployment: Deployment
     runtime_id: str
     device_ids: tuple[str, ...]
     backend: RuntimeBackend

@@ -186,6 +186,7 @@ def _fit(
     if not node.memory.devices.keys() >= set(device_ids):
         return None  # a GPU we do not see has no books, and could not be woken on
     home = Home(
+        deployment=function.deployment,
         runtime_id=info.runtime_id,
         device_ids=device_ids,
         backend=backend,

@@ -49,8 +49,14 @@ class Tenancy:
             return None
         standby = self._node.standbys.take(function.backend)
         if standby is None:
-            return Home(runtime_id=replica.id, device_ids=device_ids, backend=function.backend)
+            return Home(
+                deployment=function.deployment,
+                runtime_id=replica.id,
+                device_ids=device_ids,
+                backend=function.backend,
+            )
         return Home(
+            deployment=function.deployment,
             runtime_id=standby.runtime_id,
             device_ids=device_ids,
             backend=function.backend,

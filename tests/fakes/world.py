@@ -176,9 +176,20 @@ class World:
         return runtime
 
     @asynccontextmanager
-    async def function(self, spec: FunctionSpec | None = None) -> AsyncIterator[Function]:
+    async def function(
+        self,
+        spec: FunctionSpec | None = None,
+        *,
+        on_snapshot_unusable: Callable[[str, str], None] = lambda _snapshot, _reason: None,
+    ) -> AsyncIterator[Function]:
         """Run a function, swept four times a second."""
-        function = Function(deployment(spec or spec_of()), self.backend, self.node, created=0)
+        function = Function(
+            deployment(spec or spec_of()),
+            self.backend,
+            self.node,
+            created=0,
+            on_snapshot_unusable=on_snapshot_unusable,
+        )
         self.functions.append(function)
         owner = asyncio.create_task(function.run(), name="owner")
         sweeper = asyncio.create_task(self._sweep(function), name="sweeper")

@@ -30,8 +30,9 @@ from controller.scaling.replica import Instruction
 from controller.scaling.serving import FunctionGeneration
 from functions.spec import ScheduleSpec
 from runtime.rpc import inference_pb2 as pb
+from runtime.rpc.client import SnapshotUnusable
 from tests.fakes.runtime import FakeRuntime
-from tests.fakes.world import World, collect, deployment, request, spec_of
+from tests.fakes.world import SNAPSHOT, World, collect, deployment, request, spec_of
 
 pytestmark = pytest.mark.looptime
 
@@ -567,6 +568,28 @@ async def test_a_new_revision_serves_on_a_new_replica_and_the_old_one_goes() -> 
         await asyncio.sleep(1.0)
         assert [spec.revision for spec in world.backend.created] == ["hash", "new"]
         assert len(world.backend.machine.runtimes) == 1
+
+
+async def test_damage_that_an_old_revision_finds_is_not_blamed_on_the_new_ones_snapshot() -> None:
+    class Redeployed(FakeRuntime):
+        """Finds damage in the moment a new revision is deployed."""
+
+        async def work(self, name: str, seconds: float) -> None:
+            try:
+                await super().work(name, seconds)
+            except SnapshotUnusable:
+                newer = deployment(spec_of(), runtime_hash="newer")
+                function.update(replace(newer, snapshot="newer@0123456789ab"), world.backend)
+                raise
+
+    told: list[str] = []
+    runtimes = iter([Redeployed(damage="chunk 3"), FakeRuntime()])
+    world = World(make_runtime=lambda: next(runtimes))
+    async with world.function(
+        on_snapshot_unusable=lambda snapshot, _reason: told.append(snapshot)
+    ) as function:
+        assert await collect(function) == [3, 4, 5, 6]
+        assert told == [SNAPSHOT]
 
 
 async def test_nothing_is_kept_of_a_replica_that_is_gone() -> None:
