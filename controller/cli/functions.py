@@ -176,21 +176,26 @@ def stop(
     context: typer.Context, name: NameArgument, output: OutputOption = OutputFormat.TABLE
 ) -> None:
     """Stop all replicas; the next request starts one again."""
-    _operate(context, name, "stop", output)
+    view = _operate(context, name, "stop", output)
+    left = [replica["id"] for replica in view["replicas"] if replica["state"] == "draining"]
+    if left and output is not OutputFormat.JSON:
+        note(f"removed as soon as its backend answers: {', '.join(left)}")
 
 
-def _operate(context: typer.Context, name: str, operation: str, output: OutputFormat) -> None:
+def _operate(context: typer.Context, name: str, operation: str, output: OutputFormat) -> View:
+    """Have an operation done; print the function after it, and return it."""
     with connect(context) as controller:
-        view = controller.call("POST", function_path(name, operation))
+        view: View = controller.call("POST", function_path(name, operation))
         if output is OutputFormat.JSON:
             print_json(view)
-            return
+            return view
         held = sum(
             get(replica, "memory", part) or 0
             for replica in view["replicas"]
             for part in ("weights_bytes", "kv_cache_bytes", "kept_bytes")
         )
         print_fields({"name": view["name"], "tier": view["tier"], "holds": human_bytes(held)})
+        return view
 
 
 def delete(

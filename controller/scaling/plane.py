@@ -260,7 +260,7 @@ class ControlPlane:
             self._closing.add(function)
             owner.add_done_callback(lambda _: self._closing.discard(function))
             function.close()
-            drain_s = entry.spec.timeouts.drain if function.set.in_flight else 0.0
+            drain_s = _drain_s(function)
         removal = self._background.start(self._clear_up(entry), f"delete {name}")
         await asyncio.wait([removal], timeout=drain_s + REMOVAL_TIMEOUT_S)
         if not removal.done() or removal.cancelled():
@@ -276,9 +276,22 @@ class ControlPlane:
         """Park every idle replica now."""
         await self._servable(self._entry(name)).park()
 
-    async def stop_function(self, name: str) -> None:
-        """Drain and remove every replica; the function stays deployed."""
-        await self._servable(self._entry(name)).stop()
+    async def stop_function(self, name: str) -> dict[str, Any] | None:
+        """Drain and remove every replica; the function stays deployed.
+
+        Whoever cancels this stops waiting; the replicas are removed all the same.
+
+        Returns:
+            None if they are gone. Else the function's view, as of `delete`.
+        """
+        entry = self._entry(name)
+        function = self._servable(entry)
+        try:
+            async with asyncio.timeout(_drain_s(function) + REMOVAL_TIMEOUT_S):
+                await function.stop()
+        except TimeoutError:
+            return entry_view(entry)
+        return None
 
     async def profile(self, name: str) -> dict[str, Any]:
         """Keep what a replica has learned beside the snapshot, and return the profile."""
@@ -539,6 +552,11 @@ class ControlPlane:
 def _adopt(found: Iterable[Found]) -> None:
     for one in found:
         one.function.adopt(one.replica_id, one.runtime_hash, one.home, one.link, one.state)
+
+
+def _drain_s(function: Function) -> float:
+    """Return how long a function's replicas may take to run empty."""
+    return function.spec.timeouts.drain if function.set.in_flight else 0.0
 
 
 def _poker(entry: Entry) -> Callable[[], None]:

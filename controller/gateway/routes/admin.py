@@ -1,6 +1,6 @@
 """The admin API under /api/v1: deploy, inspect and steer functions, and read the books."""
 
-from collections.abc import AsyncIterator, Mapping
+from collections.abc import AsyncIterator, Awaitable, Callable, Mapping
 from datetime import datetime, timedelta
 from enum import StrEnum
 from pathlib import Path
@@ -40,7 +40,7 @@ TEXT_RESPONSE: dict[int | str, dict[str, Any]] = {
 
 LEFT_RESPONSE: dict[int | str, dict[str, Any]] = {
     202: {
-        "description": "Deleted; what is left of it is removed as soon as its backend answers.",
+        "description": "Accepted; what is left is removed as soon as its backend answers.",
         "content": {"application/json": {"schema": {"type": "object"}}},
     }
 }
@@ -61,8 +61,8 @@ class Plane(Protocol):
     async def park(self, name: str) -> None:
         """Park the idle replicas."""
 
-    async def stop_function(self, name: str) -> None:
-        """Remove the replicas."""
+    async def stop_function(self, name: str) -> Json | None:
+        """Remove the replicas; returns the function if not all can be removed now."""
 
     async def profile(self, name: str) -> Json:
         """Keep what a replica has learned, and return it."""
@@ -169,12 +169,21 @@ def _add_functions(router: APIRouter, plane: Plane) -> None:
         """Record what a replica has learned beside its snapshot, for later starts."""
         return await plane.profile(name)
 
-    @router.post("/functions/{name}/{operation}")
-    async def operate(name: Name, operation: Literal["warm", "park", "stop"]) -> Json:
+    @router.post("/functions/{name}/{operation}", responses=LEFT_RESPONSE)
+    async def operate(
+        name: Name, operation: Literal["warm", "park", "stop"], response: Response
+    ) -> Json:
         """Warm, park or stop a function and return it when that is done."""
-        operations = {"warm": plane.warm, "park": plane.park, "stop": plane.stop_function}
-        await operations[operation](name)
-        return plane.view(name)
+        operations: dict[str, Callable[[str], Awaitable[Json | None]]] = {
+            "warm": plane.warm,
+            "park": plane.park,
+            "stop": plane.stop_function,
+        }
+        left = await operations[operation](name)
+        if left is None:
+            return plane.view(name)
+        response.status_code = 202
+        return left
 
     @router.get("/functions/{name}/logs", responses=TEXT_RESPONSE)
     async def logs(

@@ -116,6 +116,17 @@ def test_a_parked_replica_shows_what_it_keeps_and_why(cli: Cli, controller: Scri
     assert cli("park", "tiny").stdout.split()[-3:] == ["holds", "3.0", "MiB"]
 
 
+def test_stop_says_what_is_left_while_a_backend_is_away(
+    cli: Cli, controller: ScriptedServer
+) -> None:
+    left = view(replicas=[replica(state="draining")])
+    controller.on("POST /api/v1/functions/tiny/stop", json_reply(left, status=202))
+    outcome = cli("stop", "tiny")
+    assert outcome.exit_code == 0
+    assert outcome.stderr.endswith("as soon as its backend answers: tiny-0a1b2c3d\n")
+    assert cli("stop", "tiny", "-o", "json").json == left
+
+
 def test_delete_says_so_on_stderr_only(cli: Cli, controller: ScriptedServer) -> None:
     controller.on("DELETE /api/v1/functions/tiny", Reply(status=204))
     outcome = cli("delete", "tiny")

@@ -30,6 +30,12 @@ class Asked:
     async def delete(self, name: str) -> dict[str, Any] | None:
         return {"name": name} if name == "stuck" else None
 
+    async def stop_function(self, name: str) -> dict[str, Any] | None:
+        return await self.delete(name)
+
+    async def warm(self, name: str) -> None:
+        """Be warm."""
+
     def view(self, name: str) -> dict[str, Any]:
         return {"name": name}
 
@@ -95,4 +101,14 @@ async def test_a_deleted_function_of_which_something_is_left_is_202(
     gone = await client.delete("/api/v1/functions/tiny")
     assert (gone.status_code, gone.content) == (204, b"")
     left = await client.delete("/api/v1/functions/stuck")
+    assert (left.status_code, left.json()) == (202, {"name": "stuck"})
+
+
+async def test_a_stopped_function_of_which_something_is_left_is_202(
+    client: httpx.AsyncClient,
+) -> None:
+    for path in ("tiny/stop", "tiny/warm"):
+        done = await client.post(f"/api/v1/functions/{path}")
+        assert (done.status_code, done.json()) == (200, {"name": "tiny"})
+    left = await client.post("/api/v1/functions/stuck/stop")
     assert (left.status_code, left.json()) == (202, {"name": "stuck"})

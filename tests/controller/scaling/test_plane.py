@@ -30,7 +30,7 @@ from functions.spec import FunctionSpec
 from runtime.rpc import inference_pb2 as pb
 from snapshots.store import SnapshotStore
 from tests.fakes.runtime import FakeConnection, FakeRuntime
-from tests.fakes.world import World, collect, spec_of
+from tests.fakes.world import World, collect, request, spec_of
 
 pytestmark = [pytest.mark.looptime, pytest.mark.model]
 
@@ -388,6 +388,28 @@ async def test_a_function_deleted_while_its_backend_is_away_is_removed_when_that
         await asyncio.sleep(10.0)  # its longest pause between two tries
         assert not backend.machine.runtimes
         assert "tiny" not in store.pins(machine.snapshot.name)
+
+
+async def test_a_function_stopped_while_its_backend_is_away_is_stopped_when_that_is_back(
+    smollm2_snapshot: Path,
+) -> None:
+    machine = Machine(smollm2_snapshot)
+    backend = machine.world.backend
+    async with machine.controller() as plane:
+        await plane.deploy(spec_of(timeouts={"drain": 5}), "fake")
+        await until_built(plane)
+        async with plane.resolve("tiny").generate(request(max_tokens=10_000)) as generation:
+            await anext(aiter(generation))
+            backend.error = BackendUnavailable("the engine is away", temporary=True)
+            began = asyncio.get_running_loop().time()
+            left = await plane.stop_function("tiny")
+            assert asyncio.get_running_loop().time() == began + 5.0 + REMOVAL_TIMEOUT_S
+        assert left is not None
+        assert [replica["state"] for replica in left["replicas"]] == ["draining"]
+        backend.error = None
+        assert await plane.stop_function("tiny") is None
+        assert not backend.machine.runtimes
+        assert plane.view("tiny")["replicas"] == []
 
 
 async def test_a_function_is_deleted_although_nobody_waits_for_it(smollm2_snapshot: Path) -> None:
