@@ -163,6 +163,7 @@ async def run(settings: Settings, backends: Sequence[RuntimeBackend] | None = No
         stack.push_async_callback(jobs.stop)
         await jobs.start(reaper)
         reaper.every(settings.tick_s, "sweep", plane.sweep)
+        reaper.every(settings.tick_s, "look at devices", plane.look_at_devices)
         reaper.every(settings.reconcile_s, "reconcile", plane.reconcile)
         reaper.every(FLUSH_S, "flush ledger", ledger.flush)
         reaper.every(FLUSH_S, "flush journal", journal.flush)

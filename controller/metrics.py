@@ -159,6 +159,11 @@ class Metrics:
             "Kernels compiled by starts; none with a complete profile in the snapshot.",
             "function",
         )
+        self._foreign_memory = gauge(
+            "device_foreign_bytes",
+            "GPU memory held by processes that are not Coldspark's; absent when not known.",
+            "device",
+        )
         self._gpu_seconds = counter(
             "gpu_seconds_total",
             "Device-seconds by ledger state; the function is empty when nobody holds the device.",
@@ -256,6 +261,13 @@ class Metrics:
     def engine_events(self) -> Sequence[str]:
         """The counts that `add_engine_events` takes."""
         return tuple(self._engine_events)
+
+    def set_foreign_memory(self, device: str, num_bytes: int | None) -> None:
+        """Set what others hold of a GPU; None when it is not known."""
+        if num_bytes is None:
+            self._foreign_memory.remove_by_labels({"device": device})
+        else:
+            self._foreign_memory.labels(device).set(num_bytes)
 
     def add_gpu_seconds(self, *, function: str, state: str, seconds: float) -> None:
         """Add device-seconds that have passed."""

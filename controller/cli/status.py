@@ -46,11 +46,12 @@ def status(context: typer.Context, output: OutputOption = OutputFormat.TABLE) ->
                 device["kind"],
                 human_bytes(device["used_bytes"]),
                 human_bytes(device["promised_bytes"]),
+                human_bytes(device["foreign_bytes"]),
                 human_bytes(device["memory_bytes"]),
             )
             for device in view["devices"]
         ]
-        print_table(("ID", "KIND", ">USED", ">PROMISED", ">MEMORY"), rows)
+        print_table(("ID", "KIND", ">USED", ">PROMISED", ">FOREIGN", ">MEMORY"), rows)
 
 
 def _held(cache: Mapping[str, Any]) -> str:

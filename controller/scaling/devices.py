@@ -1,5 +1,6 @@
 """The devices of this machine: GPUs from NVML, and the processor."""
 
+import asyncio
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -29,9 +30,15 @@ def used_bytes(device: Device) -> int | None:
     try:
         pynvml.nvmlInit()
         handle = pynvml.nvmlDeviceGetHandleByUUID(device.id)
-        return int(pynvml.nvmlDeviceGetMemoryInfo(handle).used)
+        # Without a version, what the driver reserves is counted as used.
+        return int(pynvml.nvmlDeviceGetMemoryInfo(handle, version=pynvml.nvmlMemory_v2).used)
     except pynvml.NVMLError:
         return None
+
+
+async def measure(device: Device) -> int | None:
+    """Return what `used_bytes` does; a GPU that is slow to answer keeps nobody else waiting."""
+    return await asyncio.to_thread(used_bytes, device)
 
 
 def _gpus() -> list[Device]:

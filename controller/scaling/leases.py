@@ -50,6 +50,11 @@ class Leases:
         return self._function.tier
 
     @property
+    def obstacle(self) -> str:
+        """What others hold that keeps a replica from its place; empty if nothing does."""
+        return self._function.node.memory.obstacle(self._function.deployment.demand)
+
+    @property
     def num_live(self) -> int:
         """Requests that are not over."""
         return len(self._live)
@@ -220,8 +225,9 @@ class Leases:
                 self._function.books.ready(await _lease_of(ticket))
         except TimeoutError as error:
             limit = self.spec.timeouts.startup
+            why = f": {obstacle}" if (obstacle := self.obstacle) else ""
             raise ActivationFailed(
-                f"{self.name!r} was not ready within timeouts.startup, {limit:g} s"
+                f"{self.name!r} was not ready within timeouts.startup, {limit:g} s{why}"
             ) from error
         finally:
             self.abandon(ticket)

@@ -1,7 +1,8 @@
 """Which devices a replica gets: the node's books of device memory.
 
 Every byte a replica may use is promised to it before it starts or wakes, so that no start runs out
-of memory because of another function. A parked replica is promised what it still holds.
+of memory because of another function. A parked replica is promised what it still holds. What
+processes that are not ours hold is promised to nobody.
 """
 
 from collections.abc import Callable, Container, Iterable, Mapping
@@ -99,6 +100,7 @@ class MemoryLedger:
     def __init__(self, devices: Iterable[Device]) -> None:
         self.devices: Mapping[str, Device] = MappingProxyType({one.id: one for one in devices})
         self._held: dict[str, dict[str, int]] = {device_id: {} for device_id in self.devices}
+        self._foreign: dict[str, int] = {}
         self._on_release: Callable[[], None] = lambda: None
 
     def on_release(self, call: Callable[[], None]) -> None:
@@ -134,8 +136,39 @@ class MemoryLedger:
         return [device for device in self.devices.values() if device.kind is kind]
 
     def free_bytes(self, device_id: str) -> int:
-        """Return how much of a device is promised to nobody."""
-        return self.devices[device_id].memory_bytes - sum(self._held[device_id].values())
+        """Return how much of a device can be promised; less than 0 if others have taken too much."""
+        taken_bytes = self.promised_bytes(device_id) + (self.foreign_bytes(device_id) or 0)
+        return self.devices[device_id].memory_bytes - taken_bytes
+
+    def promised_bytes(self, device_id: str) -> int:
+        """Return how much of a device is promised to replicas."""
+        return sum(self._held[device_id].values())
+
+    def foreign_bytes(self, device_id: str) -> int | None:
+        """Return how much of a device others than replicas hold; None when that is not known."""
+        return self._foreign.get(device_id)
+
+    def set_foreign(self, device_id: str, num_bytes: int | None) -> None:
+        """Note how much of a device others than replicas hold; None when that is not known."""
+        before = self._foreign.pop(device_id, 0)
+        if num_bytes is not None:
+            self._foreign[device_id] = num_bytes
+        if (num_bytes or 0) < before:
+            self._on_release()
+
+    def obstacle(self, demand: Demand) -> str:
+        """Return what others hold if that alone keeps a replica from its place; else nothing."""
+        devices = self.suitable(demand)
+        taken = [
+            (device.id, num_bytes)
+            for device in devices
+            if (num_bytes := self.foreign_bytes(device.id) or 0)
+            and demand.bytes_on(device) + num_bytes > device.memory_bytes
+        ]
+        if len(devices) - len(taken) >= max(demand.num_gpus, 1):
+            return ""
+        held = ", ".join(f"{num_bytes / 2**30:.1f} GiB of {one}" for one, num_bytes in taken)
+        return f"{held} are held by processes that are not Coldspark's"
 
     def held(self, device_id: str) -> Mapping[str, int]:
         """Return what is promised to whom on a device, by replica."""

@@ -5,7 +5,7 @@ It keeps the desired state in the store, has snapshots built, and gives each fun
 
 import asyncio
 import difflib
-from collections.abc import AsyncIterator, Callable, Iterable, Mapping, Sequence
+from collections.abc import AsyncIterator, Awaitable, Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -24,11 +24,12 @@ from controller.errors import (
 from controller.host_cache.choice import Candidate
 from controller.scaling.background import Background
 from controller.scaling.deployment import Deployment, deployment_of
-from controller.scaling.devices import used_bytes
+from controller.scaling.devices import measure, used_bytes
 from controller.scaling.entry import Entry, FunctionStore, SnapshotState, StoredFunction
+from controller.scaling.foreign import ForeignMemory
 from controller.scaling.function import Function
 from controller.scaling.node import Node
-from controller.scaling.placement import Unschedulable, demand_of
+from controller.scaling.placement import Device, DeviceKind, Unschedulable, demand_of
 from controller.scaling.preparation import (
     BuildProgress,
     PreparationFailed,
@@ -38,6 +39,7 @@ from controller.scaling.preparation import (
 from controller.scaling.reaper import Reaper
 from controller.scaling.rebuilds import Rebuilds
 from controller.scaling.reconcile import (
+    RESTING,
     Found,
     adopted_claims,
     find_adoptable,
@@ -69,6 +71,7 @@ class ControlPlane:
         reaper: Runs the schedules; started and stopped by the caller.
         build: Builds a spec's snapshot and returns its directory name.
         on_servable: Called with the directory of each snapshot that a function begins to serve.
+        measure_used: Returns the bytes in use on a device; None when they cannot be read.
     """
 
     def __init__(
@@ -79,6 +82,7 @@ class ControlPlane:
         reaper: Reaper,
         build: SnapshotBuilder = build_snapshot,
         on_servable: Callable[[Path], None] = lambda _: None,
+        measure_used: Callable[[Device], Awaitable[int | None]] = measure,
     ) -> None:
         self.node = node
         self._backends = backends
@@ -86,6 +90,8 @@ class ControlPlane:
         self._reaper = reaper
         self._build = build
         self._on_servable = on_servable
+        self._measure_used = measure_used
+        self._foreign = ForeignMemory(node.memory)
         self._snapshots = SnapshotStore(node.snapshot_store)
         self._entries: dict[str, Entry] = {}
         self._closing: set[Function] = set()  # deleted, and some request still runs
@@ -184,6 +190,23 @@ class ControlPlane:
         self.node.host_cache.want(self._cacheable())
         for function in self._all_functions():
             function.sweep()
+
+    async def look_at_devices(self) -> None:
+        """Learn what processes that are not ours hold of each GPU."""
+        for device in self.node.memory.devices.values():
+            if device.kind is DeviceKind.CPU:
+                continue
+            used = await self._measure_used(device)
+            resting = {
+                replica.id
+                for function in self._all_functions()
+                for replica in function.set.replicas.values()
+                if replica.state in RESTING
+            }
+            now = self.node.clock.monotonic()
+            self._foreign.note(device.id, used, resting=resting, now=now)
+            foreign = self.node.memory.foreign_bytes(device.id)
+            self.node.metrics.set_foreign_memory(device.id, foreign)
 
     async def reconcile(self) -> None:
         """Adopt what a backend that was away has kept, remove orphans, replace hung engines."""
@@ -339,7 +362,8 @@ class ControlPlane:
                     "kind": str(device.kind),
                     "memory_bytes": device.memory_bytes,
                     "used_bytes": used_bytes(device),
-                    "promised_bytes": device.memory_bytes - self.node.memory.free_bytes(device.id),
+                    "promised_bytes": self.node.memory.promised_bytes(device.id),
+                    "foreign_bytes": self.node.memory.foreign_bytes(device.id),
                 }
                 for device in self.node.memory.devices.values()
             ],

@@ -90,6 +90,10 @@ class Host(Protocol):
     def tier(self) -> Tier:
         """The warmest tier a new request would find."""
 
+    @property
+    def obstacle(self) -> str:
+        """What others hold that keeps a replica from its place; empty if nothing does."""
+
     def admit(self, ticket: Ticket) -> None:
         """Lease or queue at once, or raise QueueFull or ActivationFailed."""
 
@@ -123,9 +127,10 @@ def expire_in_queue(host: Host, ticket: Ticket, now: float) -> None:
     limit = host.spec.queue.timeout
     if ticket.replica is None and ticket.waited_s + now - ticket.queued_at > limit:
         host.abandon(ticket)
+        why = f": {obstacle}" if (obstacle := host.obstacle) else ""
         ticket.failure = ActivationTimeout(
-            f"no replica of {host.name!r} became ready within queue.timeout, {limit:g} s; retry, "
-            "or raise the limit",
+            f"no replica of {host.name!r} became ready within queue.timeout, {limit:g} s{why}; "
+            "retry, or raise the limit",
             retry_after_s=1.0,
         )
         ticket.decided.set()

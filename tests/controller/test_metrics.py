@@ -91,3 +91,12 @@ def test_global_registry_is_left_alone() -> None:
     Metrics()
     names = {metric.name for metric in REGISTRY.collect()}
     assert not any(name.startswith("coldspark") for name in names)
+
+
+def test_what_others_hold_of_a_gpu_is_absent_while_it_is_not_known() -> None:
+    metrics = Metrics()
+    metrics.set_foreign_memory("GPU-0", 3 << 30)
+    assert samples(metrics, "device_foreign_bytes") == {("GPU-0",): 3 << 30}
+    for _ in range(2):
+        metrics.set_foreign_memory("GPU-0", None)
+        assert samples(metrics, "device_foreign_bytes") == {}

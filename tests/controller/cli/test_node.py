@@ -25,7 +25,7 @@ ROW = {
 def test_status_shows_version_and_devices(cli: Cli, controller: ScriptedServer) -> None:
     device = {
         "id": "cpu:0", "kind": "cpu", "memory_bytes": 8 << 30, "used_bytes": None,
-        "promised_bytes": 3 << 30,
+        "promised_bytes": 3 << 30, "foreign_bytes": 5 << 30,
     }  # fmt: skip
     answer = {
         "version": "0.1.0", "uptime_s": 61.0, "devices": [device], "functions": 2, "replicas": 1,
@@ -43,6 +43,7 @@ def test_status_shows_version_and_devices(cli: Cli, controller: ScriptedServer) 
     assert "2.0 GiB pinned and 1.0 GiB locked of 4.0 GiB; mlock: refused" in text
     assert "8.0 GiB" in text
     assert "3.0 GiB" in text
+    assert re.search(r"FOREIGN.*\n.* 5\.0 GiB", text)
     assert "process: 1 ready, 2 starting" in text
     assert cli("status", "-o", "json").json == answer
 

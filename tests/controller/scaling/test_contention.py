@@ -102,6 +102,43 @@ async def test_a_redeploy_takes_the_device_of_a_start_that_hangs() -> None:
         assert now() - began < 5.0
 
 
+async def test_a_function_waits_for_memory_that_others_hold_and_disturbs_nobody() -> None:
+    world = World(num_gpus=1)
+    memory = world.node.memory
+    async with (
+        functions(world, "a", share=0.3) as (a,),
+        functions(world, "b", share=0.6, queue={"timeout": 20}) as (b,),
+    ):
+        await collect(a)
+        memory.set_foreign("GPU-0", 50 * GIB)
+        with pytest.raises(ActivationTimeout, match=r"20 s: 50\.0 GiB of GPU-0 are held by proc"):
+            await collect(b)
+        assert resident(world) == ["a"], "parking it would not have helped"
+        waiting = asyncio.create_task(collect(b))
+        await asyncio.sleep(5.0)
+        memory.set_foreign("GPU-0", 20 * GIB)
+        assert await waiting == [3, 4, 5, 6]
+        assert a.tier is Tier.PARKED
+
+
+async def test_a_warm_up_says_that_others_hold_the_memory() -> None:
+    world = World(num_gpus=1)
+    world.node.memory.set_foreign("GPU-0", 50 * GIB)
+    async with functions(world, "a", timeouts={"startup": 20}) as (a,):
+        with pytest.raises(ActivationFailed, match=r"50\.0 GiB of GPU-0 are held"):
+            await a.warm()
+
+
+async def test_a_parked_replica_moves_when_others_have_taken_its_device() -> None:
+    world = World(num_gpus=2)
+    async with functions(world, "a") as (a,):
+        await collect(a)
+        await a.park()
+        world.node.memory.set_foreign("GPU-0", 50 * GIB)
+        await collect(a)
+        assert [home.device_ids for home in a.homes.values()] == [("GPU-1",)]
+
+
 async def test_a_function_that_runs_empty_for_another_is_not_ready() -> None:
     world = World(num_gpus=1, make_runtime=lambda: FakeRuntime(step_s=1.0))
     async with functions(world, "a", "b") as (a, b):

@@ -108,6 +108,36 @@ def test_a_waking_replica_takes_its_own_gpus_back_only_when_there_is_room() -> N
     assert ledger.free_bytes("GPU-1") == GIB
 
 
+def test_what_others_hold_is_promised_to_nobody() -> None:
+    ledger = ledger_of(2)
+    ledger.set_foreign("GPU-0", 6 * GIB)
+    assert ledger.place("a", HALF) == ("GPU-1",)
+    assert ledger.place("b", HALF) == ("GPU-1",)
+    assert ledger.place("c", HALF) is None
+    assert ledger.place("d", Demand(num_gpus=1, memory_bytes=4 * GIB)) == ("GPU-0",)
+    assert ledger.promised_bytes("GPU-0") == 4 * GIB
+
+
+def test_what_others_hold_is_an_obstacle_only_if_it_alone_leaves_too_little() -> None:
+    ledger = ledger_of(2)
+    assert ledger.obstacle(WHOLE) == ""
+    ledger.set_foreign("GPU-0", 8 * GIB)
+    assert ledger.obstacle(WHOLE) == ""
+    ledger.set_foreign("GPU-1", 5 * GIB // 2)
+    assert ledger.obstacle(HALF) == ""
+    assert ledger.obstacle(WHOLE) == (
+        "8.0 GiB of GPU-0, 2.5 GiB of GPU-1 are held by processes that are not Coldspark's"
+    )
+
+
+def test_what_others_give_back_is_told() -> None:
+    releases = Releases()
+    ledger = ledger_of(1, releases)
+    for num_bytes in (GIB, 2 * GIB, 2 * GIB, GIB, None):
+        ledger.set_foreign("GPU-0", num_bytes)
+    assert releases.num == 2
+
+
 def test_releasing_nothing_tells_nobody() -> None:
     releases = Releases()
     ledger_of(1, releases).release("stranger")

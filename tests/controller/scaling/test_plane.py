@@ -20,7 +20,7 @@ from controller.errors import (
 )
 from controller.scaling.entry import StoredFunction
 from controller.scaling.lifecycle import Tier
-from controller.scaling.placement import CPU_DEVICE_ID
+from controller.scaling.placement import CPU_DEVICE_ID, Device
 from controller.scaling.plane import REMOVAL_TIMEOUT_S, ControlPlane
 from controller.scaling.policy import backoff_s
 from controller.scaling.preparation import BuildProgress, PreparationFailed
@@ -54,11 +54,12 @@ class MemoryStore:
 class Machine:
     """What outlives a controller: store, snapshots and the backend's runtimes."""
 
-    def __init__(self, snapshot: Path, *, num_standbys: int = 0) -> None:
+    def __init__(self, snapshot: Path, *, num_standbys: int = 0, num_gpus: int = 0) -> None:
         self.store = MemoryStore()
         self.snapshot = snapshot
         self.num_standbys = num_standbys
-        self.world = World(num_standbys=num_standbys)
+        self.used_bytes: int | None = None
+        self.world = World(num_standbys=num_standbys, num_gpus=num_gpus)
         self.world.node = replace(self.world.node, snapshot_store=snapshot.parent)
         self.build_error = ""
         self.unforeseen: Exception | None = None
@@ -83,11 +84,22 @@ class Machine:
             raise PreparationFailed(self.build_error)
         return self.snapshot.name
 
+    async def measure_used(self, device: Device) -> int | None:
+        """Return what is in use of any device."""
+        return self.used_bytes
+
     @asynccontextmanager
     async def controller(self) -> AsyncIterator[ControlPlane]:
         """Run a controller on this machine."""
         backends = {"fake": self.world.backend}
-        plane = ControlPlane(self.world.node, backends, self.store, Reaper(), build=self.build)
+        plane = ControlPlane(
+            self.world.node,
+            backends,
+            self.store,
+            Reaper(),
+            build=self.build,
+            measure_used=self.measure_used,
+        )
         await plane.start()
         try:
             yield plane
@@ -717,3 +729,36 @@ async def test_a_function_deleted_while_its_replica_is_found_is_promised_nothing
         assert not plane.node.memory.held(CPU_DEVICE_ID)
         await plane.reconcile()
         assert not machine.world.backend.machine.runtimes
+
+
+async def test_what_others_hold_of_a_gpu_is_measured_shown_and_left_to_them(
+    smollm2_snapshot: Path,
+) -> None:
+    machine = Machine(smollm2_snapshot, num_gpus=1)
+
+    async def look(plane: ControlPlane, used_bytes: int | None) -> dict[str, Any]:
+        machine.used_bytes = used_bytes
+        for _ in range(20):
+            await plane.look_at_devices()
+            await asyncio.sleep(0.25)
+        gpu, cpu = plane.status()["devices"]
+        assert cpu["foreign_bytes"] is None
+        shown: dict[str, Any] = gpu
+        return shown
+
+    async with machine.controller() as plane:
+        spec = spec_of(resources={"gpus": 1}, engine={"gpu_memory_utilization": 0.5})
+        await plane.deploy(spec, "fake")
+        await until_built(plane)
+        assert (await look(plane, None))["foreign_bytes"] is None
+        metrics = machine.world.node.metrics
+        assert b'device_foreign_bytes{device="GPU-0"}' not in metrics.render()
+        await plane.warm("tiny")
+        shown = await look(plane, 80 << 30)
+        assert (shown["promised_bytes"], shown["foreign_bytes"]) == (50 << 30, 30 << 30)
+        assert b'device_foreign_bytes{device="GPU-0"} 3.22' in metrics.render()
+        await plane.park("tiny")
+        assert (await look(plane, 30 << 30))["foreign_bytes"] == 30 << 30
+        assert (await look(plane, 0))["foreign_bytes"] == 0
+        assert (await look(plane, None))["foreign_bytes"] is None
+        assert b'device_foreign_bytes{device="GPU-0"}' not in metrics.render()
