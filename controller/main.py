@@ -47,6 +47,7 @@ from controller.scaling.placement import Device, DeviceKind, MemoryLedger
 from controller.scaling.plane import ControlPlane
 from controller.scaling.reaper import Reaper
 from controller.scaling.standby import StandbyPool
+from controller.scaling.starts import Starts, usual_limit
 from controller.settings import Settings, family_of, url_of
 from controller.store.database import Database
 from controller.store.errors import DatabaseUnavailable
@@ -112,6 +113,7 @@ async def run(settings: Settings, backends: Sequence[RuntimeBackend] | None = No
             engine_user_id=owner_ids()[0],
         )
         host_cache.start()
+        starts = Starts(settings.max_concurrent_starts or usual_limit(), clock)
         stack.push_async_callback(host_cache.close)
         node = Node(
             clock=clock,
@@ -123,9 +125,11 @@ async def run(settings: Settings, backends: Sequence[RuntimeBackend] | None = No
                 min_residency_s=settings.min_residency_s,
                 turn_s=settings.device_turn_s,
             ),
+            starts=starts,
             standbys=StandbyPool(
                 size=settings.standby_replicas,
                 connect=RuntimeClient,
+                places=starts,
                 snapshot_store=settings.snapshot_store,
                 gpus=tuple(device.id for device in devices if device.kind is DeviceKind.GPU),
                 epoch=epoch,

@@ -108,6 +108,11 @@ class Metrics:
         self._standbys = gauge(
             "standbys", "Runtimes without a model by state: ready, starting.", *("backend", "state")
         )
+        self._starts = gauge(
+            "starts",
+            "Starts of replicas and standbys by state: under_way, waiting; limit is the most.",
+            "state",
+        )
         self._reaped = counter(
             "reaped_total",
             "Replicas moved down for being idle, by the tier they went to.",
@@ -231,6 +236,11 @@ class Metrics:
         for backend, by_state in counts.items():
             for state, count in by_state.items():
                 self._standbys.labels(backend, state).set(count)
+
+    def set_starts(self, counts: Mapping[str, int]) -> None:
+        """Set how many starts are under way and waiting, and the limit."""
+        for state, count in counts.items():
+            self._starts.labels(state).set(count)
 
     def replica_reaped(self, *, function: str, to_tier: str) -> None:
         """Count a replica that was moved down because it was idle."""

@@ -86,6 +86,12 @@ class Settings(BaseSettings):
         le=64,
         description="Runtimes kept without a model, imports done, for each backend in use.",
     )
+    max_concurrent_starts: int | None = Field(
+        default=None,
+        ge=1,
+        description="Most starts of replicas and standbys at a time; others wait, those without "
+        "clients longest. By default half the cores, at least 2. Waking is no start.",
+    )
     host_cache_bytes: int | None = Field(
         default=None,
         ge=0,

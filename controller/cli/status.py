@@ -36,6 +36,9 @@ def status(context: typer.Context, output: OutputOption = OutputFormat.TABLE) ->
                 for backend, counts in view["standbys"].items()
             )
             or "none",
+            "starts": "{under_way} of {limit} under way, {waiting} waiting".format(
+                **view["starts"]
+            ),
             "weights in memory": _held(view["host_cache"]),
         }
         print_fields(fields)

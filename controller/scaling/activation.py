@@ -62,10 +62,11 @@ class Activation:
     started_us: int
     phases: list[PhaseTiming] = field(default_factory=list)
     began_at: float = 0.0
+    placed_at: float = 0.0
     lap_at: float = 0.0
 
     def __post_init__(self) -> None:
-        self.began_at = self.lap_at = self.monotonic()
+        self.began_at = self.placed_at = self.lap_at = self.monotonic()
 
     def waited(self, room_s: float) -> None:
         """Count seconds that were spent, before now, on waiting for room on a device."""

@@ -13,7 +13,7 @@ from controller.ledger.intervals import LedgerState
 from controller.scaling.activation import Activation, ColdStart, PhaseTiming
 from controller.scaling.generation import GenerationRecord
 from controller.scaling.journal import TransitionEntry, UsageEntry
-from controller.scaling.lifecycle import ReplicaState, Tier, Transition
+from controller.scaling.lifecycle import COMING, ReplicaState, Tier, Transition
 from controller.scaling.replica import Replica
 from snapshots.profiles import ColdStartTimes
 
@@ -112,9 +112,14 @@ class Books:
     def eta_s(self, tier: str, waited_s: float) -> float | None:
         """Return the expected rest of a cold start after some seconds of waiting.
 
-        None when it takes longer than expected: nobody knows then, for want of a device, say.
+        None while it waits for the starts of others, or takes longer than expected: nobody knows
+        then, for want of a device, say.
         """
-        left_s = self.reload_s(tier) - waited_s
+        if self._node.starts.is_waiting(self._function.name):
+            return None
+        now = self._node.clock.monotonic()
+        own_s = max((now - one.placed_at for one in self._activations.values()), default=waited_s)
+        left_s = self.reload_s(tier) - min(waited_s, own_s)
         return left_s if left_s > 0 else None
 
     def reload_s(self, tier: str) -> float:
@@ -166,6 +171,8 @@ class Books:
 
     def _record(self, replica: Replica, move: Transition) -> None:
         name = self._function.name
+        if move.target not in COMING:
+            self._node.starts.done(replica.id)
         if move.target in (ReplicaState.PARKED, ReplicaState.STOPPED):
             self._node.metrics.replica_reaped(function=name, to_tier=str(move.target))
         log.info(

@@ -113,12 +113,11 @@ class Function:
     @property
     def load(self) -> FunctionLoad:
         """What it has to do now."""
-        tier = self.tier
         return FunctionLoad(
             num_ready=self.set.num_ready,
             in_flight=self.set.in_flight,
             num_queued=self.set.num_queued,
-            wake_s=0.0 if tier is Tier.READY else self.books.eta_s(tier, 0.0) or 0.0,
+            wake_s=self.books.reload_s(self.tier),
         )
 
     @property
@@ -164,6 +163,7 @@ class Function:
                     continue
                 await self._wait_for_change()
         finally:
+            self.node.starts.leave(self.name)
             self.tenancy.leave_line()
             self.leases.close()
             await self.profiles.close()
@@ -343,7 +343,10 @@ class Function:
         self.set.floor = 0 if self.leases.is_shut else self._floor()
         self.leases.grant()
         may_act = not self.leases.is_shut or self.set.is_closing
-        if may_act and self.execute(self.set.plan(self.clock.monotonic())):
+        instructions = self.set.plan(self.clock.monotonic()) if may_act else []
+        if not any(isinstance(one, StartReplica) for one in instructions):
+            self.node.starts.leave(self.name)
+        if self.execute(instructions):
             self.tenancy.leave_line()
         self.books.publish()
         self.tenancy.show()

@@ -17,6 +17,7 @@ from controller.scaling.lifecycle import Tier
 from controller.scaling.link import Connect
 from controller.scaling.placement import CPU_DEVICE_ID, MemoryLedger
 from controller.scaling.standby import Standby, StandbyPool
+from controller.scaling.starts import Starts
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -27,6 +28,7 @@ class Node:
     connect: Connect
     memory: MemoryLedger
     contention: Contention
+    starts: Starts
     standbys: StandbyPool
     ledger: Ledger
     journal: Journal

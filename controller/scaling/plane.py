@@ -187,6 +187,8 @@ class ControlPlane:
     async def sweep(self) -> None:
         """Have every function look at its deadlines."""
         self.node.metrics.set_standbys(self.node.standbys.counts())
+        self.node.starts.look_again()
+        self.node.metrics.set_starts(self.node.starts.counts())
         self.node.host_cache.want(self._cacheable())
         for function in self._all_functions():
             function.sweep()
@@ -368,6 +370,7 @@ class ControlPlane:
                 for device in self.node.memory.devices.values()
             ],
             "standbys": self.node.standbys.counts(),
+            "starts": self.node.starts.counts(),
             "host_cache": self.node.host_cache.view(),
             "functions": len(self._entries),
             "replicas": sum(len(function.set.replicas) for function in functions),

@@ -16,6 +16,7 @@ from controller.backends.base import BackendError, RuntimeBackend, RuntimeInfo, 
 from controller.scaling.background import Background
 from controller.scaling.link import Connect, RuntimeLink
 from controller.scaling.policy import backoff_s
+from controller.scaling.starts import Starts
 from runtime.rpc import inference_pb2 as pb
 from runtime.rpc.client import RuntimeRpcError
 
@@ -60,6 +61,7 @@ class StandbyPool:
     Args:
         size: How many for each backend in use; 0 keeps none.
         connect: Opens a connection to a runtime.
+        places: Those for starts; making one is a start for which nobody waits.
         snapshot_store: Mounted into each, since nobody knows yet what it will load.
         gpus: UUIDs of all GPUs, for the same reason.
         epoch: The controller's.
@@ -70,12 +72,14 @@ class StandbyPool:
         *,
         size: int,
         connect: Connect,
+        places: Starts,
         snapshot_store: Path,
         gpus: tuple[str, ...] = (),
         epoch: int = 0,
     ) -> None:
         self.size = size
         self._connect = connect
+        self._places = places
         self._snapshot_store = snapshot_store
         self._gpus = gpus
         self._epoch = epoch
@@ -185,7 +189,9 @@ class StandbyPool:
         shelf = self._shelf(backend)
         try:
             await asyncio.sleep(delay_s)
+            await self._turn(runtime_id)
             if not self.wants(backend):
+                self._places.done(runtime_id)
                 return
             standby = await self._start(backend, runtime_id)
             shelf.coming.discard(runtime_id)
@@ -197,10 +203,21 @@ class StandbyPool:
             if not isinstance(error, BackendError | RuntimeRpcError):
                 log.exception("standby not made", backend=backend.name, runtime_id=runtime_id)
             self._note_failure(backend, str(error))
+            self._places.done(runtime_id)
             await self._delete(backend, runtime_id)
         finally:
             shelf.coming.discard(runtime_id)
             self._refill(backend)
+
+    async def _turn(self, runtime_id: str) -> None:
+        """Return when the runtime has a place among the starts."""
+        may_ask = asyncio.Event()
+        try:
+            while not self._places.take(runtime_id, runtime_id, is_urgent=False, poke=may_ask.set):
+                await may_ask.wait()
+                may_ask.clear()
+        finally:
+            self._places.leave(runtime_id)
 
     async def _start(self, backend: RuntimeBackend, runtime_id: str) -> Standby:
         """Return a new runtime that answers."""
@@ -242,6 +259,7 @@ class StandbyPool:
                 was_ready, standby.link.status = standby.is_ready, status
                 if standby.is_ready and not was_ready:
                     shelf.num_failures, shelf.last_error = 0, ""
+                    self._places.done(standby.runtime_id)
                 if status.state == pb.RUNTIME_STATE_FAILED:
                     reason = status.error
                     break
@@ -266,6 +284,7 @@ class StandbyPool:
         _ = self._background.start(self._remove(standby), f"remove {standby.runtime_id}")
 
     def _unwatch(self, standby: Standby) -> None:
+        self._places.done(standby.runtime_id)
         watch = self._watches.pop(standby.runtime_id, None)
         if watch is not None:
             watch.cancel()

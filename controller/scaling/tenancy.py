@@ -42,10 +42,14 @@ class Tenancy:
         self._calls.note(now)
 
     def settle(self, replica: Replica) -> Home | None:
-        """Give a new replica devices and a runtime; None while others hold the memory."""
+        """Give a new replica devices and a runtime; None while others hold the memory or start."""
         function, demand = self._function, self._function.deployment.demand
+        starts, has_callers = self._node.starts, self._function.set.num_queued > 0
+        if not starts.take(self.name, replica.id, is_urgent=has_callers, poke=self.poke):
+            return None
         device_ids = self._node.contention.place(self, replica.id, demand)
         if device_ids is None:
+            starts.done(replica.id)
             return None
         standby = self._node.standbys.take(function.backend)
         if standby is None:

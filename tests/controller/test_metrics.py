@@ -93,6 +93,13 @@ def test_global_registry_is_left_alone() -> None:
     assert not any(name.startswith("coldspark") for name in names)
 
 
+def test_starts_are_counted_beside_their_limit() -> None:
+    metrics = Metrics()
+    metrics.set_starts({"under_way": 2, "waiting": 5, "limit": 2})
+    counted = samples(metrics, "starts")
+    assert counted == {("under_way",): 2, ("waiting",): 5, ("limit",): 2}
+
+
 def test_what_others_hold_of_a_gpu_is_absent_while_it_is_not_known() -> None:
     metrics = Metrics()
     metrics.set_foreign_memory("GPU-0", 3 << 30)

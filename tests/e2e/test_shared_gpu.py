@@ -139,7 +139,11 @@ async def machine(monkeypatch: pytest.MonkeyPatch) -> AsyncIterator[Machine]:
     backend = ProcessBackend(home / "runtimes", cluster="test", command=command)
     world = World(num_gpus=1)
     standbys = StandbyPool(
-        size=1, connect=RuntimeClient, snapshot_store=home / "snapshots", gpus=(GPU,)
+        size=1,
+        connect=RuntimeClient,
+        places=world.node.starts,
+        snapshot_store=home / "snapshots",
+        gpus=(GPU,),
     )
     node = replace(
         world.node, connect=RuntimeClient, snapshot_store=home / "snapshots", standbys=standbys

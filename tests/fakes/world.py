@@ -21,6 +21,7 @@ from controller.scaling.last_logs import LastLogs
 from controller.scaling.node import Node
 from controller.scaling.placement import CPU_DEVICE_ID, Device, DeviceKind, MemoryLedger, demand_of
 from controller.scaling.standby import StandbyPool
+from controller.scaling.starts import Starts
 from functions.spec import FunctionSpec
 from runtime.rpc import inference_pb2 as pb
 from tests.fakes.backend import FakeBackend
@@ -105,6 +106,7 @@ class World:
     Args:
         num_gpus: How many GPUs the machine has.
         num_standbys: How many runtimes are kept in standby.
+        max_starts: How many starts may be under way.
         make_runtime: Makes the runtime behind each new endpoint.
     """
 
@@ -113,6 +115,7 @@ class World:
         *,
         num_gpus: int = 0,
         num_standbys: int = 0,
+        max_starts: int = 100,
         make_runtime: Callable[[], FakeRuntime] = FakeRuntime,
     ) -> None:
         self.backend = FakeBackend()
@@ -133,14 +136,17 @@ class World:
         self.functions: list[Function] = []
         memory = MemoryLedger(devices)
         memory.on_release(self.poke_all)
+        starts = Starts(max_starts, clock)
         self.node = Node(
             clock=clock,
             connect=self.connect,
             memory=memory,
             contention=Contention(memory, clock, min_residency_s=1.0, turn_s=30.0),
+            starts=starts,
             standbys=StandbyPool(
                 size=num_standbys,
                 connect=self.connect,
+                places=starts,
                 snapshot_store=Path("/nowhere"),
                 gpus=tuple(gpu.id for gpu in gpus),
             ),
