@@ -144,7 +144,7 @@ class Demonstration:
         return {
             "weights": memory["weights_bytes"],
             "KV cache": memory["kv_cache_bytes"],
-            "engine process, resident": memory["host_rss_bytes"],
+            "processes, resident": memory["host_rss_bytes"],
         }
 
 

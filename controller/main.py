@@ -39,7 +39,7 @@ from controller.ledger.ledger import Ledger
 from controller.metrics import Metrics
 from controller.records import Records
 from controller.scaling.contention import Contention
-from controller.scaling.devices import cache_budget_bytes, find_devices
+from controller.scaling.devices import HostMemory, cache_budget_bytes, find_devices
 from controller.scaling.journal import Journal
 from controller.scaling.last_logs import LastLogs
 from controller.scaling.node import Node
@@ -119,6 +119,7 @@ async def run(settings: Settings, backends: Sequence[RuntimeBackend] | None = No
             clock=clock,
             connect=RuntimeClient,
             memory=memory,
+            host_memory=HostMemory(floor_bytes=settings.park_floor_bytes),
             contention=Contention(
                 memory,
                 clock,

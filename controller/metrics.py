@@ -113,6 +113,11 @@ class Metrics:
             "Starts of replicas and standbys by state: under_way, waiting; limit is the most.",
             "state",
         )
+        self._host_memory = gauge(
+            "host_memory_bytes",
+            "Host memory that only runtimes hold, by state; standbys are of no function.",
+            *("function", "state"),
+        )
         self._reaped = counter(
             "reaped_total",
             "Replicas moved down for being idle, by the tier they went to.",
@@ -241,6 +246,13 @@ class Metrics:
         """Set how many starts are under way and waiting, and the limit."""
         for state, count in counts.items():
             self._starts.labels(state).set(count)
+
+    def set_host_memory(self, held: Mapping[str, Mapping[str, int]]) -> None:
+        """Set what the replicas of each function hold of the host's memory, by state."""
+        self._host_memory.clear()
+        for function, by_state in held.items():
+            for state, num_bytes in by_state.items():
+                self._host_memory.labels(function, state).set(num_bytes)
 
     def replica_reaped(self, *, function: str, to_tier: str) -> None:
         """Count a replica that was moved down because it was idle."""

@@ -99,6 +99,12 @@ class Settings(BaseSettings):
         "locked for the processor, so that starts need not read the disk; by default a quarter of "
         "the machine's if it has a GPU, else none.",
     )
+    park_floor_bytes: int = Field(
+        default=2 << 30,
+        ge=0,
+        description="Available host memory below which replicas on GPUs are stopped instead of "
+        "parked deep; 0 for never.",
+    )
     min_residency_s: float = Field(
         default=1.0,
         ge=0,

@@ -12,7 +12,6 @@ import structlog
 from runtime.engine_api import EngineFactory
 from runtime.errors import as_fault, encode_fault
 from runtime.ipc import Frame, FrameKind, FrameSocket, PeerClosed
-from runtime.linux import resident_bytes
 from runtime.phases import PhaseLog, bring_up
 from runtime.profile import EngineProfile
 from runtime.rpc import inference_pb2 as pb
@@ -102,5 +101,5 @@ class _LoadHeartbeat:
         if time.monotonic() - self._sent_at < HEARTBEAT_S:
             return
         self._sent_at = time.monotonic()
-        status = pb.RuntimeStatus(memory=pb.Memory(host_rss_bytes=resident_bytes()))
-        self._connection.send([Frame(FrameKind.STATUS, 0, status.SerializeToString())])
+        status = pb.RuntimeStatus().SerializeToString()
+        self._connection.send([Frame(FrameKind.STATUS, 0, status)])

@@ -46,6 +46,22 @@ def resident_bytes() -> int:
     return int(Path("/proc/self/statm").read_text().split()[1]) * os.sysconf("SC_PAGE_SIZE")
 
 
+def private_bytes(pid: int) -> int:
+    """Return what a process and its descendants hold of the memory: what only they can give back.
+
+    That is what no file and no shared memory backs. A page that a fork shares with its parent is
+    counted for both. What is gone meanwhile holds nothing.
+    """
+    process = Path("/proc", str(pid))
+    try:
+        _, resident, shared, *_ = map(int, (process / "statm").read_text().split())
+        lists = [(thread / "children").read_text() for thread in (process / "task").iterdir()]
+    except (FileNotFoundError, ProcessLookupError):
+        return 0
+    children = (int(child) for some in lists for child in some.split())
+    return (resident - shared) * os.sysconf("SC_PAGE_SIZE") + sum(map(private_bytes, children))
+
+
 def describe_exit(code: int) -> str:
     """Return an exit code as words; a negative one is a signal's number."""
     if code >= 0:

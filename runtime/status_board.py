@@ -2,10 +2,12 @@
 
 import asyncio
 import contextlib
+import os
 import time
 from collections.abc import AsyncGenerator, Iterable
 from typing import Any
 
+from runtime.linux import private_bytes
 from runtime.rpc import inference_pb2 as pb
 
 REPEAT_S = 5.0  # a watcher hears from us at least this often, and sees a hung engine's age grow
@@ -41,10 +43,12 @@ class StatusBoard:
     def read(self) -> pb.RuntimeStatus:
         """Return a copy of the status, with the age of the engine's last sign of life.
 
-        The age is 0 while none is expected.
+        The age is 0 while none is expected. The host's memory is measured now: an engine that is
+        suspended could not tell.
         """
         status = pb.RuntimeStatus()
         status.CopyFrom(self._status)
+        status.memory.host_rss_bytes = private_bytes(os.getpid())
         if self._heartbeat_at is not None and not self._may_be_silent:
             status.heartbeat_age_s = time.monotonic() - self._heartbeat_at
         return status

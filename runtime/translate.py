@@ -11,7 +11,6 @@ from runtime.engine.sequence import (
     TokenLogprobs,
 )
 from runtime.engine_api import Runner
-from runtime.linux import resident_bytes
 from runtime.rpc import inference_pb2 as pb
 
 _REASONS = {
@@ -110,11 +109,10 @@ def load_figures(figures: object) -> pb.LoadFigures:
 
 
 def memory_message(runner: Runner) -> pb.Memory:
-    """Return what a runner and the process around it hold now."""
+    """Return what a runner holds of its device now."""
     return pb.Memory(
         weights_bytes=runner.weights_bytes,
         kv_cache_bytes=runner.kv_cache_bytes,
-        host_rss_bytes=resident_bytes(),
         kept_reason=runner.kept_reason,
         kept_bytes=runner.kept_bytes,
     )

@@ -39,6 +39,7 @@ def status(context: typer.Context, output: OutputOption = OutputFormat.TABLE) ->
             "starts": "{under_way} of {limit} under way, {waiting} waiting".format(
                 **view["starts"]
             ),
+            "host memory": _host_memory(view["host_memory"]),
             "weights in memory": _held(view["host_cache"]),
         }
         print_fields(fields)
@@ -55,6 +56,16 @@ def status(context: typer.Context, output: OutputOption = OutputFormat.TABLE) ->
             for device in view["devices"]
         ]
         print_table(("ID", "KIND", ">USED", ">PROMISED", ">FOREIGN", ">MEMORY"), rows)
+
+
+def _host_memory(memory: Mapping[str, Any]) -> str:
+    held = "".join(
+        f", {human_bytes(num_bytes)} {state}"
+        for state, num_bytes in memory["held_bytes"].items()
+        if num_bytes
+    )
+    shortage = f"; nothing is parked deep: {memory['shortage']}" if memory["shortage"] else ""
+    return f"{human_bytes(memory['available_bytes'])} available{held}{shortage}"
 
 
 def _held(cache: Mapping[str, Any]) -> str:

@@ -1,12 +1,35 @@
 """The devices of this machine: GPUs from NVML, and the processor."""
 
 import asyncio
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 
 import pynvml
 
 from controller.scaling.placement import CPU_DEVICE_ID, Device, DeviceKind
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class HostMemory:
+    """The memory of the machine itself, which deep parking takes.
+
+    Attributes:
+        floor_bytes: Nothing is parked deep while less than this is available.
+        available_bytes: Returns how much could be had now, page cache included.
+    """
+
+    floor_bytes: int
+    available_bytes: Callable[[], int] = lambda: _host_memory_bytes("MemAvailable")
+
+    def shortage(self) -> str:
+        """Return why nothing may be parked deep now; empty if it may."""
+        if (available := self.available_bytes()) >= self.floor_bytes:
+            return ""
+        return (
+            f"{available / 2**30:.1f} GiB of host memory are available, less than "
+            f"COLDSPARK_PARK_FLOOR_BYTES, {self.floor_bytes / 2**30:.1f} GiB"
+        )
 
 
 def find_devices() -> list[Device]:

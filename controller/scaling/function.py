@@ -190,8 +190,8 @@ class Function:
         """Park every ready replica now and return when it is done.
 
         Raises:
-            Conflict: Requests are in flight or waiting, replicas must be kept ready, or a runtime
-                refuses.
+            Conflict: Requests are in flight or waiting, replicas must be kept ready, the host has
+                too little memory, or a runtime refuses.
         """
         busy = self.set.in_flight + self.set.num_queued
         if busy:
@@ -201,6 +201,10 @@ class Function:
                 f"{self.name!r} keeps {self._floor()} replicas ready; lower scaling.min_replicas "
                 "or wait for its schedule to end"
             )
+        for replica in self.set.replicas.values():
+            is_ready = replica.state is ReplicaState.READY
+            if is_ready and (obstacle := self.tenancy.park_obstacle(replica)):
+                raise Conflict(f"{self.name!r} is not parked: {obstacle}; stop it instead")
         self.execute(self.set.park_now(now=self.clock.monotonic(), reason="asked to"))
         parking = [r for r in self.set.replicas.values() if r.state is ReplicaState.PARKING]
         await self._effects.settled(parking)
@@ -412,7 +416,12 @@ class Function:
                 return False
             effect = self._effects.wake(replica, self.tenancy.leave_line())
         elif isinstance(instruction, ParkReplica):
-            effect = self._effects.park(replica)
+            if obstacle := self.tenancy.park_obstacle(replica):
+                reason = f"not parked: {obstacle}"
+                self.set.drain(replica, now=self.clock.monotonic(), reason=reason)
+                effect = self._effects.stop(replica)
+            else:
+                effect = self._effects.park(replica)
         else:
             effect = self._effects.stop(replica)
         self._effects.run(replica, effect)

@@ -11,6 +11,7 @@ from controller.ledger.ledger import Ledger
 from controller.metrics import Metrics
 from controller.scaling.contention import Contention
 from controller.scaling.deployment import Deployment
+from controller.scaling.devices import HostMemory
 from controller.scaling.journal import Journal
 from controller.scaling.last_logs import LastLogs
 from controller.scaling.lifecycle import Tier
@@ -27,6 +28,7 @@ class Node:
     clock: Clock
     connect: Connect
     memory: MemoryLedger
+    host_memory: HostMemory
     contention: Contention
     starts: Starts
     standbys: StandbyPool

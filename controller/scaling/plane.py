@@ -5,6 +5,7 @@ It keeps the desired state in the store, has snapshots built, and gives each fun
 
 import asyncio
 import difflib
+from collections import Counter
 from collections.abc import AsyncIterator, Awaitable, Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -189,6 +190,10 @@ class ControlPlane:
         self.node.metrics.set_standbys(self.node.standbys.counts())
         self.node.starts.look_again()
         self.node.metrics.set_starts(self.node.starts.counts())
+        self.node.metrics.set_host_memory(
+            {name: one.tenancy.host_bytes() for name, one in self._functions().items()}
+            | {"": {"standby": self.node.standbys.host_bytes}}
+        )
         self.node.host_cache.want(self._cacheable())
         for function in self._all_functions():
             function.sweep()
@@ -371,9 +376,21 @@ class ControlPlane:
             ],
             "standbys": self.node.standbys.counts(),
             "starts": self.node.starts.counts(),
+            "host_memory": self._host_memory(),
             "host_cache": self.node.host_cache.view(),
             "functions": len(self._entries),
             "replicas": sum(len(function.set.replicas) for function in functions),
+        }
+
+    def _host_memory(self) -> dict[str, Any]:
+        """Return what the machine has left, why that is too little, and who holds how much."""
+        held = Counter({"standby": self.node.standbys.host_bytes})
+        for function in self._functions().values():
+            held.update(function.tenancy.host_bytes())
+        return {
+            "available_bytes": self.node.host_memory.available_bytes(),
+            "shortage": self.node.host_memory.shortage(),
+            "held_bytes": dict(held),
         }
 
     def view(self, name: str) -> dict[str, Any]:

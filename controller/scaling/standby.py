@@ -106,6 +106,12 @@ class StandbyPool:
             for backend, shelf in self._shelves.items()
         }
 
+    @property
+    def host_bytes(self) -> int:
+        """What they hold of the host's memory, by what they have said last."""
+        members = (one for shelf in self._shelves.values() for one in shelf.members.values())
+        return sum(one.link.status.memory.host_rss_bytes for one in members)
+
     def use(self, backends: Iterable[RuntimeBackend]) -> None:
         """Keep runtimes for these backends, and for no others."""
         self._in_use = set(backends)

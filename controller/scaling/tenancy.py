@@ -1,5 +1,7 @@
 """One function's replicas as tenants of devices: how they get a place, and how they give way."""
 
+from collections import Counter
+from collections.abc import Mapping
 from typing import TYPE_CHECKING
 
 import structlog
@@ -122,6 +124,20 @@ class Tenancy:
         """Note that a replica holds no more than this of each of its devices."""
         self._function.links[replica.id].kept_bytes = kept_bytes
         self._node.memory.keep(replica.id, self._function.homes[replica.id].device_ids, kept_bytes)
+
+    def host_bytes(self) -> Mapping[str, int]:
+        """Return what its replicas hold of the host's memory, as they have said last, by state."""
+        held: Counter[str] = Counter()
+        for replica_id, link in self._function.links.items():
+            if (replica := self._function.set.replicas.get(replica_id)) is not None:
+                held[str(replica.state)] += link.status.memory.host_rss_bytes
+        return held
+
+    def park_obstacle(self, replica: Replica) -> str:
+        """Return why a replica must be stopped rather than parked; empty if it may be parked."""
+        is_deep = self._function.spec.scaling.park is ParkMode.DEEP
+        has_gpu = bool(self._function.homes[replica.id].gpus)
+        return self._node.host_memory.shortage() if is_deep and has_gpu else ""
 
     def promised_bytes(self, home: Home) -> int:
         """Return how much of each of its GPUs a replica was promised; 0 on the CPU."""

@@ -288,7 +288,7 @@ class Memory(_message.Message):
     kv_cache_bytes: _builtins.int
     """device memory held for KV blocks, now"""
     host_rss_bytes: _builtins.int
-    """resident set of the engine process, now"""
+    """host memory that only the runtime's processes hold, now"""
     kept_reason: _builtins.str
     """when parked: why something is still held; empty otherwise"""
     kept_bytes: _builtins.int

@@ -100,6 +100,13 @@ def test_starts_are_counted_beside_their_limit() -> None:
     assert counted == {("under_way",): 2, ("waiting",): 5, ("limit",): 2}
 
 
+def test_host_memory_is_that_of_the_replicas_there_are_now() -> None:
+    metrics = Metrics()
+    metrics.set_host_memory({"f": {"parked": 3}, "g": {"ready": 4}})
+    metrics.set_host_memory({"f": {"parked": 3}, "": {"standby": 2}})
+    assert samples(metrics, "host_memory_bytes") == {("f", "parked"): 3, ("", "standby"): 2}
+
+
 def test_what_others_hold_of_a_gpu_is_absent_while_it_is_not_known() -> None:
     metrics = Metrics()
     metrics.set_foreign_memory("GPU-0", 3 << 30)

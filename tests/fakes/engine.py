@@ -261,7 +261,7 @@ def _finished(sequence: _Sequence, reason: FinishReason, error: str = "") -> Fin
 
 
 def _touched(num_bytes: int) -> mmap.mmap:
-    memory = mmap.mmap(-1, num_bytes)
+    memory = mmap.mmap(-1, num_bytes, flags=mmap.MAP_PRIVATE)
     for offset in range(0, num_bytes, mmap.PAGESIZE):
         memory[offset] = 1
     return memory

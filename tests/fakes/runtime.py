@@ -42,6 +42,7 @@ class FakeRuntime:
     num_cached_tokens: int = 0
     kept_bytes: int = 0
     context_bytes: int = 0
+    host_bytes: int = 0
     park_modes: list[int] = field(default_factory=list)
     heartbeat_age_s: float = 0.0
     profile: pb.ProfileUse | None = None
@@ -57,7 +58,11 @@ class FakeRuntime:
             owner=self.owner,
             device_uuids=self.device_uuids,
             state=self.state,  # type: ignore[arg-type]  # the stubs want the enum type
-            memory=pb.Memory(weights_bytes=held, kept_bytes=self.context_bytes),
+            memory=pb.Memory(
+                weights_bytes=held,
+                kept_bytes=self.context_bytes,
+                host_rss_bytes=self.host_bytes,
+            ),
             heartbeat_age_s=self.heartbeat_age_s,
             profile=self.profile,
         )

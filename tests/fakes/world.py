@@ -14,6 +14,7 @@ from controller.ledger.report import Figures
 from controller.metrics import Metrics
 from controller.scaling.contention import Contention
 from controller.scaling.deployment import Deployment
+from controller.scaling.devices import HostMemory
 from controller.scaling.function import Function
 from controller.scaling.generation import GenerationRequest
 from controller.scaling.journal import Entry, Journal
@@ -119,6 +120,7 @@ class World:
         make_runtime: Callable[[], FakeRuntime] = FakeRuntime,
     ) -> None:
         self.backend = FakeBackend()
+        self.available_bytes = 64 << 30
         self.runtimes: dict[str, FakeRuntime] = {}
         self.entries: list[Entry] = []
         self.make_runtime = make_runtime
@@ -141,6 +143,9 @@ class World:
             clock=clock,
             connect=self.connect,
             memory=memory,
+            host_memory=HostMemory(
+                floor_bytes=2 << 30, available_bytes=lambda: self.available_bytes
+            ),
             contention=Contention(memory, clock, min_residency_s=1.0, turn_s=30.0),
             starts=starts,
             standbys=StandbyPool(

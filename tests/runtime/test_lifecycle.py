@@ -2,6 +2,7 @@ import asyncio
 import os
 from pathlib import Path
 
+import psutil
 import pytest
 
 from runtime.rpc import inference_pb2 as pb
@@ -73,6 +74,19 @@ async def test_a_load_reports_phases_memory_and_limits(server: Process) -> None:
     assert status.engine_pid == server.engine().pid
 
 
+async def test_the_host_memory_of_all_its_processes_is_told_in_every_state(
+    server: Process,
+) -> None:
+    standby = await server.until(lambda status: status.state == pb.RUNTIME_STATE_STANDBY)
+    assert standby.memory.host_rss_bytes > 5 * MIB
+    await server.load(Script(weights_bytes=96 * MIB))
+    told = (await server.status()).memory.host_rss_bytes
+    runtime = psutil.Process(server.popen.pid)
+    memories = [one.memory_info() for one in (runtime, *server.descendants())]
+    assert told == pytest.approx(sum(one.rss - one.shared for one in memories), abs=5 * MIB)
+    assert told > 100 * MIB
+
+
 async def test_the_request_configures_the_engine(server: Process) -> None:
     request = pb.LoadRequest(
         snapshot=server.snapshot("fake"), engine=pb.EngineConfig(max_model_len=100)
@@ -84,7 +98,7 @@ async def test_the_request_configures_the_engine(server: Process) -> None:
 async def test_parking_gives_memory_back_and_waking_takes_it_again(server: Process) -> None:
     await server.load(Script(weights_bytes=96 * MIB, kv_cache_bytes=32 * MIB))
     engine = server.engine()
-    rss_awake = engine.memory_info().rss
+    rss_awake, awake = engine.memory_info().rss, await server.status()
     parked = await server.client.park(timeout_s=TIMEOUT_S)
     assert parked.freed_bytes == 128 * MIB
     assert [phase.name for phase in parked.phases] == ["release"]
@@ -93,7 +107,7 @@ async def test_parking_gives_memory_back_and_waking_takes_it_again(server: Proce
     status = await server.status()
     assert status.state == pb.RUNTIME_STATE_PARKED
     assert status.memory.weights_bytes == 0
-    assert status.memory.host_rss_bytes < rss_awake - 120 * MIB
+    assert status.memory.host_rss_bytes < awake.memory.host_rss_bytes - 120 * MIB
 
     woken = await server.client.wake([], timeout_s=TIMEOUT_S)
     assert [phase.name for phase in woken.phases] == [

@@ -30,6 +30,11 @@ def test_status_shows_version_and_devices(cli: Cli, controller: ScriptedServer) 
     answer = {
         "version": "0.1.0", "uptime_s": 61.0, "devices": [device], "functions": 2, "replicas": 1,
         "standbys": {"process": {"ready": 1, "starting": 2}},
+        "host_memory": {
+            "available_bytes": 1 << 30,
+            "shortage": "too little",
+            "held_bytes": {"parked": 3 << 29, "standby": 0},
+        },
         "starts": {"under_way": 2, "waiting": 5, "limit": 2},
         "host_cache": {
             "budget_bytes": 4 << 30,
@@ -46,6 +51,7 @@ def test_status_shows_version_and_devices(cli: Cli, controller: ScriptedServer) 
     assert "3.0 GiB" in text
     assert re.search(r"FOREIGN.*\n.* 5\.0 GiB", text)
     assert "process: 1 ready, 2 starting" in text
+    assert "1.0 GiB available, 1.5 GiB parked; nothing is parked deep: too little" in text
     assert "2 of 2 under way, 5 waiting" in text
     assert cli("status", "-o", "json").json == answer
 

@@ -8,7 +8,7 @@ from dataclasses import replace
 
 import pytest
 
-from controller.errors import ActivationFailed, ActivationTimeout
+from controller.errors import ActivationFailed, ActivationTimeout, Conflict
 from controller.scaling.activation import ColdStart
 from controller.scaling.function import Function
 from controller.scaling.lifecycle import ReplicaState, Tier
@@ -127,6 +127,44 @@ async def test_a_warm_up_says_that_others_hold_the_memory() -> None:
     async with functions(world, "a", timeouts={"startup": 20}) as (a,):
         with pytest.raises(ActivationFailed, match=r"50\.0 GiB of GPU-0 are held"):
             await a.warm()
+
+
+async def test_a_replica_is_stopped_when_the_host_has_too_little_memory_to_park_it() -> None:
+    world = World(num_gpus=1)
+    async with functions(world, "a", "b") as (a, b):
+        await collect(a)
+        await asyncio.sleep(1.0)
+        (replica,) = a.set.replicas.values()
+        world.available_bytes = (2 << 30) - 1
+        with pytest.raises(Conflict, match=r"is not parked: 2\.0 GiB .* stop it instead"):
+            await a.park()
+        assert a.tier is Tier.READY
+        await collect(b)
+        assert not a.set.replicas
+        moves = [(move.target, move.reason) for move in replica.lifecycle.history]
+        assert moves[-3] == (ReplicaState.PARKING, "b needs its device")
+        target, reason = moves[-2]
+        assert target is ReplicaState.DRAINING
+        assert reason.startswith("not parked: 2.0 GiB of host memory are available, less than")
+        assert world.node.memory.promised_bytes("GPU-0") == 90 * GIB
+        await asyncio.sleep(1.0)
+        world.available_bytes = 2 << 30
+        await collect(a)
+        assert [one.state for one in b.set.replicas.values()] == [ReplicaState.PARKED]
+
+
+@pytest.mark.parametrize(
+    "sections", [{"resources": {"gpus": 0}}, {"scaling": {"idle_timeout": None, "park": "light"}}]
+)
+async def test_what_takes_no_host_memory_is_parked_however_little_there_is(
+    sections: dict[str, object],
+) -> None:
+    world = World(num_gpus=1)
+    world.available_bytes = 0
+    async with world.function(spec_of(**{"resources": {"gpus": 1}} | sections)) as function:
+        await collect(function)
+        await function.park()
+        assert function.tier is Tier.PARKED
 
 
 async def test_a_parked_replica_moves_when_others_have_taken_its_device() -> None:

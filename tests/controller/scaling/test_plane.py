@@ -762,3 +762,25 @@ async def test_what_others_hold_of_a_gpu_is_measured_shown_and_left_to_them(
         assert (await look(plane, 0))["foreign_bytes"] == 0
         assert (await look(plane, None))["foreign_bytes"] is None
         assert b'device_foreign_bytes{device="GPU-0"}' not in metrics.render()
+
+
+async def test_what_runtimes_hold_of_the_host_is_shown(smollm2_snapshot: Path) -> None:
+    machine = Machine(smollm2_snapshot, num_standbys=1)
+    machine.world.make_runtime = lambda: FakeRuntime(host_bytes=3)
+    async with machine.controller() as plane:
+        await plane.deploy(spec_of(), "fake")
+        await until_built(plane)
+        await plane.warm("tiny")
+        await plane.park("tiny")
+        await asyncio.sleep(REFILL_DELAY_S + 1.0)
+        shown = plane.status()["host_memory"]
+        assert shown == {
+            "available_bytes": 64 << 30,
+            "shortage": "",
+            "held_bytes": {"standby": 3, "parked": 3},
+        }
+        await plane.sweep()
+        line = b'host_memory_bytes{function="tiny",state="parked"} 3.0'
+        assert line in machine.world.node.metrics.render()
+        machine.world.available_bytes = 1
+        assert "COLDSPARK_PARK_FLOOR_BYTES" in plane.status()["host_memory"]["shortage"]
