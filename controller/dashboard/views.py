@@ -53,7 +53,7 @@ class LiveSource(Protocol):
     def views(self) -> list[Json]:
         """Return every function's view."""
 
-    def status(self) -> Json:
+    async def status(self) -> Json:
         """Return the node."""
 
 
@@ -132,7 +132,7 @@ class _Dashboard:
         except StoreError as error:
             log.warning("no books for the dashboard", error=str(error))
             problem = str(error)
-        status = self._live.status()
+        status = await self._live.status()
         values = {
             "window": window,
             "by": by,

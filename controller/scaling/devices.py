@@ -46,8 +46,15 @@ def cache_budget_bytes(wanted_bytes: int | None, devices: Sequence[Device]) -> i
     return kinds[DeviceKind.CPU] // 4 if DeviceKind.GPU in kinds else 0
 
 
-def used_bytes(device: Device) -> int | None:
-    """Return the memory in use on a device now; None when it cannot be read."""
+async def measure(device: Device) -> int | None:
+    """Return the memory in use on a device now; None when it cannot be read.
+
+    A GPU that is slow to answer, since a process is being taken off it, keeps nobody else waiting.
+    """
+    return await asyncio.to_thread(_used_bytes, device)
+
+
+def _used_bytes(device: Device) -> int | None:
     if device.kind is DeviceKind.CPU:
         return device.memory_bytes - _host_memory_bytes("MemAvailable")
     try:
@@ -57,11 +64,6 @@ def used_bytes(device: Device) -> int | None:
         return int(pynvml.nvmlDeviceGetMemoryInfo(handle, version=pynvml.nvmlMemory_v2).used)
     except pynvml.NVMLError:
         return None
-
-
-async def measure(device: Device) -> int | None:
-    """Return what `used_bytes` does; a GPU that is slow to answer keeps nobody else waiting."""
-    return await asyncio.to_thread(used_bytes, device)
 
 
 def _gpus() -> list[Device]:

@@ -25,7 +25,7 @@ from controller.errors import (
 from controller.host_cache.choice import Candidate
 from controller.scaling.background import Background
 from controller.scaling.deployment import Deployment, deployment_of
-from controller.scaling.devices import measure, used_bytes
+from controller.scaling.devices import measure
 from controller.scaling.entry import Entry, FunctionStore, SnapshotState, StoredFunction
 from controller.scaling.foreign import ForeignMemory
 from controller.scaling.function import Function
@@ -357,8 +357,10 @@ class ControlPlane:
             except BackendError as error:
                 yield f"the log of {replica_id} cannot be read: {error}"
 
-    def status(self) -> dict[str, Any]:
+    async def status(self) -> dict[str, Any]:
         """Return the node: its devices and how much is deployed and running."""
+        devices = self.node.memory.devices.values()
+        used_bytes = await asyncio.gather(*map(self._measure_used, devices))
         functions = self._functions().values()
         return {
             "version": VERSION,
@@ -368,11 +370,11 @@ class ControlPlane:
                     "id": device.id,
                     "kind": str(device.kind),
                     "memory_bytes": device.memory_bytes,
-                    "used_bytes": used_bytes(device),
+                    "used_bytes": used,
                     "promised_bytes": self.node.memory.promised_bytes(device.id),
                     "foreign_bytes": self.node.memory.foreign_bytes(device.id),
                 }
-                for device in self.node.memory.devices.values()
+                for device, used in zip(devices, used_bytes, strict=True)
             ],
             "standbys": self.node.standbys.counts(),
             "starts": self.node.starts.counts(),

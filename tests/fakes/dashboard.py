@@ -140,7 +140,7 @@ class FakeHouse:
     def views(self) -> list[Json]:
         return self.functions
 
-    def status(self) -> Json:
+    async def status(self) -> Json:
         return {
             "version": "0.1.0",
             "uptime_s": 93_784.2,

@@ -76,7 +76,7 @@ class Plane(Protocol):
     def views(self) -> list[Json]:
         """Return all functions."""
 
-    def status(self) -> Json:
+    async def status(self) -> Json:
         """Return the node."""
 
 
@@ -200,7 +200,7 @@ def _add_books(router: APIRouter, plane: Plane, history: History, clock: Clock) 
     @router.get("/status")
     async def status() -> Json:
         """Describe the node: version, devices, counts."""
-        return plane.status()
+        return await plane.status()
 
     @router.get("/cold-starts")
     async def cold_starts(

@@ -638,14 +638,14 @@ async def test_standbys_and_replicas_in_them_outlive_the_controller(smollm2_snap
         await collect(plane.resolve("tiny"))
         await asyncio.sleep(REFILL_DELAY_S + 0.1)
         (replica,) = plane.resolve("tiny").set.replicas
-        assert plane.status()["standbys"] == {"fake": {"ready": 1, "starting": 0}}
+        assert (await plane.status())["standbys"] == {"fake": {"ready": 1, "starting": 0}}
     machine.restart()
     async with machine.controller() as plane:
         await plane.reconcile()
         assert plane.resolve("tiny").tier is Tier.READY
         assert set(plane.resolve("tiny").set.replicas) == {replica}, "its books go on"
         assert await collect(plane.resolve("tiny")) == [3, 4, 5, 6]
-        assert plane.status()["standbys"] == {"fake": {"ready": 1, "starting": 0}}
+        assert (await plane.status())["standbys"] == {"fake": {"ready": 1, "starting": 0}}
         assert not machine.world.backend.deleted
         assert len(machine.world.backend.created) == 2
 
@@ -662,7 +662,7 @@ async def test_an_exit_seen_by_the_backend_ends_the_wait_for_a_standby(
         machine.world.make_runtime = FakeRuntime
         machine.world.backend.exit(machine.world.backend.created[0].runtime_id)
         await asyncio.sleep(backoff_s(1) + 0.1)
-        assert plane.status()["standbys"] == {"fake": {"ready": 1, "starting": 0}}
+        assert (await plane.status())["standbys"] == {"fake": {"ready": 1, "starting": 0}}
 
 
 async def test_standbys_go_with_the_last_function_that_could_use_them(
@@ -741,7 +741,7 @@ async def test_what_others_hold_of_a_gpu_is_measured_shown_and_left_to_them(
         for _ in range(20):
             await plane.look_at_devices()
             await asyncio.sleep(0.25)
-        gpu, cpu = plane.status()["devices"]
+        gpu, cpu = (await plane.status())["devices"]
         assert cpu["foreign_bytes"] is None
         shown: dict[str, Any] = gpu
         return shown
@@ -773,7 +773,7 @@ async def test_what_runtimes_hold_of_the_host_is_shown(smollm2_snapshot: Path) -
         await plane.warm("tiny")
         await plane.park("tiny")
         await asyncio.sleep(REFILL_DELAY_S + 1.0)
-        shown = plane.status()["host_memory"]
+        shown = (await plane.status())["host_memory"]
         assert shown == {
             "available_bytes": 64 << 30,
             "shortage": "",
@@ -783,4 +783,4 @@ async def test_what_runtimes_hold_of_the_host_is_shown(smollm2_snapshot: Path) -
         line = b'host_memory_bytes{function="tiny",state="parked"} 3.0'
         assert line in machine.world.node.metrics.render()
         machine.world.available_bytes = 1
-        assert "COLDSPARK_PARK_FLOOR_BYTES" in plane.status()["host_memory"]["shortage"]
+        assert "COLDSPARK_PARK_FLOOR_BYTES" in (await plane.status())["host_memory"]["shortage"]
