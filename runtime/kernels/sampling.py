@@ -367,6 +367,37 @@ def _largest_threshold(
 
 
 @triton.jit
+def _lowest_kept(
+    row_ptr,
+    least,
+    maximum,
+    temperature,
+    top_p,
+    top_k,
+    min_p,
+    VOCAB: tl.constexpr,
+    BLOCK: tl.constexpr,
+):
+    """Return the logit below which the filters leave nothing; `least` is the smallest finite one."""
+    lowest = least
+    if min_p > 0.0:
+        lowest = tl.maximum(lowest, tl.minimum(maximum, maximum + temperature * tl.log(min_p)))
+    if (top_k > 0) & (top_k < VOCAB):
+        lowest = _largest_threshold(
+            row_ptr, lowest, maximum, top_k, maximum, temperature, True, VOCAB, BLOCK
+        )
+    if top_p < 1.0:
+        wanted = top_p * _above(row_ptr, lowest, maximum, temperature, VOCAB, BLOCK)
+        # All tokens less likely than this have together no more than what may be left out.
+        negligible = maximum + temperature * tl.log((1.0 - top_p) / VOCAB)
+        low = tl.maximum(lowest, negligible)
+        lowest = _largest_threshold(
+            row_ptr, low, maximum, wanted, maximum, temperature, False, VOCAB, BLOCK
+        )
+    return lowest
+
+
+@triton.jit
 def _next_larger(x):
     """Return the next fp32 number; x is finite."""
     bits = x.to(tl.int32, bitcast=True)
@@ -420,21 +451,9 @@ def _sample_kernel(
         top_p = tl.load(top_ps_ptr + row)
         top_k = tl.load(top_ks_ptr + row)
         min_p = tl.load(min_ps_ptr + row)
-        lowest = tl.min(least, 0)
-        if min_p > 0.0:
-            lowest = tl.maximum(lowest, tl.minimum(maximum, maximum + temperature * tl.log(min_p)))
-        if (top_k > 0) & (top_k < VOCAB):
-            lowest = _largest_threshold(
-                row_ptr, lowest, maximum, top_k, maximum, temperature, True, VOCAB, BLOCK
-            )
-        if top_p < 1.0:
-            wanted = top_p * _above(row_ptr, lowest, maximum, temperature, VOCAB, BLOCK)
-            # All tokens less likely than this have together no more than what may be left out.
-            negligible = maximum + temperature * tl.log((1.0 - top_p) / VOCAB)
-            low = tl.maximum(lowest, negligible)
-            lowest = _largest_threshold(
-                row_ptr, low, maximum, wanted, maximum, temperature, False, VOCAB, BLOCK
-            )
+        lowest = _lowest_kept(
+            row_ptr, tl.min(least, 0), maximum, temperature, top_p, top_k, min_p, VOCAB, BLOCK
+        )
         # The largest of logit + Gumbel noise is a sample of the softmax: no sum, no sort.
         position = tl.load(seq_lens_ptr + seq).to(tl.int64)
         key = tl.load(seeds_ptr + row) + position * -7046029254386353131

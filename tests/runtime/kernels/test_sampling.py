@@ -1,14 +1,19 @@
+import math
 from collections import Counter
+from typing import Any
 
 import numpy as np
 import pytest
 import torch
+import triton
+import triton.language as tl
 from torch import Tensor
 
 from runtime.kernels.sampling import (
     FAULT,
     PROMPT_BIT,
     SamplingTable,
+    _lowest_kept,
     adjust_logits,
     adjust_logits_reference,
     mask_logits,
@@ -59,13 +64,117 @@ def kept_tokens(
     logits: Tensor, temperature: float, *, top_k: int, top_p: float, min_p: float
 ) -> set[int]:
     """Return which tokens may be drawn, by sorting."""
-    weights = ((logits[:VOCAB_SIZE].double() - logits[:VOCAB_SIZE].max()) / temperature).exp()
-    order = weights.argsort(descending=True)
-    order = order[weights[order] >= min_p]
+    logits = logits[:VOCAB_SIZE].double()
+    scaled = (logits - logits.max()) / temperature
+    order = logits.argsort(descending=True)
+    order = order[logits[order].isfinite()]
+    if min_p:
+        order = order[scaled[order] >= math.log(min_p)]
     if top_k:
-        order = order[:top_k]
-    before = weights[order].cumsum(0) - weights[order]
-    return set(order[before < top_p * weights[order].sum()].tolist())
+        order = order[logits[order] >= logits[order[:top_k][-1]]]
+    if top_p < 1.0:
+        weights = scaled[order].exp()
+        is_kept = weights.cumsum(0) - weights < top_p * weights.sum()
+        order = order[logits[order] >= logits[order[is_kept][-1]]]
+    return set(order.tolist())
+
+
+@triton.jit  # type: ignore[untyped-decorator]  # Triton has no types
+def _lowest_kept_kernel(  # type: ignore[no-untyped-def]  # Triton's own types
+    logits_ptr, extremes_ptr, filters_ptr, top_k_ptr, out_ptr, VOCAB: tl.constexpr,
+    BLOCK: tl.constexpr,
+):  # fmt: skip
+    lowest = _lowest_kept(
+        logits_ptr,
+        tl.load(extremes_ptr),
+        tl.load(extremes_ptr + 1),
+        tl.load(filters_ptr),
+        tl.load(filters_ptr + 1),
+        tl.load(top_k_ptr),
+        tl.load(filters_ptr + 2),
+        VOCAB,
+        BLOCK,
+    )
+    tl.store(out_ptr, lowest)
+
+
+def tokens_kept_by_the_kernel(
+    logits: Tensor, temperature: float, *, top_k: int, top_p: float, min_p: float
+) -> set[int]:
+    logits = logits[:VOCAB_SIZE]
+    finite = logits[logits.isfinite()]
+    lowest = torch.full((1,), torch.nan, device=DEVICE)
+    _lowest_kept_kernel[(1,)](
+        logits.to(DEVICE),
+        torch.stack((finite.min(), finite.max())).to(DEVICE),
+        torch.tensor([temperature, top_p, min_p], device=DEVICE),
+        torch.tensor([top_k], dtype=torch.int32, device=DEVICE),
+        lowest,
+        VOCAB=VOCAB_SIZE,
+        BLOCK=256,  # so that there are two
+    )
+    return set((logits >= lowest.cpu()).nonzero().flatten().tolist())
+
+
+def unlikelier_by(ratio: float, *, num_equal: int = 1, num_tokens: int = VOCAB_SIZE) -> Tensor:
+    """Return logits of tokens in no order, each group of equal ones so much unlikelier at 2."""
+    logits = torch.full((VOCAB_SIZE,), -torch.inf)
+    ranks = torch.arange(num_tokens) // num_equal
+    logits[:num_tokens] = 1.5 + 2.0 * math.log(ratio) * ranks
+    return logits[torch.randperm(VOCAB_SIZE, generator=torch.Generator().manual_seed(1))]
+
+
+LOGITS = {
+    "normal": padded_logits(1, seed=3)[0],
+    "distinct": unlikelier_by(0.8),
+    "ties": unlikelier_by(0.7, num_equal=4),
+    "all equal": torch.full((VOCAB_SIZE,), -3.25),
+    "all zero": torch.zeros(VOCAB_SIZE),
+    "few possible": unlikelier_by(0.8, num_tokens=5),
+    "few possible and equal": unlikelier_by(0.8, num_equal=5, num_tokens=5),
+    "one possible": unlikelier_by(0.8, num_tokens=1),
+    "far apart": unlikelier_by(1e-30, num_equal=3),
+    "large": unlikelier_by(0.8) + 3e4,
+    # The last bits of fp32, and where its numbers are closest.
+    "neighbours": torch.tensor([1 + i * 2.0**-23 for i in range(10)] + [-torch.inf] * 290),
+    "around zero": torch.tensor([i * 1e-30 for i in range(-4, 5)] + [-torch.inf] * 291),
+}
+FILTERS = [
+    {"top_k": top_k, "top_p": top_p, "min_p": min_p}
+    for top_k, top_p, min_p in (
+        (0, 1.0, 0.0),
+        (1, 1.0, 0.0),
+        (7, 1.0, 0.0),
+        (VOCAB_SIZE - 1, 1.0, 0.0),
+        (VOCAB_SIZE, 1.0, 0.0),
+        (10 * VOCAB_SIZE, 1.0, 0.0),
+        (0, 1e-9, 0.0),
+        (0, 0.57, 0.0),
+        (0, 0.99999, 0.0),
+        (0, 1.0, 1e-9),
+        (0, 1.0, 0.1),
+        (0, 1.0, 1.0),
+        (9, 0.83, 0.0),
+        (0, 0.83, 0.3),
+        (9, 1.0, 0.3),
+        (20, 0.9, 0.01),
+        (1, 1e-9, 1.0),
+    )
+]
+
+
+@pytest.mark.parametrize(
+    "filters", FILTERS, ids=lambda filters: "-".join(map(str, filters.values()))
+)
+def test_filters_keep_what_sorting_keeps(filters: dict[str, Any]) -> None:
+    kept = {
+        name: sorted(tokens_kept_by_the_kernel(logits, 2.0, **filters))
+        for name, logits in LOGITS.items()
+    }
+    expected = {
+        name: sorted(kept_tokens(logits, 2.0, **filters)) for name, logits in LOGITS.items()
+    }
+    assert kept == expected
 
 
 def test_greedy_takes_the_first_of_the_likeliest() -> None:
@@ -98,19 +207,14 @@ def test_banned_tokens_are_never_drawn() -> None:
     assert max(draw(logits.repeat(50, 1), new_table(temperatures=5.0))) < 5
 
 
-@pytest.mark.parametrize(
-    ("top_k", "top_p", "min_p"),
-    [(1, 1.0, 0.0), (7, 1.0, 0.0), (0, 0.8, 0.0), (0, 1.0, 0.1), (20, 0.9, 0.01), (299, 0.5, 0.0)],
-)
-def test_filters_keep_what_sorting_keeps(top_k: int, top_p: float, min_p: float) -> None:
-    logits = padded_logits(1, seed=3)
+@pytest.mark.parametrize(("top_k", "top_p", "min_p"), [(4, 1.0, 0.0), (20, 0.7, 0.2)])
+def test_tokens_that_are_kept_are_drawn_and_no_others(
+    top_k: int, top_p: float, min_p: float
+) -> None:
+    logits = LOGITS["ties"]
     table = new_table(temperatures=2.0, top_ks=top_k, top_ps=top_p, min_ps=min_p, seeds=5)
-    drawn = Counter(draw(logits.repeat(NUM_DRAWS // 10, 1), table))
-    kept = kept_tokens(logits[0], 2.0, top_k=top_k, top_p=top_p, min_p=min_p)
-    assert set(drawn) <= kept
-    weights = (logits[0, sorted(kept)].double() / 2.0).softmax(0).numpy()
-    likely = {token for token, weight in zip(sorted(kept), weights, strict=True) if weight > 0.3}
-    assert likely <= set(drawn)
+    drawn = Counter(draw(logits.repeat(30, 1), table))
+    assert set(drawn) == kept_tokens(logits, 2.0, top_k=top_k, top_p=top_p, min_p=min_p)
 
 
 def test_frequencies_are_those_of_the_softmax() -> None:
