@@ -27,6 +27,7 @@ VOCAB = (200, 49000)  # token ids that a small model's tokenizer has, special on
 
 @dataclass(frozen=True, slots=True)
 class _Report:
+    num_bytes: int = 0
     read_s: float = 0.0
     verify_s: float = 0.0
 
