@@ -1,12 +1,13 @@
 """Client-side wait for the first token of the 8B shape on one GPU, by tier, with its phases.
 
-    python -m benchmarks.gpu_cold_start --tokenizer DIR [--runs 10] [--backend docker] [--page-cache]
+    python -m benchmarks.gpu_cold_start --tokenizer DIR [--runs 10] [--backend docker]
+        [--page-cache]
 
 From the request to the first streamed token by the client's clock, one request at a time, the
-weights in the host cache, or with --page-cache only there: warm, from parked deep and light, from standby, and from stopped with no
-runtime at all. Then how long it takes from an idle timeout to parked, and what
-stays on the GPU. DIR holds the tokenizer.json of any small model. Exits with 1 if a median misses
-its goal, or if a timeline does not explain its wait.
+weights in the host cache, or with --page-cache only there: warm, from parked deep and light, from
+standby, and from stopped with no runtime at all. Then how long it takes from an idle timeout to
+parked, and what stays on the GPU. DIR holds the tokenizer.json of any small model. Exits with 1 if
+a median misses its goal, or if a timeline does not explain its wait.
 """
 
 import argparse

@@ -1,7 +1,8 @@
 """What a zygote tells the runtime server: JSON over a SOCK_SEQPACKET pair, one message a packet.
 
 Ready comes once, then Forked or ForkRefused for each request in order, Exited for each engine.
-Requests wait, and so do exits, between Preparing and Prepared, which come at most once. A request is a packet with two descriptors: the engine's socket and the pipe for its output.
+Requests wait, and so do exits, between Preparing and Prepared, which come at most once. A request
+is a packet with two descriptors: the engine's socket and the pipe for its output.
 """
 
 import json

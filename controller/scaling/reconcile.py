@@ -59,7 +59,8 @@ async def find_adoptable(
 ) -> list[Found]:
     """Return a backend's running runtimes to take over; remove all others of this cluster.
 
-    Those without a model go to the pool. Replicas that are owned already are left alone. The end of a removed one's log is kept.
+    Those without a model go to the pool. Replicas that are owned already are left alone. The end of
+    a removed one's log is kept.
 
     Raises:
         BackendError: The backend cannot say what there is.
