@@ -370,12 +370,8 @@ class GpuRunner:
     def launch(self, batch: ScheduledBatch) -> PendingTokens:
         """Launch a batch; sequences whose logits are not finite will be reported as faults."""
         self._rows.retire(batch.retired)
-        with self._device.computing():
-            try:
-                return self._launch(batch)
-            except Exception:
-                self._rows.forget_uploads(batch)
-                raise
+        with self._launching(batch):
+            return self._launch(batch)
 
     def all_logits(self, batch: ScheduledBatch) -> Tensor:
         """Run a batch; return the logits of every token, fp32 [num_tokens, vocab_size]."""
@@ -395,6 +391,16 @@ class GpuRunner:
             logits = torch.cat(parts)
         self._device.synchronize()  # the caller reads it in a stream of its own
         return logits
+
+    @contextmanager
+    def _launching(self, batch: ScheduledBatch) -> Iterator[None]:
+        """Launch what is inside; if it fails, what the device knows of the batch is sent again."""
+        with self._device.computing():
+            try:
+                yield
+            except Exception:
+                self._rows.forget_uploads(batch)
+                raise
 
     def _launch(self, batch: ScheduledBatch) -> PendingTokens:
         assert self._model is not None, "weights are loaded"
@@ -417,7 +423,7 @@ class GpuRunner:
             logits = model.logits(result, self._staging.sampled_tokens[:num_sampled])
 
         def choose(masks: TokenMasks | None) -> PendingSample:
-            with self._device.computing():
+            with self._launching(batch):
                 return self._sampler.launch(
                     logits,
                     described.sampled,

@@ -5,7 +5,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
-from typing import Any
+from typing import Any, cast
 
 import pytest
 import torch
@@ -19,6 +19,7 @@ from runtime.engine.engine import Engine
 from runtime.engine.sequence import FinishReason, SamplingParams, TokenLogprobs
 from runtime.gpu.linear import GpuLinear
 from runtime.gpu.runner import GpuRunner
+from runtime.gpu.sampling import PendingSample
 from runtime.kernels.norm import rms_norm
 from runtime.model.config import ModelConfig
 from tests.runtime.cpu.oracle import (
@@ -265,6 +266,34 @@ def test_penalties_follow_prompt_and_output() -> None:
             logits[token] -= 0.3
         expected.append(int(logits.argmax()))
     assert tokens[1] == expected
+
+
+@pytest.mark.parametrize("is_constrained", [False, True], ids=["free", "constrained"])
+def test_a_choice_that_fails_late_is_not_counted_twice(
+    monkeypatch: pytest.MonkeyPatch, *, is_constrained: bool
+) -> None:
+    sampling = SamplingParams(
+        temperature=0.0,
+        frequency_penalty=2.0,
+        max_tokens=8,
+        allowed_token_ids=frozenset(range(3)) if is_constrained else frozenset(),
+    )
+    engine = new_engine(tiny_llama())
+    expected, _ = answers(engine, {1: [3, 1, 4, 1, 5]}, sampling)
+    sampler = cast(GpuRunner, engine._runner)._sampler
+    launch, num_launches = sampler.launch, 0
+
+    def fail_once(*args: Any, **kwargs: Any) -> PendingSample:
+        nonlocal num_launches
+        num_launches += 1
+        pending = launch(*args, **kwargs)
+        if num_launches == 3:
+            raise RuntimeError("no memory for what comes after the choice")
+        return pending
+
+    monkeypatch.setattr(sampler, "launch", fail_once)
+    found, _ = answers(engine, {2: [3, 1, 4, 1, 5]}, sampling)
+    assert found[2] == expected[1]
 
 
 def test_sequence_without_finite_logits_fails_alone() -> None:
