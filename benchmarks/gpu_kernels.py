@@ -1,12 +1,17 @@
 """Time of each kernel of a decode and a prefill step of the 8B shape, beside what bounds it.
 
-python -m benchmarks.gpu_kernels
+    python -m benchmarks.gpu_kernels
+
+Attention of whole prompts comes with that of cuDNN, torch's fastest on this GPU, which needs them
+of one length and outside of a paged cache.
 """
 
 from collections.abc import Callable
 
 import torch
 from torch import Tensor
+from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.nn.functional import scaled_dot_product_attention
 from triton.testing import do_bench_cudagraph
 
 from runtime.kernels.activation import silu_mul
@@ -18,6 +23,18 @@ from runtime.kernels.sampling import SamplingTable, sample
 
 HEADS, KV_HEADS, HEAD_DIM, HIDDEN, INTERMEDIATE, VOCAB = 32, 8, 128, 4096, 14336, 128256
 PAGE = 64  # as functions on a GPU have it
+CHUNKS = (
+    (1, 4096, 4096),
+    (1, 1024, 1024),
+    (1, 512, 512),
+    (1, 512, 4096),
+    (1, 2048, 8192),
+    (2, 256, 256),
+    (4, 128, 512),
+    (8, 512, 512),
+    (16, 512, 512),
+)
+"""Sequences, the queries of each, and its tokens up to the last of them."""
 BANDWIDTH = 4.3e12
 MATRIX_RATE = 788e12
 
@@ -32,11 +49,11 @@ def ints(values: object) -> Tensor:
 
 def main() -> None:
     torch.manual_seed(0)
-    print(f"{'kernel':44} {'us':>8} {'floor us':>9}")
+    print(f"{'kernel':44} {'us':>8} {'floor us':>9} {'TFLOP/s':>8}")
     for num_seqs, seq_len in ((1, 256), (1, 4096), (16, 640), (64, 640), (256, 640), (256, 2048)):
         time_decode(num_seqs, seq_len)
-    for chunks, context in (([512], 512), ([2048], 2048), ([512], 4096), ([128] * 4, 512)):
-        time_chunks(chunks, context)
+    for chunks in CHUNKS:
+        time_chunks(*chunks)
     for num_tokens in (1, 256, 768):
         time_layers(num_tokens)
     for num_rows in (1, 256):
@@ -45,7 +62,9 @@ def main() -> None:
 
 def show(name: str, run: Callable[[], object], *, num_bytes: float = 0, flops: float = 0) -> None:
     floor = max(num_bytes / BANDWIDTH, flops / MATRIX_RATE) * 1e6
-    print(f"{name:44} {microseconds(run):8.1f} {floor:9.1f}", flush=True)
+    taken = microseconds(run)
+    rate = f"{flops / taken / 1e6:8.0f}" if flops else ""
+    print(f"{name:44} {taken:8.1f} {floor:9.1f} {rate}", flush=True)
 
 
 def new_cache(num_seqs: int, seq_len: int) -> tuple[Tensor, Tensor]:
@@ -82,18 +101,20 @@ def time_decode(num_seqs: int, seq_len: int) -> None:
     )
 
 
-def time_chunks(chunks: list[int], context: int) -> None:
-    cache, tables = new_cache(len(chunks), context)
-    num_tokens = sum(chunks)
-    qkv = torch.randn(num_tokens, (HEADS + 2 * KV_HEADS) * HEAD_DIM, device="cuda").bfloat16()
-    out = torch.empty(num_tokens, HEADS * HEAD_DIM, device="cuda", dtype=torch.bfloat16)
-    size = tile_size(torch.bfloat16)
-    tiles = ints([(s, first) for s, n in enumerate(chunks) for first in range(0, n, size)])
-    starts = ints([sum(chunks[:index]) for index in range(len(chunks) + 1)])
-    pairs = sum(n * (context - n) + n * n / 2 for n in chunks)
-    rows, lens = ints(range(len(chunks))), ints([context] * len(chunks))
+def time_chunks(num_seqs: int, num_queries: int, num_tokens: int) -> None:
+    cache, tables = new_cache(num_seqs, num_tokens)
+    width = (HEADS + 2 * KV_HEADS) * HEAD_DIM
+    qkv = torch.randn(num_seqs * num_queries, width, device="cuda").bfloat16()
+    out = torch.empty(len(qkv), HEADS * HEAD_DIM, device="cuda", dtype=torch.bfloat16)
+    firsts = range(0, num_queries, tile_size(torch.bfloat16))
+    tiles = ints([(seq, first) for seq in range(num_seqs) for first in firsts])
+    starts = ints([num_queries * seq for seq in range(num_seqs + 1)])
+    rows, lens = ints(range(num_seqs)), ints([num_tokens] * num_seqs)
+    pairs = num_seqs * num_queries * (num_tokens - num_queries / 2)
+    flops = 4 * pairs * HEADS * HEAD_DIM
+    shape = f"{num_seqs} x {num_queries} of {num_tokens}"
     show(
-        f"chunk attention, {chunks} of {context}",
+        f"chunk attention, {shape}",
         lambda: chunk_attention(
             qkv,
             cache,
@@ -104,8 +125,17 @@ def time_chunks(chunks: list[int], context: int) -> None:
             query_starts=starts,
             seq_lens=lens,
         ),
-        flops=4 * pairs * HEADS * HEAD_DIM,
+        flops=flops,
     )
+    if num_queries == num_tokens:
+        heads = qkv.view(num_seqs, num_queries, -1, HEAD_DIM).transpose(1, 2)
+        q, k, v = torch.split(heads, [HEADS, KV_HEADS, KV_HEADS], dim=1)
+        with sdpa_kernel(SDPBackend.CUDNN_ATTENTION):
+            show(
+                f"the same by cuDNN, {shape}",
+                lambda: scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=True),
+                flops=flops,
+            )
 
 
 def time_layers(num_tokens: int) -> None:
