@@ -1,14 +1,15 @@
 """Many functions on one device, called at random: every answer checked, every wait measured.
 
     python -m benchmarks.shared_device --tokenizer DIR [--functions 10] [--seconds 300]
-        [--device cuda --layers 32] [--plot docs/shared-device.svg]
+        [--device cuda --layers 32 --host-cache-gib 0] [--plot docs/shared-device.svg]
 
 Makes that many checkpoints of the 8B shape with their own random weights (on the CPU of a small
 shape), deploys each as a function that needs the whole device, and calls them one after the other
 in random order, with pauses of a second on average. Each function's greedy answer to one prompt is
 taken while it is alone, its canary; every later answer must be the same, token for token. The
-memory in use is sampled all the while. Functions of an earlier run in the same working directory
-are used again. Exits with 1 if an answer was wrong or missing.
+memory in use is sampled all the while, and what of it the controller takes for other processes'.
+Functions of an earlier run in the same working directory are used again. Exits with 1 if an answer
+was wrong or missing.
 """
 
 import argparse
@@ -18,7 +19,7 @@ import statistics
 import sys
 import threading
 import time
-from collections import defaultdict, deque
+from collections import Counter, defaultdict, deque
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager
@@ -55,12 +56,15 @@ def main() -> None:
     parser.add_argument("--seconds", type=float, default=300.0)
     parser.add_argument("--device", choices=["cpu", "cuda"], default="cpu")
     parser.add_argument("--layers", type=int, default=32, help="of the 8B shape, on a GPU")
+    parser.add_argument("--host-cache-gib", type=int, default=0, help="memory to hold weights in")
     parser.add_argument("--work", type=Path, default=Path("/tmp/coldspark-shared"))
     parser.add_argument("--checkpoints", type=Path, help="where to make them, if not in --work")
     parser.add_argument("--plot", type=Path, help="where to draw the waits, as SVG")
     arguments = parser.parse_args()
     names = [f"f{number}" for number in range(arguments.functions)]
-    with running_controller(arguments.work / "home") as controller:
+    host_cache_bytes = arguments.host_cache_gib * GIB
+    home = arguments.work / "home"
+    with running_controller(home, host_cache_bytes=host_cache_bytes) as controller:
         device = _device(controller, arguments.device)
         deployed = {
             function["name"] for function in controller.get("/api/v1/functions")["functions"]
@@ -79,9 +83,11 @@ def main() -> None:
         for name, checkpoint in zip(missing, _one_ahead(write, missing), strict=True):
             controller.deploy(_spec(name, checkpoint, device))
             shutil.rmtree(checkpoint)  # the snapshot is all that is used from here on
-        with _memory_watch(controller, str(device["id"])) as most_bytes:
+        if host_cache_bytes:
+            controller.wait_for_host_cache()
+        with _memory_watch(controller, str(device["id"])) as most:
             waits = _call_at_random(controller, names, arguments.seconds)
-    _print(waits, most_bytes[0])
+    _print(waits, most)
     if arguments.plot is not None:
         _plot(waits, arguments.plot)
 
@@ -166,15 +172,16 @@ def _device(controller: Controller, kind: str) -> Mapping[str, object]:
 
 
 @contextmanager
-def _memory_watch(controller: Controller, device_id: str) -> Iterator[list[int]]:
-    """Keep the most memory of a device that was in use; the list's only element."""
-    most, is_over = [0], threading.Event()
+def _memory_watch(controller: Controller, device_id: str) -> Iterator[Counter[str]]:
+    """Keep the most bytes of a device that were in use, and that were foreign, by field."""
+    most, is_over = Counter[str](), threading.Event()
 
     def watch() -> None:
         while not is_over.wait(0.05):
             devices = controller.get("/api/v1/status")["devices"]
-            used = next(one["used_bytes"] for one in devices if one["id"] == device_id)
-            most[0] = max(most[0], used or 0)
+            device = next(one for one in devices if one["id"] == device_id)
+            for field in ("used_bytes", "foreign_bytes"):
+                most[field] = max(most[field], device[field] or 0)
 
     watching = threading.Thread(target=watch)
     watching.start()
@@ -185,7 +192,7 @@ def _memory_watch(controller: Controller, device_id: str) -> Iterator[list[int]]
         watching.join()
 
 
-def _print(waits: Mapping[str, Sequence[float]], most_bytes: int) -> None:
+def _print(waits: Mapping[str, Sequence[float]], most: Mapping[str, int]) -> None:
     table = Table("met", "calls", "p50 s", "p95 s", "worst s")
     for tier, found in sorted(waits.items()):
         ranked = sorted(found)
@@ -194,7 +201,10 @@ def _print(waits: Mapping[str, Sequence[float]], most_bytes: int) -> None:
         table.add_row(tier, str(len(ranked)), *(f"{seconds:.3f}" for seconds in figures))
     Console().print(table)
     num_calls = sum(map(len, waits.values()))
-    print(f"{num_calls} calls, each with its canary; most memory in use {most_bytes / GIB:.2f} GiB")
+    print(
+        f"{num_calls} calls, each with its canary; most memory in use "
+        f"{most['used_bytes'] / GIB:.2f} GiB, foreign {most['foreign_bytes'] / GIB:.2f} GiB"
+    )
 
 
 def _plot(waits: Mapping[str, Sequence[float]], path: Path) -> None:
