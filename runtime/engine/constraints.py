@@ -14,6 +14,7 @@ from llguidance.numpy import fill_next_token_bitmask, fill_next_token_bitmask_pa
 from numpy.typing import NDArray
 
 from runtime.engine.batch import ScheduledBatch, TokenMasks
+from runtime.engine.grammars import check_followed
 from runtime.engine.sequence import SamplingParams, SequenceKey
 from runtime.errors import InvalidSequence
 
@@ -74,8 +75,8 @@ class TokenConstraint:
             InvalidSequence: None is left, or the grammar has become too complex to follow.
         """
         matcher = self.matcher
-        if matcher is not None and matcher.is_error():
-            raise InvalidSequence(f"the grammar cannot be followed: {matcher.get_error()}")
+        if matcher is not None:
+            check_followed(matcher)
         if not self._is_any_allowed:
             words &= self._allowed
         for beginning, last in self._bad_words:

@@ -267,8 +267,11 @@ class Engine:
         """Queue the sequences whose constraints are there."""
         for sequence, error in self._preparation.take_prepared():
             self._scheduler.add(sequence)
-            if error:
-                self._scheduler.refuse(sequence, error)
+            if isinstance(error, InvalidSequence):
+                self._scheduler.refuse(sequence, str(error))
+            elif error is not None:
+                reason = f"its output cannot be constrained: {type(error).__name__}: {error}"
+                self._scheduler.fail(sequence, reason)
 
     def _launch(self, batch: ScheduledBatch) -> PendingTokens:
         try:

@@ -69,18 +69,21 @@ class Preparation:
         if key in self._preparing:
             self._preparing[key].is_given_up = True
 
-    def take_prepared(self) -> Iterator[tuple[Sequence, str]]:
-        """Yield sequences that need no longer be waited for, and why one cannot run."""
+    def take_prepared(self) -> Iterator[tuple[Sequence, Exception | None]]:
+        """Yield sequences that need no longer be waited for, and why one cannot run.
+
+        That is its own fault if it is InvalidSequence.
+        """
         for key in [key for key, item in self._preparing.items() if item.is_done]:
             item = self._preparing.pop(key)
-            error = "" if item.is_given_up else self._constrain(item)
+            error = None if item.is_given_up else self._constrain(item)
             yield item.sequence, error
 
-    def _constrain(self, item: _Preparing) -> str:
+    def _constrain(self, item: _Preparing) -> Exception | None:
         """Give a sequence its constraint; return why that cannot be, if so."""
         sequence = item.sequence
         if not TokenConstraint.is_needed(sequence.sampling):
-            return ""
+            return None
         try:
             sequence.constraint = TokenConstraint(
                 sequence.sampling,
@@ -89,8 +92,8 @@ class Preparation:
                 vocab_size=self._vocab_size,
             )
         except InvalidSequence as error:
-            return str(error)
+            return error
         except Exception as error:  # a tokenizer that cannot be read, or a defect
             log.exception("constraint_failed", **sequence.key._asdict())
-            return f"its output cannot be constrained: {type(error).__name__}: {error}"
-        return ""
+            return error
+        return None

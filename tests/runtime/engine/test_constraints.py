@@ -5,19 +5,21 @@ import re
 import time
 from collections import defaultdict
 from collections.abc import Mapping, Sequence
+from types import SimpleNamespace
+from typing import Any
 
 import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from llguidance import LLExecutor, LLMatcher
+from llguidance import LLExecutor, LLMatcher, LLTokenizer
 from llguidance.numpy import fill_next_token_bitmask, fill_next_token_bitmask_par
 from numpy.typing import NDArray
 from tokenizers import Tokenizer
 
 from runtime.config import EngineConfig
 from runtime.engine.engine import Engine
-from runtime.engine.grammars import GrammarCompiler
+from runtime.engine.grammars import LIMITS, GrammarCompiler, check_followed
 from runtime.engine.sequence import FinishedSequence, FinishReason, SamplingParams, SequenceKey
 from runtime.errors import InvalidSequence
 from tests.fakes.token_runner import TokenRunner, answer
@@ -222,16 +224,63 @@ def test_a_broken_grammar_is_refused_before_it_runs(grammar: str) -> None:
     assert list(tokens) == [2]
 
 
-def test_a_tokenizer_that_cannot_be_read_refuses_the_request_and_is_told() -> None:
+def engine_with(grammars: GrammarCompiler) -> Engine:
     runner = TokenRunner(vocab_size=VOCAB_SIZE)
-    broken = GrammarCompiler(
-        lambda: "no tokenizer", vocab_size=VOCAB_SIZE, eos_token_ids=frozenset()
-    )
-    engine = Engine(EngineConfig(block_size=4), runner, frozenset(), broken)
+    return Engine(EngineConfig(block_size=4), runner, frozenset({EOS}), grammars)
+
+
+def follow_word(engine: Engine) -> FinishedSequence:
     engine.submit(new_request(1, [1], sampling=SamplingParams(grammar=WORD)))
     _, finished = run(engine)
-    assert finished[1].reason is FinishReason.REFUSED
-    assert "cannot be constrained" in finished[1].error
+    return finished[1]
+
+
+def test_a_tokenizer_that_cannot_be_read_is_no_fault_of_the_request_and_is_read_again() -> None:
+    texts = iter(["no tokenizer", TOKENIZER.to_str()])
+    engine = engine_with(
+        GrammarCompiler(lambda: next(texts), vocab_size=VOCAB_SIZE, eos_token_ids=frozenset({EOS}))
+    )
+    end = follow_word(engine)
+    assert end.reason is FinishReason.ERROR
+    assert "cannot be constrained" in end.error
+    assert follow_word(engine).reason is FinishReason.STOP
+
+
+def test_end_tokens_outside_of_the_vocabulary_count_for_nothing() -> None:
+    def ending_with(*token_ids: int) -> Engine:
+        return engine_with(
+            GrammarCompiler(
+                TOKENIZER.to_str, vocab_size=VOCAB_SIZE, eos_token_ids=frozenset(token_ids)
+            )
+        )
+
+    assert follow_word(ending_with(EOS, VOCAB_SIZE, -1)).reason is FinishReason.STOP
+    end = follow_word(ending_with(VOCAB_SIZE))
+    assert end.reason is FinishReason.REFUSED
+    assert "no token that ends" in end.error
+
+
+def test_a_grammar_that_grows_too_slow_to_follow_is_given_up() -> None:
+    ambiguous = LLMatcher(
+        LLTokenizer(TOKENIZER.to_str(), n_vocab=VOCAB_SIZE, eos_token=[EOS]),
+        "start: s\ns: s s s | s s | /[a-z]/ | /[a-z ]/ |",
+        limits=LIMITS,
+    )
+    [token_id] = TOKENIZER.encode("a").ids
+    for _ in range(200):  # of which each takes longer than the one before
+        ambiguous.compute_bitmask()
+        ambiguous.consume_token(token_id)
+    with pytest.raises(InvalidSequence, match="Too many items") as refusal:
+        check_followed(ambiguous)
+    assert "\n" not in str(refusal.value)
+
+
+def test_a_panic_of_the_library_is_not_told_to_clients() -> None:
+    words = "panic: assertion failed at /build/lib.rs:7\n<backtrace>"
+    broken: Any = SimpleNamespace(is_error=lambda: True, get_error=lambda: words)
+    with pytest.raises(InvalidSequence, match="fails at it") as refusal:
+        check_followed(broken)
+    assert "lib.rs" not in str(refusal.value)
 
 
 def test_an_engine_without_a_tokenizer_says_so() -> None:
