@@ -92,12 +92,12 @@ class StepLoop:
                 self._handle(frame)
             if self._engine.has_work():
                 self._be_busy()
-                if (spare_s := self._engine.spare_s()) > 0.0:
-                    if spare_s < TICK_S:  # a step now would leave out who comes before its time
-                        time.sleep(spare_s)
-                    continue
-                self._emit(self._engine.step())
-                self._flush()  # before anything else that takes time
+                spare_s = self._engine.spare_s()
+                if spare_s <= 0.0:
+                    self._emit(self._engine.step())
+                    self._flush()  # before anything else that takes time
+                elif spare_s < TICK_S:  # a step now would leave out who comes before its time
+                    time.sleep(spare_s)
             elif self._has_idle_work and self._quiet_s() >= self._idle_after_s:
                 self._has_idle_work = self._use_idle_time()
             for call_id in self._drains.advance(self._live):

@@ -10,11 +10,11 @@ from pathlib import Path
 import pytest
 
 from runtime.config import EngineConfig
-from runtime.engine.sequence import StepResult
+from runtime.engine.sequence import SequenceKey, StepResult
 from runtime.ipc import Frame, FrameKind, FrameSocket, PeerClosed
 from runtime.profile import EngineProfile
 from runtime.rpc import inference_pb2 as pb
-from runtime.step_loop import IDLE_AFTER_S, SETTLED_AFTER_S, StepLoop
+from runtime.step_loop import HEARTBEAT_S, IDLE_AFTER_S, SETTLED_AFTER_S, StepLoop
 from tests.fakes.engine import FakeEngine, FakeRunner, Script
 
 pytestmark = pytest.mark.timeout(30)
@@ -32,14 +32,21 @@ class PatientEngine(FakeEngine):
         self.has_idle_work = True
         self.too_early_s: list[float] = []
         self._next_step_at = 0.0
+        self.is_held = False  # as by a grammar that is compiled, until what needs it is cancelled
 
     def spare_s(self) -> float:
+        if self.is_held:
+            return PACE_S
         return max(0.0, self._next_step_at - time.monotonic())
 
     def step(self) -> StepResult:
         self.too_early_s.append(self.spare_s())
         self._next_step_at = time.monotonic() + PACE_S
         return super().step()
+
+    def cancel(self, key: SequenceKey) -> None:
+        self.is_held = False
+        super().cancel(key)
 
     def use_idle_time(self) -> bool:
         self.idle_at.append(time.monotonic())
@@ -153,3 +160,26 @@ def test_no_step_begins_before_its_time(peer: Peer) -> None:
             if frame.kind is FrameKind.STEP_OUTPUT:
                 num_tokens += len(pb.StepOutput.FromString(frame.payload).token_ids)
     assert peer.engine.too_early_s == [0.0] * 8
+
+
+def test_the_engine_is_alive_and_drained_while_no_step_can_begin(peer: Peer) -> None:
+    peer.engine.is_held = True
+    submit = pb.Submit(
+        sequence_id=1, prompt_token_ids=[1], sampling=pb.SamplingParams(max_tokens=3)
+    )
+    request = pb.AttachRequest(submit=submit)
+    peer.connection.send([Frame(FrameKind.ATTACH_REQUEST, 7, request.SerializeToString())])
+    until = time.monotonic() + 2.5 * HEARTBEAT_S
+    num_statuses = 0
+    while time.monotonic() < until:
+        num_statuses += sum(
+            frame.kind is FrameKind.STATUS for frame in peer.connection.receive(0.1)
+        )
+    assert num_statuses >= 2
+    drain = pb.DrainRequest(timeout_s=0.1)
+    peer.connection.send([Frame(FrameKind.DRAIN, 1, drain.SerializeToString())])
+    answers: list[Frame] = []
+    while not answers and time.monotonic() < until + 10.0:
+        answers = [f for f in peer.connection.receive(1.0) if f.kind is FrameKind.REPLY]
+    assert answers
+    assert not peer.engine.is_held
