@@ -345,6 +345,7 @@ class GpuRunner:
             self._staging.send(BatchDescription(), shape)
             self._run(shape)
             self._graphs.capture(shape)
+        self._device.synchronize()  # what was sent may be overwritten two batches later
         return True
 
     def release(self) -> int:
