@@ -15,7 +15,7 @@ from torch.nn.functional import scaled_dot_product_attention
 from triton.testing import do_bench_cudagraph
 
 from runtime.kernels.activation import silu_mul
-from runtime.kernels.chunk_attention import chunk_attention, tile_size
+from runtime.kernels.chunk_attention import Tile, chunk_attention, tile_size
 from runtime.kernels.decode_attention import SplitWorkspace, decode_attention
 from runtime.kernels.norm import rms_norm
 from runtime.kernels.rope import rope_and_cache
@@ -107,24 +107,18 @@ def time_chunks(num_seqs: int, num_queries: int, num_tokens: int) -> None:
     qkv = torch.randn(num_seqs * num_queries, width, device="cuda").bfloat16()
     out = torch.empty(len(qkv), HEADS * HEAD_DIM, device="cuda", dtype=torch.bfloat16)
     firsts = range(0, num_queries, tile_size(torch.bfloat16))
-    tiles = ints([(seq, first) for seq in range(num_seqs) for first in firsts])
-    starts = ints([num_queries * seq for seq in range(num_seqs + 1)])
-    rows, lens = ints(range(num_seqs)), ints([num_tokens] * num_seqs)
+    tiles = [
+        Tile(seq, seq * num_queries + first, num_tokens - num_queries + first, num_queries - first)
+        for first in reversed(firsts)  # those that see most tokens first, as an engine has them
+        for seq in range(num_seqs)
+    ]
+    tiles_on_gpu = ints(tiles)
     pairs = num_seqs * num_queries * (num_tokens - num_queries / 2)
     flops = 4 * pairs * HEADS * HEAD_DIM
     shape = f"{num_seqs} x {num_queries} of {num_tokens}"
     show(
         f"chunk attention, {shape}",
-        lambda: chunk_attention(
-            qkv,
-            cache,
-            out,
-            tiles=tiles,
-            block_tables=tables,
-            rows=rows,
-            query_starts=starts,
-            seq_lens=lens,
-        ),
+        lambda: chunk_attention(qkv, cache, out, tiles=tiles_on_gpu, block_tables=tables),
         flops=flops,
     )
     if num_queries == num_tokens:

@@ -35,6 +35,11 @@ class Device:
         with torch.inference_mode(), torch.cuda.stream(self.stream):
             yield
 
+    def attach(self) -> None:
+        """Make the device's context this thread's: cuBLAS, asked first, warns that there is none."""
+        if self.stream is not None:
+            self.stream.query()
+
     def pinned(self, *shape: int, dtype: torch.dtype) -> Tensor:
         """Return host memory that the device can copy from and to on its own."""
         return torch.zeros(*shape, dtype=dtype, pin_memory=self.is_gpu)

@@ -142,9 +142,6 @@ class GpuLlama:
                         attended,
                         tiles=tiles,
                         block_tables=block_tables,
-                        rows=inputs.rows,
-                        query_starts=inputs.query_starts,
-                        seq_lens=inputs.seq_lens,
                     )
             decode_attention(
                 qkv,

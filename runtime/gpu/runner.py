@@ -281,6 +281,7 @@ class GpuRunner:
         model = self._model
 
         def load() -> None:
+            self._device.attach()
             with self._device.computing():
                 for num_tokens in self._product_sizes():
                     model.run_products(num_tokens)

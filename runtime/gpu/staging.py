@@ -1,7 +1,8 @@
 """A batch on its way to the device: described in pinned memory, copied in one piece."""
 
 from dataclasses import dataclass, field
-from itertools import cycle
+from itertools import chain, cycle
+from operator import attrgetter
 
 import torch
 from torch import Tensor
@@ -11,9 +12,9 @@ from runtime.gpu.device import Device
 from runtime.gpu.graphs import StepShape
 from runtime.gpu.limits import BatchLimits
 from runtime.gpu.rows import Rows
+from runtime.kernels.chunk_attention import NO_TILE, Tile
 
 NUM_BUFFERS = 3  # one more than batches in flight, so none is written while it is copied
-NO_TILE = (-1, 0)
 
 
 @dataclass(slots=True)
@@ -22,7 +23,7 @@ class BatchDescription:
 
     Attributes:
         num_decodes: Leading sequences with one token each.
-        tiles: (sequence, first token) of every tile, flat.
+        tiles: Of all other sequences, those that see most tokens first.
         sampled: Sequences to sample from, in the order of their logits.
         sampled_seqs: Their places among the sequences.
         sampled_tokens: The places of their last tokens among the tokens.
@@ -32,7 +33,7 @@ class BatchDescription:
     num_decodes: int = 0
     records: list[int] = field(default_factory=list)
     numbers: list[int] = field(default_factory=list)
-    tiles: list[int] = field(default_factory=list)
+    tiles: list[Tile] = field(default_factory=list)
     sampled: list[ScheduledSequence] = field(default_factory=list)
     sampled_seqs: list[int] = field(default_factory=list)
     sampled_tokens: list[int] = field(default_factory=list)
@@ -41,7 +42,7 @@ class BatchDescription:
     def num_tiles(self) -> int:
         """Tiles needed; at least one unless all tokens are decodes that are sampled."""
         is_decode = self.num_tokens == self.num_decodes == len(self.sampled)
-        return 0 if is_decode else max(1, len(self.tiles) // 2)
+        return 0 if is_decode else max(1, len(self.tiles))
 
 
 def describe(batch: ScheduledBatch, rows: Rows, tile_size: int) -> BatchDescription:
@@ -64,13 +65,16 @@ def describe(batch: ScheduledBatch, rows: Rows, tile_size: int) -> BatchDescript
             found.num_decodes += 1
         else:
             for first in range(0, size, tile_size):
-                found.tiles += (index, first)
+                found.tiles.append(
+                    Tile(row.index, num_tokens + first, item.start + first, size - first)
+                )
         num_tokens += size
         if item.is_sampled:
             found.sampled.append(item)
             found.sampled_seqs.append(index)
             found.sampled_tokens.append(num_tokens - 1)
     found.num_tokens = num_tokens
+    found.tiles.sort(key=attrgetter("position"), reverse=True)
     return found
 
 
@@ -83,7 +87,7 @@ class BatchStaging:
         records: int32 [num_records, len(Field)].
         sampled_seqs: int32 [num_seqs], the batch's sequence that each row of logits is of.
         sampled_tokens: int32 [num_seqs], the batch's token that each row of logits is of.
-        tiles: int32 [num_tiles, 2], for the chunk attention.
+        tiles: int32 [num_tiles, 4], for the chunk attention.
         numbers: int32, what the records refer to.
     """
 
@@ -94,7 +98,7 @@ class BatchStaging:
             limits.num_records * limits.record_size,
             limits.num_seqs,
             limits.num_seqs,
-            2 * limits.num_tiles,
+            len(NO_TILE) * limits.num_tiles,
             limits.num_numbers,
         ]
         # Aligned, so that kernels see the same alignment of pointers whatever the limits.
@@ -109,23 +113,23 @@ class BatchStaging:
         num_record_numbers = limits.num_records * limits.record_size
         self.records = records[:num_record_numbers].view(-1, limits.record_size)
         self.sampled_seqs, self.sampled_tokens = sampled_seqs, sampled_tokens
-        self.tiles, self.numbers = tiles.view(-1, 2), numbers
+        self.tiles, self.numbers = tiles.view(-1, len(NO_TILE)), numbers
 
     def send(self, batch: BatchDescription, shape: StepShape) -> None:
         """Copy a batch to the device, padded to a shape."""
-        records, tiles = batch.records, batch.tiles
+        records = batch.records
         num_padding = shape.num_tokens - batch.num_tokens
         if num_padding > 0:
             first = batch.num_tokens
             records += (self._padding_row, -num_padding, first, num_padding, 0, 0, 0, 0)
-        tiles += NO_TILE * (shape.num_tiles - len(tiles) // 2)
+        tiles = batch.tiles + [NO_TILE] * (shape.num_tiles - len(batch.tiles))
         num_records = len(records) // self.records.shape[1]
         sections = (
             [num_records, batch.num_decodes],
             records,
             batch.sampled_seqs,
             batch.sampled_tokens,
-            tiles,
+            list(chain.from_iterable(tiles)),
             batch.numbers,
         )
         buffer: Tensor = next(self._buffers)

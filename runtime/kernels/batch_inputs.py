@@ -42,7 +42,6 @@ class ModelInputs(NamedTuple):
         slots: [num_tokens], place in the KV cache, negative for none.
         rows: [num_seqs], row of the block tables.
         seq_lens: [num_seqs], tokens up to the end of this batch; 0 for padding.
-        query_starts: [num_seqs + 1].
     """
 
     token_ids: Tensor
@@ -50,12 +49,11 @@ class ModelInputs(NamedTuple):
     slots: Tensor
     rows: Tensor
     seq_lens: Tensor
-    query_starts: Tensor
 
     @classmethod
     def allocate(cls, num_tokens: int, num_seqs: int, device: torch.device | str) -> "ModelInputs":
         """Return buffers for batches up to that size."""
-        sizes = (num_tokens, num_tokens, num_tokens, num_seqs, num_seqs, num_seqs + 1)
+        sizes = (num_tokens, num_tokens, num_tokens, num_seqs, num_seqs)
         return cls(*(torch.zeros(size, dtype=torch.int32, device=device) for size in sizes))
 
 
@@ -122,8 +120,6 @@ def expand_batch_reference(
         inputs.slots[tokens] = slots.where(positions >= 0, -1).int()
         inputs.rows[index] = row
         inputs.seq_lens[index] = start + num_tokens
-        inputs.query_starts[index] = query_start
-        inputs.query_starts[index + 1] = query_start + num_tokens
 
 
 @triton.jit
@@ -138,7 +134,6 @@ def _expand_kernel(
     slots_ptr,
     rows_ptr,
     seq_lens_ptr,
-    query_starts_ptr,
     TABLE_STRIDE: tl.constexpr,
     PAGE: tl.constexpr,
     BLOCK: tl.constexpr,
@@ -181,6 +176,3 @@ def _expand_kernel(
         tl.store(slots_ptr + places, slots, mask=is_token)
     tl.store(rows_ptr + seq, row.to(tl.int32))
     tl.store(seq_lens_ptr + seq, start + num_tokens)
-    tl.store(query_starts_ptr + seq, query_start)
-    # The next record writes the same number there, if there is one.
-    tl.store(query_starts_ptr + seq + 1, query_start + num_tokens)

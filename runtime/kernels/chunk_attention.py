@@ -4,6 +4,8 @@ One program takes a tile of queries of one head (FlashAttention 2). What is befo
 from the cache like the chunk's own keys and values, which were written there a kernel earlier.
 """
 
+from typing import NamedTuple
+
 import torch
 import triton
 import triton.language as tl
@@ -12,7 +14,27 @@ from triton.tools.tensor_descriptor import TensorDescriptor
 
 from runtime.kernels import hopper_attention
 from runtime.kernels.decode_attention import LOG2_E
-from runtime.kernels.launch import next_power_of_2
+from runtime.kernels.launch import head_block
+
+
+class Tile(NamedTuple):
+    """Some queries of a chunk, at most `tile_size`, for one program a head.
+
+    Attributes:
+        row: The sequence's row of the block tables.
+        place: Of the first query among the batch's tokens.
+        position: Of the first query in the sequence.
+        num_queries: From there to the chunk's end, of which the first `tile_size` are the tile's; 0
+            if this is no tile.
+    """
+
+    row: int
+    place: int
+    position: int
+    num_queries: int
+
+
+NO_TILE = Tile(0, 0, 0, 0)
 
 
 def tile_size(dtype: torch.dtype) -> int:
@@ -27,9 +49,6 @@ def chunk_attention(
     *,
     tiles: Tensor,
     block_tables: Tensor,
-    rows: Tensor,
-    query_starts: Tensor,
-    seq_lens: Tensor,
 ) -> None:
     """Attend from several tokens of each sequence to those tokens and all before them.
 
@@ -37,12 +56,9 @@ def chunk_attention(
         qkv: [num_tokens, (num_heads + 2 * num_kv_heads) * head_dim], queries rotated.
         kv_cache: [num_blocks, 2, num_kv_heads, block_size, head_dim].
         out: [num_tokens, num_heads * head_dim]; rows of the tiles' tokens are written.
-        tiles: int32 [num_tiles, 2], a sequence and the first of `tile_size` tokens in its chunk;
-            a negative sequence is no tile.
+        tiles: int32 [num_tiles, 4], each a `Tile`. They begin in this order: those that see most
+            tokens first are done soonest.
         block_tables: int32 [num_rows, max_blocks].
-        rows: int32 [num_seqs], each sequence's row of `block_tables`.
-        query_starts: int32 [num_seqs + 1], where in the batch each chunk begins, and the end.
-        seq_lens: int32 [num_seqs], tokens of a sequence up to the end of its chunk.
     """
     _, _, num_kv_heads, block_size, head_dim = kv_cache.shape
     num_heads = out.shape[1] // head_dim
@@ -54,16 +70,13 @@ def chunk_attention(
             out,
             tiles=tiles,
             block_tables=block_tables,
-            rows=rows,
-            query_starts=query_starts,
-            seq_lens=seq_lens,
             scale=scale,
         )
         return
     is_exact = kv_cache.dtype == torch.float32
     block_n = 32 if is_exact else 64
     # Whole tiles of keys are fetched by the GPU's copy engine where its conditions hold.
-    is_copied = block_size % block_n == 0 and head_dim == next_power_of_2(head_dim)
+    is_copied = block_size % block_n == 0 and head_dim == head_block(head_dim)
     kv_rows = kv_cache.view(-1, head_dim)
     _chunk_kernel[(len(tiles), num_heads)](
         qkv,
@@ -72,9 +85,6 @@ def chunk_attention(
         out,
         tiles,
         block_tables,
-        rows,
-        query_starts,
-        seq_lens,
         scale,
         TABLE_STRIDE=block_tables.stride(0),
         NUM_HEADS=num_heads,
@@ -83,7 +93,7 @@ def chunk_attention(
         PAGE=block_size,
         BLOCK_M=tile_size(kv_cache.dtype),
         BLOCK_N=block_n,
-        BLOCK_DIM=next_power_of_2(head_dim),
+        BLOCK_DIM=head_block(head_dim),
         PRECISION="ieee" if is_exact else "tf32",
         IS_COPIED=is_copied,
         num_warps=4,
@@ -152,9 +162,6 @@ def _chunk_kernel(
     out_ptr,
     tiles_ptr,
     block_tables_ptr,
-    rows_ptr,
-    query_starts_ptr,
-    seq_lens_ptr,
     scale,
     TABLE_STRIDE: tl.constexpr,
     NUM_HEADS: tl.constexpr,
@@ -167,23 +174,20 @@ def _chunk_kernel(
     PRECISION: tl.constexpr,
     IS_COPIED: tl.constexpr,
 ):
-    tile = tl.program_id(0)
+    tile_ptr = tiles_ptr + 4 * tl.program_id(0)  # see `Tile`
     head = tl.program_id(1)
     kv_head = head // (NUM_HEADS // NUM_KV_HEADS)
-    seq = tl.load(tiles_ptr + 2 * tile)
-    if seq < 0:
+    num_queries = tl.load(tile_ptr + 3)
+    if num_queries == 0:
         return
-    tile_start = tl.load(tiles_ptr + 2 * tile + 1)
-    query_start = tl.load(query_starts_ptr + seq)
-    num_queries = tl.load(query_starts_ptr + seq + 1) - query_start
-    seq_len = tl.load(seq_lens_ptr + seq)
-    table_ptr = block_tables_ptr + tl.load(rows_ptr + seq).to(tl.int64) * TABLE_STRIDE
-    first_token = seq_len - num_queries + tile_start
+    num_queries = tl.minimum(num_queries, BLOCK_M)
+    table_ptr = block_tables_ptr + tl.load(tile_ptr).to(tl.int64) * TABLE_STRIDE
+    first_token = tl.load(tile_ptr + 2)
 
-    queries = tile_start + tl.arange(0, BLOCK_M)
+    queries = tl.arange(0, BLOCK_M)
     dims = tl.arange(0, BLOCK_DIM)
     is_q = (queries < num_queries)[:, None] & (dims < HEAD_DIM)[None, :]
-    batch_rows = (query_start + queries).to(tl.int64)
+    batch_rows = tl.load(tile_ptr + 1).to(tl.int64) + queries
     Q_STRIDE: tl.constexpr = (NUM_HEADS + 2 * NUM_KV_HEADS) * HEAD_DIM
     q_ptr = qkv_ptr + batch_rows[:, None] * Q_STRIDE + head * HEAD_DIM + dims[None, :]
     q = tl.load(q_ptr, mask=is_q, other=0.0)
@@ -192,9 +196,9 @@ def _chunk_kernel(
     sums = tl.zeros((BLOCK_M,), tl.float32)
     acc = tl.zeros((BLOCK_M, BLOCK_DIM), tl.float32)
     # Every query of the tile sees all tokens up to the tile's first.
-    last_tokens = first_token + tl.arange(0, BLOCK_M)
+    last_tokens = first_token + queries
     common_end = (first_token + 1) // BLOCK_N * BLOCK_N
-    end = tl.minimum(first_token + BLOCK_M, seq_len)
+    end = first_token + num_queries
     kv_ptr = kv_cache_ptr + kv_head * PAGE * HEAD_DIM
     acc, maxima, sums = _attend(
         q, acc, maxima, sums, 0, common_end, last_tokens, table_ptr, kv_ptr,

@@ -10,7 +10,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from runtime.kernels.launch import next_power_of_2
+from runtime.kernels.launch import head_block, next_power_of_2
 
 MIN_ROWS = 16  # of a tensor-core product
 LOG2_E = 1.4426950408889634
@@ -89,7 +89,7 @@ def decode_attention(
         NUM_SPLITS=splits,
         BLOCK_N=_tokens_per_step(splits, kv_cache.dtype),
         BLOCK_M=max(MIN_ROWS, next_power_of_2(num_heads // num_kv_heads)),
-        BLOCK_DIM=next_power_of_2(head_dim),
+        BLOCK_DIM=head_block(head_dim),
         PRECISION=_precision(kv_cache.dtype),
         num_warps=4,
         num_stages=3,
@@ -105,7 +105,7 @@ def decode_attention(
             HEAD_DIM=head_dim,
             NUM_SPLITS=splits,
             BLOCK_N=_tokens_per_step(splits, kv_cache.dtype),
-            BLOCK_DIM=next_power_of_2(head_dim),
+            BLOCK_DIM=head_block(head_dim),
             num_warps=4,
         )
 

@@ -18,6 +18,11 @@ def next_power_of_2(size: int) -> int:
     return 1 << max(0, size - 1).bit_length()
 
 
+def head_block(head_dim: int) -> int:
+    """Return the size of the block that holds a head: of matrix products 16 is the least."""
+    return max(16, next_power_of_2(head_dim))
+
+
 @cache
 def is_hopper(device: torch.device) -> bool:
     """Return whether this GPU has the matrix instructions that kernels in Gluon are written for."""

@@ -24,15 +24,13 @@ def compile_attention(dtype: str, head_dim: int) -> int:
         "NUM_KV_HEADS": 8,
         "HEAD_DIM": head_dim,
         "PAGE": attention.PIECE,
-        "QUERIES": attention.QUERIES,
         "KEYS": attention.KEYS,
-        "PIECE": attention.PIECE,
         "SLOTS": attention.SLOTS,
         "REGISTERS": attention.REGISTERS,
         "num_warps": attention.NUM_WARPS,
     }
-    types = dict.fromkeys(("qkv_ptr", "out_ptr"), f"*{dtype}") | {"scale": "fp32"}
-    types["kv_tiles"] = tiles(dtype, attention.PIECE, head_dim)
+    types = {"out_ptr": f"*{dtype}", "num_units": "i32", "scale": "fp32"}
+    types |= dict.fromkeys(("q_tiles", "kv_tiles"), tiles(dtype, attention.PIECE, head_dim))
     return code_size(attention._hopper_kernel, types, constants, otherwise="*i32")
 
 

@@ -5,12 +5,21 @@ import torch
 from torch import Tensor
 
 from runtime.kernels import decode_attention as decode_attention_module
+from runtime.kernels import hopper_attention
 from runtime.kernels.attention_reference import attention_reference
-from runtime.kernels.chunk_attention import chunk_attention, tile_size
+from runtime.kernels.chunk_attention import NO_TILE, Tile, chunk_attention, tile_size
 from runtime.kernels.decode_attention import SplitWorkspace, decode_attention, num_splits
-from tests.runtime.kernels.device import DEVICE, DTYPES, poisoned, relative_error, tolerance
+from tests.runtime.kernels.device import (
+    DEVICE,
+    DTYPES,
+    needs_hopper,
+    poisoned,
+    relative_error,
+    tolerance,
+)
 
 SHAPES = [
+    (4, 2, 8, 16),
     (6, 2, 24, 16),
     (4, 4, 64, 64),
     (8, 1, 128, 32),
@@ -102,36 +111,55 @@ def test_few_sequences_are_split_and_many_are_not() -> None:
 def test_chunks_of_any_length_over_any_prefix(
     dtype: torch.dtype, shape: tuple[int, int, int, int]
 ) -> None:
+    check_chunks([1, 17, 100, 70, 500], [1, 17, 30, 1, 150], shape, dtype)
+
+
+@needs_hopper
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+@pytest.mark.parametrize("shape", [(8, 2, 128, 64), (8, 2, 64, 128), (2, 1, 128, 64)])
+@pytest.mark.parametrize("num_programs", [1, 3, 132])
+def test_programs_that_take_many_tiles(
+    dtype: torch.dtype,
+    shape: tuple[int, int, int, int],
+    num_programs: int,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(hopper_attention, "num_processors", lambda _device: num_programs)
+    lens = [1, 64, 65, 128, 129, 700, 700, 513, 1111, 300]
+    check_chunks(lens, [1, 64, 65, 128, 1, 700, 333, 512, 200, 129], shape, dtype)
+
+
+def check_chunks(
+    lens: list[int], chunks: list[int], shape: tuple[int, int, int, int], dtype: torch.dtype
+) -> None:
+    """Attend from the last tokens of sequences of these lengths and compare with the reference."""
     num_heads, num_kv_heads, head_dim, _ = shape
-    lens, chunks = [1, 17, 100, 70, 500], [1, 17, 30, 1, 150]
     cache = new_cache(shape, dtype, lens)
     starts = [sum(chunks[:index]) for index in range(len(chunks) + 1)]
-    query_starts = torch.tensor(starts, dtype=torch.int32, device=DEVICE)
     num_tokens = starts[-1]
     qkv = torch.randn(num_tokens, (num_heads + 2 * num_kv_heads) * head_dim).to(DEVICE, dtype)
     out = poisoned(num_tokens, num_heads * head_dim, dtype=dtype)
     tiles = [
-        (seq, first)
-        for seq, num_queries in enumerate(chunks)
+        Tile(row, start + first, seq_len - num_queries + first, num_queries - first)
+        for row, seq_len, start, num_queries in zip(
+            cache.rows.tolist(), lens, starts, chunks, strict=False
+        )
         for first in range(0, num_queries, tile_size(dtype))
     ]
-    tiles.append((-1, 0))
+    tiles.insert(len(tiles) // 2, NO_TILE)
     chunk_attention(
         qkv,
         cache.kv_cache,
         out,
         tiles=torch.tensor(tiles, dtype=torch.int32, device=DEVICE),
         block_tables=cache.block_tables,
-        rows=cache.rows,
-        query_starts=query_starts,
-        seq_lens=cache.seq_lens,
     )
     expected = attention_reference(
         queries_of(qkv, shape),
         cache.kv_cache.double(),
         block_tables=cache.block_tables,
         rows=cache.rows,
-        query_starts=query_starts,
+        query_starts=torch.tensor(starts),
         seq_lens=cache.seq_lens,
     )
     assert relative_error(out, expected) < tolerance(dtype)

@@ -19,13 +19,10 @@ from runtime.kernels.hopper_gated_product import (
     run_every_width,
     spans,
 )
-from runtime.kernels.launch import is_hopper
-from tests.runtime.kernels.device import DEVICE, relative_error, tolerance
+from runtime.kernels.launch import head_block
+from tests.runtime.kernels.device import DEVICE, needs_hopper, relative_error, tolerance
 
 H200_PROCESSORS = 132
-needs_hopper = pytest.mark.skipif(
-    DEVICE != "cuda" or not is_hopper(torch.device(DEVICE)), reason="a Hopper GPU runs it"
-)
 
 
 def test_they_compile_for_a_gpu_that_is_not_there() -> None:
@@ -40,6 +37,10 @@ def test_they_compile_for_a_gpu_that_is_not_there() -> None:
         for size in sizes
     ]
     assert all(int(size) > 0 for *_, size in lines)
+
+
+def test_no_block_of_a_head_is_too_small_for_a_matrix_product() -> None:
+    assert [head_block(size) for size in (4, 16, 24, 128)] == [16, 16, 32, 128]
 
 
 def test_what_is_in_host_memory_is_not_for_them() -> None:
