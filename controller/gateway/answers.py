@@ -87,10 +87,18 @@ class Choice:
 
 
 class Answer:
-    """All choices of one call; enter to admit them, run to generate, exit to leave them."""
+    """All choices of one call; enter to admit them, run to generate, exit to leave them.
 
-    def __init__(self, choices: Sequence[Choice], *, metrics: Metrics, clock: Clock) -> None:
+    Args:
+        choices: Those of one prompt are in a row.
+        num_per_prompt: How many choices each prompt has.
+    """
+
+    def __init__(
+        self, choices: Sequence[Choice], *, num_per_prompt: int, metrics: Metrics, clock: Clock
+    ) -> None:
         self._choices = choices
+        self._num_per_prompt = num_per_prompt
         self._metrics = metrics
         self._clock = clock
         self._admissions = AsyncExitStack()
@@ -164,8 +172,8 @@ class Answer:
 
     @property
     def usage(self) -> Usage:
-        """Tokens over all choices, as far as they were generated."""
-        records = [choice.generation.record for choice in self._choices]
+        """Tokens of each prompt once and of all choices, as far as they were generated."""
+        records = [choice.generation.record for choice in self._choices[:: self._num_per_prompt]]
         num_prompt = sum(record.num_prompt_tokens for record in records)
         num_output = sum(choice.num_output_tokens for choice in self._choices)
         num_cached = sum(record.num_cached_tokens for record in records)

@@ -141,7 +141,12 @@ class Call:
                 echo = await self._echo(body, prompt)
                 reader = self._reader(body, echo, plan)
                 choices.append(Choice(self.function.generate(request), reader, prompt, echo))
-        return Answer(choices, metrics=self.gateway.metrics, clock=self.gateway.clock)
+        return Answer(
+            choices,
+            num_per_prompt=body.num_choices,
+            metrics=self.gateway.metrics,
+            clock=self.gateway.clock,
+        )
 
     @property
     def dialect(self) -> Dialect:

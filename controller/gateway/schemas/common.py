@@ -20,7 +20,7 @@ class CompletionTokensDetails(BaseModel):
 
 
 class Usage(BaseModel):
-    """Tokens of one call, counted here; over all its prompts."""
+    """Tokens of one call, counted here; each prompt once, however many answers it has."""
 
     prompt_tokens: int
     completion_tokens: int

@@ -105,6 +105,48 @@ async def test_several_answers_have_their_own_seeds_and_indices(
     assert body["usage"]["completion_tokens"] % 3 == 0
 
 
+@pytest.mark.parametrize("stream", [False, True])
+@pytest.mark.parametrize(
+    ("path", "fields", "num_answers"),
+    [
+        (CHAT, {"n": 3}, 3),
+        (TEXT, {"n": 3}, 3),
+        (TEXT, {"prompt": ["one", "and another", "one"], "n": 2}, 6),
+    ],
+)
+async def test_each_prompt_is_counted_once_however_many_answers_it_has(
+    client: httpx.AsyncClient,
+    function: FakeFunction,
+    path: str,
+    fields: dict[str, Any],
+    num_answers: int,
+    stream: bool,
+) -> None:
+    options = {"stream": True, "stream_options": {"include_usage": True}} if stream else {}
+    response = await client.post(path, json={**BODIES[path], **fields, **options})
+    usage = (events(response.text)[-2] if stream else response.json())["usage"]
+    assert len(function.generations) == num_answers
+    firsts = function.generations[:: fields["n"]]
+    num_prompt = sum(len(each.request.prompt_token_ids) for each in firsts)
+    assert usage["prompt_tokens"] == num_prompt
+    assert usage["total_tokens"] == num_prompt + usage["completion_tokens"]
+
+
+async def test_cached_tokens_of_a_prompt_are_those_its_first_answer_found(
+    client: httpx.AsyncClient, function: FakeFunction
+) -> None:
+    numbers = iter([4, 6, 6, 1, 2, 2])
+
+    def script(request: GenerationRequest) -> Iterable[Step]:
+        record = next(e.record for e in function.generations if e.request is request)
+        record.num_cached_tokens = next(numbers)
+        yield TokenChunk([2], finish_reason="stop")
+
+    function.script = script
+    body = await post(client, TEXT, prompt=["one", "two"], n=3)
+    assert body["usage"]["prompt_tokens_details"]["cached_tokens"] == 4 + 1
+
+
 async def test_answers_of_one_prompt_are_in_a_row(
     client: httpx.AsyncClient, function: FakeFunction
 ) -> None:
