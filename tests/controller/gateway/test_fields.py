@@ -324,6 +324,26 @@ async def test_stop_strings_count_after_min_tokens(
     assert (await post(client, TEXT, stop="warm"))["choices"][0]["text"] == ""
 
 
+@pytest.mark.parametrize("stream", [False, True])
+async def test_stop_string_may_begin_within_min_tokens_and_end_later(
+    client: httpx.AsyncClient, function: FakeFunction, byte_level: Tokenizer, stream: bool
+) -> None:
+    tokens = [byte_level.encode(letter).ids[0] for letter in "xENDyENDz"]
+    function.script = lambda request: [
+        *(TokenChunk([token]) for token in tokens),
+        TokenChunk([], finish_reason="length"),
+    ]
+    for min_tokens, text in ((0, "x"), (2, "x"), (3, "x"), (4, "xENDy"), (8, "xENDyENDz")):
+        fields = {"stop": "END", "min_tokens": min_tokens, "stream": stream}
+        response = await client.post(TEXT, json={**PROMPT, **fields})
+        if stream:
+            choices = [event["choices"][0] for event in events(response.text)[:-1]]
+        else:
+            choices = response.json()["choices"]
+        assert "".join(choice["text"] for choice in choices) == text
+        assert choices[-1]["finish_reason"] == ("length" if min_tokens == 8 else "stop")
+
+
 async def test_special_tokens_are_shown_if_asked_for(
     client: httpx.AsyncClient, function: FakeFunction
 ) -> None:
