@@ -139,9 +139,9 @@ class Answer:
         """Return the prompt of a choice."""
         return list(self._choices[index].prompt_token_ids)
 
-    def prompt_tokens(self, index: int) -> Sequence[TokenReport]:
-        """Return what is to be told of a choice's prompt, once the choice has begun."""
-        echo = self._choices[index].echo
+    def prompt_tokens(self, number: int) -> Sequence[TokenReport]:
+        """Return what is to be told of a prompt, once its first choice has begun."""
+        echo = self._choices[number * self._num_per_prompt].echo
         return () if echo is None else echo.tokens
 
     @property

@@ -15,10 +15,10 @@ from controller.gateway.dialect import Dialect
 from controller.gateway.grammars import check_grammar
 from controller.gateway.logprobs import LogprobWriter
 from controller.gateway.pieces import Piece, TokenReport
-from controller.gateway.prompt_echo import PromptEcho
+from controller.gateway.prompt_echo import PromptEcho, PromptText
 from controller.gateway.reader import AnswerReader
 from controller.gateway.reply import ReplyPlan, ReplyReader
-from controller.gateway.sampling import sampling_params, seeded
+from controller.gateway.sampling import of_choice, sampling_params
 from controller.gateway.schemas.common import PromptLogprobs
 from controller.gateway.schemas.generation import GenerationBody
 from controller.gateway.schemas.sampling import SamplingBody
@@ -124,13 +124,14 @@ class Call:
                 bad_words=bad_words,
                 grammar=grammar,
             )
+            told = await self._told(body, prompt)
             for number in range(body.num_choices):
                 request = GenerationRequest(
                     request_id=self.request_id
                     if num_choices == 1
                     else f"{self.request_id}-{len(choices)}",
                     prompt_token_ids=prompt,
-                    sampling=seeded(sampling, body.seed, number),
+                    sampling=of_choice(sampling, body, number),
                     num_bytes=self.num_bytes // num_choices,
                     key_id=self.key_id,
                     received_at=self.received_at,
@@ -138,7 +139,7 @@ class Call:
                     priority=min((body.priority or 0) + self.priority, MAX_PRIORITY),
                     cache_salt=body.cache_salt or "",
                 )
-                echo = await self._echo(body, prompt)
+                echo = None if told is None else self._echo(body, told)
                 reader = self._reader(body, echo, plan)
                 choices.append(Choice(self.function.generate(request), reader, prompt, echo))
         return Answer(
@@ -200,16 +201,17 @@ class Call:
         self.check_token_ids(body.allowed_token_ids or (), param="allowed_token_ids")
         self.check_token_ids([int(key) for key in body.logit_bias or ()], param="logit_bias")
 
-    async def _echo(self, body: SamplingBody, prompt: Sequence[int]) -> PromptEcho | None:
-        """Return what tells the prompt, if the request asks for it."""
+    async def _told(self, body: SamplingBody, prompt: Sequence[int]) -> PromptText | None:
+        """Return what is to be told of a prompt, if the request asks for it."""
         if not body.echoes_prompt and body.num_prompt_logprobs is None:
             return None
         shows_special = body.skip_special_tokens is False
         told = await self.text.prompt_text(prompt, skip_special_tokens=not shows_special)
+        return told if body.echoes_prompt else replace(told, text="")
+
+    def _echo(self, body: SamplingBody, told: PromptText) -> PromptEcho:
         return PromptEcho(
-            told if body.echoes_prompt else replace(told, text=""),
-            has_tokens=body.echoes_prompt and body.num_logprobs is not None,
-            drops_answer=body.max_new_tokens == 0,
+            told, has_tokens=body.echoes_tokens, drops_answer=body.max_new_tokens == 0
         )
 
     def _reader(

@@ -74,7 +74,9 @@ async def create_completion(
             stop_reason=whole.stop_reason,
             token_ids=whole.token_ids if body.return_token_ids else None,
             prompt_token_ids=answer.prompt_of(at) if body.return_token_ids else None,
-            prompt_logprobs=call.prompt_logprobs(body, answer.prompt_tokens(at)),
+            prompt_logprobs=call.prompt_logprobs(
+                body, answer.prompt_tokens(at // body.num_choices)
+            ),
         )
         for index, (at, whole) in enumerate(_best(await collect(answer), body))
     ]

@@ -550,3 +550,29 @@ async def test_prompt_logprobs_are_told_in_vllms_shape(
     }
     choice = body["choices"][0]
     assert (choice["text"] if path == TEXT else choice["message"]["content"]) == "tea"
+
+
+async def test_a_prompts_logprobs_are_asked_for_once_and_told_with_each_answer(
+    client: httpx.AsyncClient, function: FakeFunction, byte_level: Tokenizer
+) -> None:
+    function.script = echo_script(byte_level.encode("tea").ids)
+    body = await post(client, TEXT, prompt=["one", "and another"], n=2, prompt_logprobs=1)
+    asked = [each.request.sampling for each in function.generations]
+    assert [one.HasField("num_prompt_logprobs") for one in asked] == [True, False, True, False]
+    for index, generation in enumerate(function.generations):
+        told = body["choices"][index]["prompt_logprobs"]
+        prompt = generation.request.prompt_token_ids
+        found = [entry[str(id)]["logprob"] for id, entry in zip(prompt[1:], told[1:], strict=True)]
+        assert found == [-float(position) for position in range(1, len(prompt))]
+
+
+@pytest.mark.parametrize("fields", [{"n": 2}, {"best_of": 2}])
+async def test_every_answer_that_echoes_logprobs_asks_for_the_prompts(
+    client: httpx.AsyncClient, function: FakeFunction, byte_level: Tokenizer, fields: dict[str, int]
+) -> None:
+    function.script = echo_script(byte_level.encode("tea").ids)
+    body = await post(client, TEXT, prompt="hot", echo=True, logprobs=1, **fields)
+    for choice in body["choices"]:
+        assert choice["logprobs"]["token_logprobs"] == [None, -1.0, -2.0, *[-0.25] * 3]
+    asked = [each.request.sampling for each in function.generations]
+    assert [one.HasField("num_prompt_logprobs") for one in asked] == [True, True]
