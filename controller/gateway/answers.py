@@ -7,11 +7,13 @@ complete. Does not know how the text is sent.
 import asyncio
 from collections.abc import Awaitable, Callable, Sequence
 from contextlib import AsyncExitStack
+from functools import partial
 from types import TracebackType
 from typing import Self
 
 from controller.clock import Clock
 from controller.errors import InternalError
+from controller.gateway.logprobs import off_loop
 from controller.gateway.pieces import Piece, TokenReport
 from controller.gateway.prompt_echo import PromptEcho
 from controller.gateway.reader import AnswerReader
@@ -23,7 +25,7 @@ from controller.gateway.schemas.common import (
 )
 from controller.metrics import Metrics
 from controller.scaling.activation import PhaseTiming
-from controller.scaling.generation import Generation
+from controller.scaling.generation import Generation, TokenChunk
 
 Emit = Callable[[int, Piece], Awaitable[None]]
 """Takes a choice's index and what is new of it."""
@@ -75,7 +77,7 @@ class Choice:
                 if last_at is not None:
                     gaps.observe((now - last_at) / len(chunk.token_ids))
                 last_at = now
-            piece = self._reader.read(chunk)
+            piece = await self._told(chunk) if chunk.prompt_logprobs else self._reader.read(chunk)
             if piece.finish_reason is not None:
                 self.generation.record.outcome = piece.finish_reason
                 await self._admission.aclose()
@@ -84,6 +86,11 @@ class Choice:
             if piece.text or piece.reasoning or piece.calls:
                 await emit(index, piece)
         raise InternalError("the generation ended without a finish reason")
+
+    async def _told(self, chunk: TokenChunk) -> Piece:
+        """Read the chunk that tells of the prompt."""
+        read = partial(self._reader.read, chunk)
+        return await off_loop(read, num_tokens=len(self.prompt_token_ids))
 
 
 class Answer:

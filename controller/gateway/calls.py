@@ -5,7 +5,6 @@ from dataclasses import dataclass, field, replace
 from typing import Annotated
 
 from fastapi import Depends, Request
-from pydantic import TypeAdapter
 
 from controller.clock import Clock
 from controller.errors import ContextLengthExceeded, InvalidRequest
@@ -19,7 +18,6 @@ from controller.gateway.prompt_echo import PromptEcho, PromptText
 from controller.gateway.reader import AnswerReader
 from controller.gateway.reply import ReplyPlan, ReplyReader
 from controller.gateway.sampling import of_choice, sampling_params
-from controller.gateway.schemas.common import PromptLogprobs
 from controller.gateway.schemas.generation import GenerationBody
 from controller.gateway.schemas.sampling import SamplingBody
 from controller.gateway.schemas.tools import FunctionCall, ToolCall
@@ -158,14 +156,9 @@ class Call:
         """Return what writes log-probabilities as the request wants them."""
         return LogprobWriter(self.text.token_bytes, as_ids=bool(body.return_tokens_as_token_ids))
 
-    def prompt_logprobs(
-        self, body: GenerationBody, tokens: Sequence[TokenReport]
-    ) -> PromptLogprobs | None:
-        """Return how likely a prompt's tokens were, if the request asks for it."""
-        if body.prompt_logprobs is None:
-            return None
-        told = self.logprob_writer(body).prompt(tokens)
-        return TypeAdapter(PromptLogprobs).validate_python(told)
+    def prompt_logprobs(self, body: GenerationBody, tokens: Sequence[TokenReport]) -> bytes | None:
+        """Write as JSON how likely a prompt's tokens were, if the request asks for it."""
+        return None if body.prompt_logprobs is None else self.logprob_writer(body).prompt(tokens)
 
     def check_token_ids(self, token_ids: Collection[int], *, param: str) -> None:
         """Refuse ids the model does not have.

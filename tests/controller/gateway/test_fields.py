@@ -1,6 +1,8 @@
 """What each field of a request does, from the body to the engine's parameters and back."""
 
-from collections.abc import Iterable
+import threading
+from collections import defaultdict
+from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
 
@@ -8,6 +10,10 @@ import httpx
 import pytest
 from tokenizers import Tokenizer
 
+from controller.gateway.logprobs import MANY_TOKENS, LogprobWriter
+from controller.gateway.prompt_echo import PromptEcho
+from controller.gateway.schemas.chat import ChatCompletion
+from controller.gateway.schemas.completions import Completion
 from controller.scaling.generation import GenerationRequest, TokenChunk
 from runtime.rpc import inference_pb2 as pb
 from tests.controller.gateway.conftest import AppMaker, client_of
@@ -576,3 +582,65 @@ async def test_every_answer_that_echoes_logprobs_asks_for_the_prompts(
         assert choice["logprobs"]["token_logprobs"] == [None, -1.0, -2.0, *[-0.25] * 3]
     asked = [each.request.sampling for each in function.generations]
     assert [one.HasField("num_prompt_logprobs") for one in asked] == [True, True]
+
+
+@pytest.mark.parametrize(
+    ("path", "fields"),
+    [
+        (CHAT, {"prompt_logprobs": 1}),
+        (TEXT, {"prompt_logprobs": 1, "n": 2}),
+        (TEXT, {"echo": True, "logprobs": 1}),
+        (TEXT, {"echo": True, "logprobs": 1, "stream": True}),
+    ],
+)
+async def test_long_prompts_are_told_off_the_event_loop(
+    client: httpx.AsyncClient,
+    function: FakeFunction,
+    monkeypatch: pytest.MonkeyPatch,
+    path: str,
+    fields: dict[str, Any],
+) -> None:
+    function.script = echo_script([104])
+    threads: dict[str, set[int]] = defaultdict(set)
+
+    def watch(owner: type, name: str, num_tokens: Callable[[Any], int]) -> None:
+        method = getattr(owner, name)
+
+        def watched(*args: Any) -> Any:
+            if num_tokens(args) > MANY_TOKENS:
+                threads[name].add(threading.get_ident())
+            return method(*args)
+
+        monkeypatch.setattr(owner, name, watched)
+
+    watch(LogprobWriter, "prompt", lambda args: len(args[1]))
+    watch(LogprobWriter, "completion", lambda args: len(args[1]))
+    watch(PromptEcho, "put_before", lambda args: len(args[0].prompt.token_ids) * len(args[2]))
+    text = "hot tea " * 20
+    prompt = {"messages": [{"role": "user", "content": text}]} if path == CHAT else {"prompt": text}
+    response = await client.post(path, json={**BODIES[path], **prompt, **fields})
+    assert response.status_code == 200, response.text
+    assert set(threads) == {"put_before", "prompt" if "prompt_logprobs" in fields else "completion"}
+    assert all(threading.get_ident() not in found for found in threads.values())
+
+
+@pytest.mark.parametrize(
+    ("path", "fields", "schema"),
+    [
+        (CHAT, {"logprobs": True, "top_logprobs": 1, "prompt_logprobs": 1, "n": 2}, ChatCompletion),
+        (TEXT, {"logprobs": 1, "prompt_logprobs": 1, "echo": True, "n": 2}, Completion),
+    ],
+)
+async def test_logprobs_are_as_the_schema_says(
+    client: httpx.AsyncClient,
+    function: FakeFunction,
+    byte_level: Tokenizer,
+    path: str,
+    fields: dict[str, Any],
+    schema: type[ChatCompletion | Completion],
+) -> None:
+    text = 'Zür "\\\n'
+    function.script = echo_script(byte_level.encode(text).ids)
+    body = await post(client, path, **fields)
+    answer = schema.model_validate(body, strict=True)
+    assert body == answer.model_dump()
