@@ -7,11 +7,13 @@ complete. Does not know how the text is sent.
 import asyncio
 from collections.abc import Awaitable, Callable, Sequence
 from contextlib import AsyncExitStack
+from functools import partial
 from types import TracebackType
 from typing import Self
 
 from controller.clock import Clock
 from controller.errors import InternalError
+from controller.gateway.logprobs import off_loop
 from controller.gateway.pieces import Piece, TokenReport
 from controller.gateway.prompt_echo import PromptEcho
 from controller.gateway.reader import AnswerReader
@@ -23,7 +25,7 @@ from controller.gateway.schemas.common import (
 )
 from controller.metrics import Metrics
 from controller.scaling.activation import PhaseTiming
-from controller.scaling.generation import Generation
+from controller.scaling.generation import Generation, TokenChunk
 
 Emit = Callable[[int, Piece], Awaitable[None]]
 """Takes a choice's index and what is new of it."""
@@ -75,7 +77,7 @@ class Choice:
                 if last_at is not None:
                     gaps.observe((now - last_at) / len(chunk.token_ids))
                 last_at = now
-            piece = self._reader.read(chunk)
+            piece = await self._told(chunk) if chunk.prompt_logprobs else self._reader.read(chunk)
             if piece.finish_reason is not None:
                 self.generation.record.outcome = piece.finish_reason
                 await self._admission.aclose()
@@ -85,12 +87,25 @@ class Choice:
                 await emit(index, piece)
         raise InternalError("the generation ended without a finish reason")
 
+    async def _told(self, chunk: TokenChunk) -> Piece:
+        """Read the chunk that tells of the prompt."""
+        read = partial(self._reader.read, chunk)
+        return await off_loop(read, num_tokens=len(self.prompt_token_ids))
+
 
 class Answer:
-    """All choices of one call; enter to admit them, run to generate, exit to leave them."""
+    """All choices of one call; enter to admit them, run to generate, exit to leave them.
 
-    def __init__(self, choices: Sequence[Choice], *, metrics: Metrics, clock: Clock) -> None:
+    Args:
+        choices: Those of one prompt are in a row.
+        num_per_prompt: How many choices each prompt has.
+    """
+
+    def __init__(
+        self, choices: Sequence[Choice], *, num_per_prompt: int, metrics: Metrics, clock: Clock
+    ) -> None:
         self._choices = choices
+        self._num_per_prompt = num_per_prompt
         self._metrics = metrics
         self._clock = clock
         self._admissions = AsyncExitStack()
@@ -131,9 +146,9 @@ class Answer:
         """Return the prompt of a choice."""
         return list(self._choices[index].prompt_token_ids)
 
-    def prompt_tokens(self, index: int) -> Sequence[TokenReport]:
-        """Return what is to be told of a choice's prompt, once the choice has begun."""
-        echo = self._choices[index].echo
+    def prompt_tokens(self, number: int) -> Sequence[TokenReport]:
+        """Return what is to be told of a prompt, once its first choice has begun."""
+        echo = self._choices[number * self._num_per_prompt].echo
         return () if echo is None else echo.tokens
 
     @property
@@ -164,8 +179,8 @@ class Answer:
 
     @property
     def usage(self) -> Usage:
-        """Tokens over all choices, as far as they were generated."""
-        records = [choice.generation.record for choice in self._choices]
+        """Tokens of each prompt once and of all choices, as far as they were generated."""
+        records = [choice.generation.record for choice in self._choices[:: self._num_per_prompt]]
         num_prompt = sum(record.num_prompt_tokens for record in records)
         num_output = sum(choice.num_output_tokens for choice in self._choices)
         num_cached = sum(record.num_cached_tokens for record in records)

@@ -5,7 +5,6 @@ from dataclasses import dataclass, field, replace
 from typing import Annotated
 
 from fastapi import Depends, Request
-from pydantic import TypeAdapter
 
 from controller.clock import Clock
 from controller.errors import ContextLengthExceeded, InvalidRequest
@@ -15,11 +14,10 @@ from controller.gateway.dialect import Dialect
 from controller.gateway.grammars import check_grammar
 from controller.gateway.logprobs import LogprobWriter
 from controller.gateway.pieces import Piece, TokenReport
-from controller.gateway.prompt_echo import PromptEcho
+from controller.gateway.prompt_echo import PromptEcho, PromptText
 from controller.gateway.reader import AnswerReader
 from controller.gateway.reply import ReplyPlan, ReplyReader
-from controller.gateway.sampling import sampling_params, seeded
-from controller.gateway.schemas.common import PromptLogprobs
+from controller.gateway.sampling import of_choice, sampling_params
 from controller.gateway.schemas.generation import GenerationBody
 from controller.gateway.schemas.sampling import SamplingBody
 from controller.gateway.schemas.tools import FunctionCall, ToolCall
@@ -124,13 +122,14 @@ class Call:
                 bad_words=bad_words,
                 grammar=grammar,
             )
+            told = await self._told(body, prompt)
             for number in range(body.num_choices):
                 request = GenerationRequest(
                     request_id=self.request_id
                     if num_choices == 1
                     else f"{self.request_id}-{len(choices)}",
                     prompt_token_ids=prompt,
-                    sampling=seeded(sampling, body.seed, number),
+                    sampling=of_choice(sampling, body, number),
                     num_bytes=self.num_bytes // num_choices,
                     key_id=self.key_id,
                     received_at=self.received_at,
@@ -138,10 +137,15 @@ class Call:
                     priority=min((body.priority or 0) + self.priority, MAX_PRIORITY),
                     cache_salt=body.cache_salt or "",
                 )
-                echo = await self._echo(body, prompt)
+                echo = None if told is None else self._echo(body, told)
                 reader = self._reader(body, echo, plan)
                 choices.append(Choice(self.function.generate(request), reader, prompt, echo))
-        return Answer(choices, metrics=self.gateway.metrics, clock=self.gateway.clock)
+        return Answer(
+            choices,
+            num_per_prompt=body.num_choices,
+            metrics=self.gateway.metrics,
+            clock=self.gateway.clock,
+        )
 
     @property
     def dialect(self) -> Dialect:
@@ -152,14 +156,9 @@ class Call:
         """Return what writes log-probabilities as the request wants them."""
         return LogprobWriter(self.text.token_bytes, as_ids=bool(body.return_tokens_as_token_ids))
 
-    def prompt_logprobs(
-        self, body: GenerationBody, tokens: Sequence[TokenReport]
-    ) -> PromptLogprobs | None:
-        """Return how likely a prompt's tokens were, if the request asks for it."""
-        if body.prompt_logprobs is None:
-            return None
-        told = self.logprob_writer(body).prompt(tokens)
-        return TypeAdapter(PromptLogprobs).validate_python(told)
+    def prompt_logprobs(self, body: GenerationBody, tokens: Sequence[TokenReport]) -> bytes | None:
+        """Write as JSON how likely a prompt's tokens were, if the request asks for it."""
+        return None if body.prompt_logprobs is None else self.logprob_writer(body).prompt(tokens)
 
     def check_token_ids(self, token_ids: Collection[int], *, param: str) -> None:
         """Refuse ids the model does not have.
@@ -195,16 +194,17 @@ class Call:
         self.check_token_ids(body.allowed_token_ids or (), param="allowed_token_ids")
         self.check_token_ids([int(key) for key in body.logit_bias or ()], param="logit_bias")
 
-    async def _echo(self, body: SamplingBody, prompt: Sequence[int]) -> PromptEcho | None:
-        """Return what tells the prompt, if the request asks for it."""
+    async def _told(self, body: SamplingBody, prompt: Sequence[int]) -> PromptText | None:
+        """Return what is to be told of a prompt, if the request asks for it."""
         if not body.echoes_prompt and body.num_prompt_logprobs is None:
             return None
         shows_special = body.skip_special_tokens is False
         told = await self.text.prompt_text(prompt, skip_special_tokens=not shows_special)
+        return told if body.echoes_prompt else replace(told, text="")
+
+    def _echo(self, body: SamplingBody, told: PromptText) -> PromptEcho:
         return PromptEcho(
-            told if body.echoes_prompt else replace(told, text=""),
-            has_tokens=body.echoes_prompt and body.num_logprobs is not None,
-            drops_answer=body.max_new_tokens == 0,
+            told, has_tokens=body.echoes_tokens, drops_answer=body.max_new_tokens == 0
         )
 
     def _reader(

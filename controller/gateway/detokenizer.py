@@ -107,14 +107,29 @@ class StopFilter:
         """Take more text; return what can be sent. After a hit there is nothing more to send."""
         if not self._stops:
             return text
-        held = self._held + text
-        # The stop that ends first wins, else the cut would depend on how the text arrives.
-        hits = ((at + len(stop), at, stop) for stop in self._stops if (at := held.find(stop)) >= 0)
+        num_old, held = len(self._held), self._held + text
+        # The stop that ends first wins, else the cut would depend on how the text arrives. One
+        # that ended in the old text was passed over.
+        hits = (
+            (at + len(stop), at, stop)
+            for stop in self._stops
+            if (at := held.find(stop, max(0, num_old - len(stop) + 1))) >= 0
+        )
         first = min(hits, default=None)
         if first is not None:
             end, start, self.hit = first
             self.is_hit, self._held = True, ""
             return held[: end if self._is_kept else start]
+        return self.pass_over(text)
+
+    def pass_over(self, text: str) -> str:
+        """Take more text, in which no stop string ends that counts; return what can be sent.
+
+        One that begins here and ends later counts, so its beginning is held back as ever.
+        """
+        if not self._stops:
+            return text
+        held = self._held + text
         cut = min(beginning_of(stop, held) for stop in self._stops)
         self._held = held[cut:]
         return held[:cut]

@@ -1,12 +1,31 @@
-"""Log-probabilities in the shapes of OpenAI's two endpoints."""
+"""Log-probabilities in the shapes of OpenAI's two endpoints, as JSON.
 
-from collections.abc import Sequence
-from typing import Any
+A long prompt has hundreds of thousands of them. So they are written token by token: it takes
+little memory, and a thread that does it lets the event loop go on between any two tokens.
+"""
+
+import asyncio
+import json
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from typing import Any, TypeVar
 
 from controller.gateway.pieces import TokenReport
+from controller.gateway.schemas.common import json_list
 from controller.gateway.token_bytes import TokenBytes
 
 NEVER = -9999.0  # JSON has no minus infinity; what OpenAI writes instead
+MANY_TOKENS = 128  # more are written in a thread: about 5 ms, with the likeliest 20 of each
+
+Write = Callable[[Sequence[TokenReport]], bytes]
+"""Writes tokens and how likely they were as JSON."""
+Result = TypeVar("Result")
+
+_escape = json.JSONEncoder(ensure_ascii=False, separators=(",", ":")).encode
+
+
+async def off_loop(work: Callable[[], Result], *, num_tokens: int) -> Result:
+    """Return what work on tokens returns; with many it is done in a thread."""
+    return work() if num_tokens <= MANY_TOKENS else await asyncio.to_thread(work)
 
 
 class LogprobWriter:
@@ -21,9 +40,9 @@ class LogprobWriter:
         self._token_bytes = token_bytes
         self._as_ids = as_ids
 
-    def chat(self, tokens: Sequence[TokenReport]) -> dict[str, Any]:
-        """Return `logprobs` of a chat completion's choice."""
-        content = [
+    def content(self, tokens: Sequence[TokenReport]) -> Iterator[dict[str, Any]]:
+        """Yield tokens as chat completions and responses have them."""
+        return (
             {
                 **self._entry(token.token_id, token.logprobs.logprob),
                 "top_logprobs": [
@@ -35,24 +54,27 @@ class LogprobWriter:
             }
             for token in tokens
             if token.logprobs is not None
-        ]
-        return {"content": content, "refusal": None}
+        )
 
-    def completion(self, tokens: Sequence[TokenReport]) -> dict[str, Any]:
-        """Return `logprobs` of a completion's choice."""
-        return {
-            "text_offset": [token.offset for token in tokens],
-            "token_logprobs": [
+    def chat(self, tokens: Sequence[TokenReport]) -> bytes:
+        """Write `logprobs` of a chat completion's choice."""
+        return b'{"content":%b,"refusal":null}' % _list(self.content(tokens))
+
+    def completion(self, tokens: Sequence[TokenReport]) -> bytes:
+        """Write `logprobs` of a completion's choice."""
+        return b'{"text_offset":%b,"token_logprobs":%b,"tokens":%b,"top_logprobs":%b}' % (
+            _list(token.offset for token in tokens),
+            _list(
                 None if token.logprobs is None else _finite(token.logprobs.logprob)
                 for token in tokens
-            ],
-            "tokens": [self._text(token.token_id) for token in tokens],
-            "top_logprobs": [self._likeliest(token) for token in tokens],
-        }
+            ),
+            _list(self._text(token.token_id) for token in tokens),
+            _list(self._likeliest(token) for token in tokens),
+        )
 
-    def prompt(self, tokens: Sequence[TokenReport]) -> list[dict[str, Any] | None]:
-        """Return vLLM's `prompt_logprobs`."""
-        return [self._in_place(token) for token in tokens]
+    def prompt(self, tokens: Sequence[TokenReport]) -> bytes:
+        """Write vLLM's `prompt_logprobs`."""
+        return _list(self._in_place(token) for token in tokens)
 
     def _in_place(self, token: TokenReport) -> dict[str, Any] | None:
         found = token.logprobs
@@ -95,6 +117,10 @@ class LogprobWriter:
         if self._as_ids:
             return f"token_id:{token_id}"
         return self._token_bytes[token_id].decode("utf-8", errors="replace")
+
+
+def _list(items: Iterable[object]) -> bytes:
+    return json_list(_escape(item).encode() for item in items)
 
 
 def _finite(logprob: float) -> float:

@@ -16,7 +16,8 @@ class AnswerReader:
         detokenizer: Fresh, of the generation's model.
         stop_filter: Fresh, with the call's stop strings.
         stop_token_ids: The call's stop tokens.
-        min_tokens: Stop strings count only after so many tokens.
+        min_tokens: Stop strings that are complete within so many tokens do not count. One that
+            begins there and ends later does, and is cut off from where it begins (as in vLLM).
         reports_tokens: Whether pieces carry their tokens.
         echo: Puts the prompt before the answer, if that is to be told.
     """
@@ -74,7 +75,9 @@ class AnswerReader:
 
     def _filtered(self, text: str) -> str:
         self._num_read += 1
-        return text if self._num_read <= self._min_tokens else self._stop_filter.feed(text)
+        if self._num_read <= self._min_tokens:
+            return self._stop_filter.pass_over(text)
+        return self._stop_filter.feed(text)
 
     def _report(self, chunk: TokenChunk, parts: list[str]) -> None:
         """Read tokens and keep what is to be told of them."""

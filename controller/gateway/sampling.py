@@ -81,13 +81,18 @@ def sampling_params(
     )
 
 
-def seeded(sampling: pb.SamplingParams, seed: int | None, choice: int) -> pb.SamplingParams:
-    """Return parameters for one of several answers to a prompt; each draws otherwise."""
-    if seed is None:
-        return sampling
+def of_choice(sampling: pb.SamplingParams, body: SamplingBody, choice: int) -> pb.SamplingParams:
+    """Return parameters for one of several answers to a prompt.
+
+    Each draws otherwise. The first tells how likely the prompt was, the others only if they echo
+    that: to know it, the engine has to compute the whole prompt again.
+    """
     own = pb.SamplingParams()
     own.CopyFrom(sampling)
-    own.seed = (seed + choice) & UINT64_MASK
+    if body.seed is not None:
+        own.seed = (body.seed + choice) & UINT64_MASK
+    if choice and not body.echoes_tokens:
+        own.ClearField("num_prompt_logprobs")
     return own
 
 

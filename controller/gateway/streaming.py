@@ -8,6 +8,7 @@ import json
 from collections.abc import AsyncIterator, Callable, Iterable, Mapping, Sequence
 from contextlib import asynccontextmanager
 from dataclasses import dataclass
+from functools import partial
 from typing import Any, Protocol
 
 import structlog
@@ -16,7 +17,8 @@ from starlette.types import Receive, Scope, Send
 
 from controller.errors import ApiError, InternalError
 from controller.gateway.answers import Answer
-from controller.gateway.pieces import Piece, TokenReport
+from controller.gateway.logprobs import Write, off_loop
+from controller.gateway.pieces import Piece
 from controller.gateway.schemas.common import Usage
 from controller.gateway.stalls import ClientStalled, StallWatch
 from controller.gateway.tool_calls.base import CallDelta
@@ -62,9 +64,6 @@ TEXT_CHUNK = ChunkShape(
 )
 
 
-Logprobs = Callable[[Sequence[TokenReport]], dict[str, Any]]
-
-
 class EventWriter(Protocol):
     """Makes the events of one streamed answer."""
 
@@ -102,7 +101,7 @@ class ChunkWriter:
         usage: Callable[[], Usage],
         includes_usage: bool,
         continues_usage: bool = False,
-        logprobs: Logprobs | None = None,
+        logprobs: Write | None = None,
         prompt_of: Callable[[int], list[int]] | None = None,
     ) -> None:
         self._shape = shape
@@ -154,9 +153,10 @@ class ChunkWriter:
         return f"data: {_escape(error.envelope())}\n\n".encode()
 
     def _event(self, index: int, body: str, piece: Piece) -> bytes:
-        fields: dict[str, object] = {"logprobs": None, "finish_reason": piece.finish_reason}
+        logprobs = b"null"
         if self._logprobs is not None and piece.tokens:
-            fields["logprobs"] = self._logprobs(piece.tokens)
+            logprobs = self._logprobs(piece.tokens)
+        fields: dict[str, object] = {"finish_reason": piece.finish_reason}
         if piece.finish_reason is not None:
             fields["stop_reason"] = piece.stop_reason
         if self._prompt_of is not None:
@@ -169,7 +169,8 @@ class ChunkWriter:
                 fields |= prompt
         if self._continues_usage:
             tail = f',"usage":{self._usage().model_dump_json()}}}\n\n'
-        return f"{head}{index},{body},{_escape(fields)[1:]}]{tail}".encode()
+        before = f'{head}{index},{body},"logprobs":'.encode()
+        return before + logprobs + f",{_escape(fields)[1:]}]{tail}".encode()
 
     def _new_prompt(self, index: int) -> dict[str, list[int]]:
         """Return the prompt of a choice as a field, the first time if it is to be told."""
@@ -238,7 +239,12 @@ class EventStream(Response):
                 await self._write(f": timing {server_timing(self._answer.timeline)}\n\n".encode())
             self._opened.add(index)
             opening = self._writer.opening(index)
-        await self._write(opening + self._writer.piece(index, piece))
+        if piece.tokens:
+            write = partial(self._writer.piece, index, piece)
+            event = await off_loop(write, num_tokens=len(piece.tokens))
+        else:
+            event = self._writer.piece(index, piece)
+        await self._write(opening + event)
 
     async def _fail(self, error: ApiError, scope: Scope) -> None:
         if not self._is_started:

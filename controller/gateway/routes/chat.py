@@ -8,13 +8,14 @@ from fastapi import APIRouter, Request, Response
 from controller.gateway.bodies import JsonRoute
 from controller.gateway.calls import Call, GatewayDependency, Whole, collect
 from controller.gateway.failures import ANSWER_RESPONSES
+from controller.gateway.logprobs import off_loop
 from controller.gateway.schemas.chat import (
     AssistantMessage,
     ChatChoice,
     ChatCompletion,
     ChatCompletionRequest,
 )
-from controller.gateway.schemas.common import ChatLogprobs, FinishReason
+from controller.gateway.schemas.common import FinishReason, json_list, json_of
 from controller.gateway.streaming import CHAT_CHUNK, ChunkWriter, EventStream, answer_headers
 from controller.gateway.turns import answer_turn
 
@@ -43,28 +44,36 @@ async def create_chat_completion(
         )
         return EventStream(answer, writer, heartbeat_s=gateway.settings.heartbeat_s)
     wholes = await collect(answer)
-    choices = [
-        ChatChoice(
-            index=index,
-            message=assistant_message(whole),
-            logprobs=ChatLogprobs(**logprobs(whole.tokens)) if logprobs else None,
-            finish_reason=cast("FinishReason", whole.finish_reason),
-            stop_reason=whole.stop_reason,
-            token_ids=whole.token_ids if body.return_token_ids else None,
+    prompt = answer.prompt_tokens(0)
+
+    def write() -> bytes:
+        choices = [
+            json_of(
+                ChatChoice(
+                    index=index,
+                    message=assistant_message(whole),
+                    finish_reason=cast("FinishReason", whole.finish_reason),
+                    stop_reason=whole.stop_reason,
+                    token_ids=whole.token_ids if body.return_token_ids else None,
+                ),
+                logprobs=logprobs(whole.tokens) if logprobs else None,
+            )
+            for index, whole in enumerate(wholes)
+        ]
+        completion = ChatCompletion(
+            id=chat_id,
+            created=created,
+            model=body.model,
+            choices=[],
+            usage=answer.usage,
+            prompt_token_ids=answer.prompt_of(0) if body.return_token_ids else None,
         )
-        for index, whole in enumerate(wholes)
-    ]
-    completion = ChatCompletion(
-        id=chat_id,
-        created=created,
-        model=body.model,
-        choices=choices,
-        usage=answer.usage,
-        prompt_token_ids=answer.prompt_of(0) if body.return_token_ids else None,
-        prompt_logprobs=call.prompt_logprobs(body, answer.prompt_tokens(0)),
-    )
+        told = call.prompt_logprobs(body, prompt)
+        return json_of(completion, choices=json_list(choices), prompt_logprobs=told)
+
+    num_told = len(prompt) + sum(len(whole.tokens) for whole in wholes)
     return Response(
-        completion.model_dump_json(),
+        await off_loop(write, num_tokens=num_told),
         media_type="application/json",
         headers=answer_headers(answer),
     )

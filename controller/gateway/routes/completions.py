@@ -17,7 +17,8 @@ from controller.gateway.calls import (
 )
 from controller.gateway.failures import ANSWER_RESPONSES
 from controller.gateway.infill import Infill
-from controller.gateway.schemas.common import CompletionLogprobs, FinishReason
+from controller.gateway.logprobs import off_loop
+from controller.gateway.schemas.common import FinishReason, json_list, json_of
 from controller.gateway.schemas.completions import (
     Completion,
     CompletionChoice,
@@ -65,24 +66,34 @@ async def create_completion(
             prompt_of=answer.prompt_of if body.return_token_ids else None,
         )
         return EventStream(answer, writer, heartbeat_s=gateway.settings.heartbeat_s)
-    choices = [
-        CompletionChoice(
-            index=index,
-            text=whole.text,
-            logprobs=CompletionLogprobs(**logprobs(whole.tokens)) if logprobs else None,
-            finish_reason=cast("FinishReason", whole.finish_reason),
-            stop_reason=whole.stop_reason,
-            token_ids=whole.token_ids if body.return_token_ids else None,
-            prompt_token_ids=answer.prompt_of(at) if body.return_token_ids else None,
-            prompt_logprobs=call.prompt_logprobs(body, answer.prompt_tokens(at)),
+    best = _best(await collect(answer), body)
+    told = [answer.prompt_tokens(number) for number in range(len(prompts))]
+
+    def write() -> bytes:
+        prompt_logprobs = [call.prompt_logprobs(body, tokens) for tokens in told]
+        choices = [
+            json_of(
+                CompletionChoice(
+                    index=index,
+                    text=whole.text,
+                    finish_reason=cast("FinishReason", whole.finish_reason),
+                    stop_reason=whole.stop_reason,
+                    token_ids=whole.token_ids if body.return_token_ids else None,
+                    prompt_token_ids=answer.prompt_of(at) if body.return_token_ids else None,
+                ),
+                logprobs=logprobs(whole.tokens) if logprobs else None,
+                prompt_logprobs=prompt_logprobs[at // body.num_choices],
+            )
+            for index, (at, whole) in enumerate(best)
+        ]
+        completion = Completion(
+            id=completion_id, created=created, model=body.model, choices=[], usage=answer.usage
         )
-        for index, (at, whole) in enumerate(_best(await collect(answer), body))
-    ]
-    completion = Completion(
-        id=completion_id, created=created, model=body.model, choices=choices, usage=answer.usage
-    )
+        return json_of(completion, choices=json_list(choices))
+
+    num_told = sum(map(len, told)) + sum(len(whole.tokens) for _, whole in best)
     return Response(
-        completion.model_dump_json(),
+        await off_loop(write, num_tokens=num_told),
         media_type="application/json",
         headers=answer_headers(answer),
     )

@@ -130,10 +130,10 @@ def kept_responses_router(store: ResponseStore, background: BackgroundResponses)
 def _draft(
     store: ResponseStore, call: Call, body: ResponseRequest, turn: ResponseTurn, answer: Answer
 ) -> ResponseDraft:
-    logprobs = call.logprob_writer(body).chat if body.num_logprobs is not None else None
+    logprobs = call.logprob_writer(body).content if body.num_logprobs is not None else None
     return ResponseDraft(
         turn.response,
-        OutputItems(None if logprobs is None else lambda tokens: logprobs(tokens)["content"]),
+        OutputItems(None if logprobs is None else lambda tokens: list(logprobs(tokens))),
         keep=partial(_keep, store, call.key_id, turn.conversation) if body.is_kept else None,
         usage=lambda: answer.usage,
         clock=call.gateway.clock,

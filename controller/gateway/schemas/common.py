@@ -1,5 +1,6 @@
 """Parts of several answers: usage and the error envelope."""
 
+from collections.abc import Iterable
 from typing import Literal
 
 from pydantic import BaseModel
@@ -20,7 +21,7 @@ class CompletionTokensDetails(BaseModel):
 
 
 class Usage(BaseModel):
-    """Tokens of one call, counted here; over all its prompts."""
+    """Tokens of one call, counted here; each prompt once, however many answers it has."""
 
     prompt_tokens: int
     completion_tokens: int
@@ -69,6 +70,20 @@ class PromptLogprob(BaseModel):
 
 PromptLogprobs = list[dict[str, PromptLogprob] | None]
 """For each token of a prompt but the first: itself and the likeliest ones, by token id."""
+
+
+def json_of(body: BaseModel, **written: bytes | None) -> bytes:
+    """Return a body as JSON, with the fields that are JSON already put in as they are."""
+    fields = {name: value for name, value in written.items() if value is not None}
+    parts = [body.model_dump_json(exclude=set(fields)).encode()[:-1]]
+    for name, value in fields.items():
+        parts += [b',"%b":' % name.encode(), value]
+    return b"".join([*parts, b"}"])
+
+
+def json_list(items: Iterable[bytes]) -> bytes:
+    """Return a list of what is JSON already."""
+    return b"[%b]" % b",".join(items)
 
 
 class ErrorDetails(BaseModel):

@@ -270,6 +270,11 @@ class SamplingBody(ApiBody):
         return False
 
     @property
+    def echoes_tokens(self) -> bool:
+        """Whether the prompt's tokens are told with those of every answer."""
+        return self.echoes_prompt and self.num_logprobs is not None
+
+    @property
     def reports_tokens(self) -> bool:
         """Whether something is to be told of the answer's tokens."""
         return self.num_logprobs is not None

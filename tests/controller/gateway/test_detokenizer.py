@@ -92,6 +92,21 @@ def test_text_that_could_begin_a_stop_string_is_held_back() -> None:
     assert stop_filter.is_hit
 
 
+def test_stop_string_that_begins_in_text_passed_over_is_cut_off_whole() -> None:
+    stop_filter = StopFilter(["END"])
+    assert [stop_filter.pass_over(part) for part in ("x", "E")] == ["x", ""]
+    assert [stop_filter.feed(part) for part in ("N", "D y")] == ["", ""]
+    assert stop_filter.hit == "END"
+
+
+def test_stop_string_that_ends_in_text_passed_over_does_not_count() -> None:
+    stop_filter = StopFilter(["END", "xENDyz"])
+    assert stop_filter.pass_over("an END, xEND") == "an END, "
+    assert stop_filter.feed("y") == ""
+    assert stop_filter.feed(".") == "xENDy."
+    assert not stop_filter.is_hit
+
+
 def test_nothing_is_held_back_that_cannot_begin_a_stop_string() -> None:
     stop_filter = StopFilter(["STOP", "halt"])
     assert stop_filter.feed("some text S") == "some text "

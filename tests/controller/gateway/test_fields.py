@@ -1,6 +1,8 @@
 """What each field of a request does, from the body to the engine's parameters and back."""
 
-from collections.abc import Iterable
+import threading
+from collections import defaultdict
+from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
 
@@ -8,6 +10,10 @@ import httpx
 import pytest
 from tokenizers import Tokenizer
 
+from controller.gateway.logprobs import MANY_TOKENS, LogprobWriter
+from controller.gateway.prompt_echo import PromptEcho
+from controller.gateway.schemas.chat import ChatCompletion
+from controller.gateway.schemas.completions import Completion
 from controller.scaling.generation import GenerationRequest, TokenChunk
 from runtime.rpc import inference_pb2 as pb
 from tests.controller.gateway.conftest import AppMaker, client_of
@@ -103,6 +109,48 @@ async def test_several_answers_have_their_own_seeds_and_indices(
     assert [each.request.sampling.seed for each in function.generations] == [41, 42, 43]
     assert len({each.request.request_id for each in function.generations}) == 3
     assert body["usage"]["completion_tokens"] % 3 == 0
+
+
+@pytest.mark.parametrize("stream", [False, True])
+@pytest.mark.parametrize(
+    ("path", "fields", "num_answers"),
+    [
+        (CHAT, {"n": 3}, 3),
+        (TEXT, {"n": 3}, 3),
+        (TEXT, {"prompt": ["one", "and another", "one"], "n": 2}, 6),
+    ],
+)
+async def test_each_prompt_is_counted_once_however_many_answers_it_has(
+    client: httpx.AsyncClient,
+    function: FakeFunction,
+    path: str,
+    fields: dict[str, Any],
+    num_answers: int,
+    stream: bool,
+) -> None:
+    options = {"stream": True, "stream_options": {"include_usage": True}} if stream else {}
+    response = await client.post(path, json={**BODIES[path], **fields, **options})
+    usage = (events(response.text)[-2] if stream else response.json())["usage"]
+    assert len(function.generations) == num_answers
+    firsts = function.generations[:: fields["n"]]
+    num_prompt = sum(len(each.request.prompt_token_ids) for each in firsts)
+    assert usage["prompt_tokens"] == num_prompt
+    assert usage["total_tokens"] == num_prompt + usage["completion_tokens"]
+
+
+async def test_cached_tokens_of_a_prompt_are_those_its_first_answer_found(
+    client: httpx.AsyncClient, function: FakeFunction
+) -> None:
+    numbers = iter([4, 6, 6, 1, 2, 2])
+
+    def script(request: GenerationRequest) -> Iterable[Step]:
+        record = next(e.record for e in function.generations if e.request is request)
+        record.num_cached_tokens = next(numbers)
+        yield TokenChunk([2], finish_reason="stop")
+
+    function.script = script
+    body = await post(client, TEXT, prompt=["one", "two"], n=3)
+    assert body["usage"]["prompt_tokens_details"]["cached_tokens"] == 4 + 1
 
 
 async def test_answers_of_one_prompt_are_in_a_row(
@@ -280,6 +328,26 @@ async def test_stop_strings_count_after_min_tokens(
     body = await post(client, TEXT, stop="warm", min_tokens=first)
     assert body["choices"][0]["text"] == "warm "
     assert (await post(client, TEXT, stop="warm"))["choices"][0]["text"] == ""
+
+
+@pytest.mark.parametrize("stream", [False, True])
+async def test_stop_string_may_begin_within_min_tokens_and_end_later(
+    client: httpx.AsyncClient, function: FakeFunction, byte_level: Tokenizer, stream: bool
+) -> None:
+    tokens = [byte_level.encode(letter).ids[0] for letter in "xENDyENDz"]
+    function.script = lambda request: [
+        *(TokenChunk([token]) for token in tokens),
+        TokenChunk([], finish_reason="length"),
+    ]
+    for min_tokens, text in ((0, "x"), (2, "x"), (3, "x"), (4, "xENDy"), (8, "xENDyENDz")):
+        fields = {"stop": "END", "min_tokens": min_tokens, "stream": stream}
+        response = await client.post(TEXT, json={**PROMPT, **fields})
+        if stream:
+            choices = [event["choices"][0] for event in events(response.text)[:-1]]
+        else:
+            choices = response.json()["choices"]
+        assert "".join(choice["text"] for choice in choices) == text
+        assert choices[-1]["finish_reason"] == ("length" if min_tokens == 8 else "stop")
 
 
 async def test_special_tokens_are_shown_if_asked_for(
@@ -488,3 +556,91 @@ async def test_prompt_logprobs_are_told_in_vllms_shape(
     }
     choice = body["choices"][0]
     assert (choice["text"] if path == TEXT else choice["message"]["content"]) == "tea"
+
+
+async def test_a_prompts_logprobs_are_asked_for_once_and_told_with_each_answer(
+    client: httpx.AsyncClient, function: FakeFunction, byte_level: Tokenizer
+) -> None:
+    function.script = echo_script(byte_level.encode("tea").ids)
+    body = await post(client, TEXT, prompt=["one", "and another"], n=2, prompt_logprobs=1)
+    asked = [each.request.sampling for each in function.generations]
+    assert [one.HasField("num_prompt_logprobs") for one in asked] == [True, False, True, False]
+    for index, generation in enumerate(function.generations):
+        told = body["choices"][index]["prompt_logprobs"]
+        prompt = generation.request.prompt_token_ids
+        found = [entry[str(id)]["logprob"] for id, entry in zip(prompt[1:], told[1:], strict=True)]
+        assert found == [-float(position) for position in range(1, len(prompt))]
+
+
+@pytest.mark.parametrize("fields", [{"n": 2}, {"best_of": 2}])
+async def test_every_answer_that_echoes_logprobs_asks_for_the_prompts(
+    client: httpx.AsyncClient, function: FakeFunction, byte_level: Tokenizer, fields: dict[str, int]
+) -> None:
+    function.script = echo_script(byte_level.encode("tea").ids)
+    body = await post(client, TEXT, prompt="hot", echo=True, logprobs=1, **fields)
+    for choice in body["choices"]:
+        assert choice["logprobs"]["token_logprobs"] == [None, -1.0, -2.0, *[-0.25] * 3]
+    asked = [each.request.sampling for each in function.generations]
+    assert [one.HasField("num_prompt_logprobs") for one in asked] == [True, True]
+
+
+@pytest.mark.parametrize(
+    ("path", "fields"),
+    [
+        (CHAT, {"prompt_logprobs": 1}),
+        (TEXT, {"prompt_logprobs": 1, "n": 2}),
+        (TEXT, {"echo": True, "logprobs": 1}),
+        (TEXT, {"echo": True, "logprobs": 1, "stream": True}),
+    ],
+)
+async def test_long_prompts_are_told_off_the_event_loop(
+    client: httpx.AsyncClient,
+    function: FakeFunction,
+    monkeypatch: pytest.MonkeyPatch,
+    path: str,
+    fields: dict[str, Any],
+) -> None:
+    function.script = echo_script([104])
+    threads: dict[str, set[int]] = defaultdict(set)
+
+    def watch(owner: type, name: str, num_tokens: Callable[[Any], int]) -> None:
+        method = getattr(owner, name)
+
+        def watched(*args: Any) -> Any:
+            if num_tokens(args) > MANY_TOKENS:
+                threads[name].add(threading.get_ident())
+            return method(*args)
+
+        monkeypatch.setattr(owner, name, watched)
+
+    watch(LogprobWriter, "prompt", lambda args: len(args[1]))
+    watch(LogprobWriter, "completion", lambda args: len(args[1]))
+    watch(PromptEcho, "put_before", lambda args: len(args[0].prompt.token_ids) * len(args[2]))
+    text = "hot tea " * 20
+    prompt = {"messages": [{"role": "user", "content": text}]} if path == CHAT else {"prompt": text}
+    response = await client.post(path, json={**BODIES[path], **prompt, **fields})
+    assert response.status_code == 200, response.text
+    assert set(threads) == {"put_before", "prompt" if "prompt_logprobs" in fields else "completion"}
+    assert all(threading.get_ident() not in found for found in threads.values())
+
+
+@pytest.mark.parametrize(
+    ("path", "fields", "schema"),
+    [
+        (CHAT, {"logprobs": True, "top_logprobs": 1, "prompt_logprobs": 1, "n": 2}, ChatCompletion),
+        (TEXT, {"logprobs": 1, "prompt_logprobs": 1, "echo": True, "n": 2}, Completion),
+    ],
+)
+async def test_logprobs_are_as_the_schema_says(
+    client: httpx.AsyncClient,
+    function: FakeFunction,
+    byte_level: Tokenizer,
+    path: str,
+    fields: dict[str, Any],
+    schema: type[ChatCompletion | Completion],
+) -> None:
+    text = 'Zür "\\\n'
+    function.script = echo_script(byte_level.encode(text).ids)
+    body = await post(client, path, **fields)
+    answer = schema.model_validate(body, strict=True)
+    assert body == answer.model_dump()

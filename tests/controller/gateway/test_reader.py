@@ -28,6 +28,11 @@ def texts(smollm2_snapshot: Path) -> TokenTexts:
     return TokenTexts(Tokenizer.from_file(str(smollm2_snapshot / "tokenizer.json")))
 
 
+def special_ids(texts: TokenTexts) -> set[int]:
+    added = texts.tokenizer.get_added_tokens_decoder()
+    return {id for id, token in added.items() if token.special}
+
+
 def read(
     texts: TokenTexts,
     chunks: Sequence[Sequence[int]],
@@ -36,11 +41,8 @@ def read(
     is_kept: bool,
     min_tokens: int,
 ) -> list[Piece]:
-    special = {
-        id for id, token in texts.tokenizer.get_added_tokens_decoder().items() if token.special
-    }
     reader = AnswerReader(
-        Detokenizer(texts, special),
+        Detokenizer(texts, special_ids(texts)),
         StopFilter(stops, is_kept=is_kept),
         min_tokens=min_tokens,
         reports_tokens=True,
@@ -79,13 +81,14 @@ def test_pieces_join_to_the_whole_however_tokens_arrive(
         assert pieces[-1][1:3] == whole[-1][1:3]
         tokens = [token for piece in pieces for token in piece.tokens]
         assert tokens == [token for piece in whole for token in piece.tokens]
-    if min_tokens == 0:
-        assert "".join(piece.text for piece in whole) == _cut(text, stops, is_kept)
+    detokenizer = Detokenizer(texts, special_ids(texts))
+    num_passed = sum(len(detokenizer.feed(id)) for id in ids[:min_tokens])
+    assert "".join(piece.text for piece in whole) == _cut(text, stops, is_kept, num_passed)
 
 
-def _cut(text: str, stops: Sequence[str], is_kept: bool) -> str:
-    """Return a text up to the stop string that is complete first."""
-    for end in range(len(text) + 1):
+def _cut(text: str, stops: Sequence[str], is_kept: bool, num_passed: int) -> str:
+    """Return a text up to the stop string that is complete first after so many characters."""
+    for end in range(num_passed + 1, len(text) + 1):
         found = [stop for stop in stops if text[:end].endswith(stop)]
         if found:
             return text[:end] if is_kept else text[: end - len(max(found, key=len))]
