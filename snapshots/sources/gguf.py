@@ -2,7 +2,7 @@
 
 import re
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -64,15 +64,15 @@ class GgufSource:
     @contextmanager
     def open(self, on_progress: OnProgress) -> Iterator["GgufCheckpoint"]:
         """Parse the file's metadata."""
-        yield GgufCheckpoint(self._path)
+        with _parsed(self._path) as reader:
+            yield GgufCheckpoint(self._path, reader)
 
 
 class GgufCheckpoint:
     """An open GGUF file, its tensors under transformers' names."""
 
-    def __init__(self, path: Path) -> None:
+    def __init__(self, path: Path, reader: "GGUFReader") -> None:
         self._path = path
-        reader = _read(path)
         stored = {tensor.name: tensor for tensor in reader.tensors}
         architecture = _architecture(reader, path)
         self.config: Mapping[str, Any] = _config(path, reader, architecture)
@@ -116,20 +116,22 @@ class GgufCheckpoint:
         check_tokenizer(directory)
 
 
-def _read(path: Path) -> "GGUFReader":
-    from gguf import GGUFReader  # build only, pulls in numpy
+@contextmanager
+def _parsed(path: Path) -> Iterator["GGUFReader"]:
+    from snapshots.sources.gguf_reader import parsed  # build only, pulls in numpy
 
-    try:
-        reader = GGUFReader(path)
-    except _PARSE_ERRORS as error:
-        raise SourceInvalid(f"{path} is not a complete GGUF file: {error}") from error
-    split = reader.get_field("split.count")
-    if split is not None and split.contents() > 1:
-        raise SourceUnsupported(
-            f"{path} is one of {split.contents()} parts",
-            hint="join them with `llama-gguf-split --merge`",
-        )
-    return reader
+    with ExitStack() as stack:
+        try:
+            reader = stack.enter_context(parsed(path))
+        except _PARSE_ERRORS as error:
+            raise SourceInvalid(f"{path} is not a complete GGUF file: {error}") from error
+        split = reader.get_field("split.count")
+        if split is not None and split.contents() > 1:
+            raise SourceUnsupported(
+                f"{path} is one of {split.contents()} parts",
+                hint="join them with `llama-gguf-split --merge`",
+            )
+        yield reader
 
 
 def _architecture(reader: "GGUFReader", path: Path) -> Architecture:

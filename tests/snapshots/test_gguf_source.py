@@ -3,7 +3,9 @@
 import json
 import math
 from pathlib import Path
+from typing import Any
 
+import gguf
 import pytest
 import torch
 from gguf import GGMLQuantizationType
@@ -25,6 +27,23 @@ pytestmark = pytest.mark.filterwarnings("default")  # transformers' own
 def gguf_file(tmp_path: Path) -> Path:
     write_gguf(tmp_path / "tiny.gguf", write_tiny_llama(tmp_path / "source"))
     return tmp_path / "tiny.gguf"
+
+
+def test_a_file_is_parsed_once_also_for_transformers(
+    gguf_file: Path, store: SnapshotStore, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    parse, num_parsed = gguf.GGUFReader._build_fields, 0
+
+    def parse_and_count(*arguments: Any) -> int:
+        nonlocal num_parsed
+        num_parsed += 1
+        return parse(*arguments)
+
+    monkeypatch.setattr(gguf.GGUFReader, "_build_fields", parse_and_count)
+    build(GgufSource(gguf_file), store)
+    assert num_parsed == 1
+    gguf.GGUFReader(gguf_file)
+    assert num_parsed == 2, "others parse for themselves again"
 
 
 @pytest.mark.parametrize(
