@@ -6,6 +6,7 @@ Knows nothing of requests beyond the batch it is given.
 import os
 import time
 from collections.abc import Callable, Sequence
+from itertools import accumulate
 from pathlib import Path
 from typing import Self
 
@@ -28,7 +29,7 @@ from runtime.engine.batch import (
     ScheduledSequence,
     TokenMasks,
 )
-from runtime.engine.sequence import PromptLogprobs, SamplingParams, TokenLogprobs
+from runtime.engine.sequence import SamplingParams, TokenLogprobs
 from runtime.engine_api import NothingCompiled
 from runtime.environment import cpu_environment
 from runtime.linux import resident_bytes
@@ -41,7 +42,7 @@ from snapshots.loader import LoadReport
 
 MAX_PREFILL_TOKENS = 256  # products are at full speed, and decodes wait for one such step at most
 ACTIVATION_COPIES = 4  # of the widest intermediate result, all alive at once
-NOT_FINITE = "the model computed logits that are not finite"
+NOT_FINITE = "the model computed numbers that are not finite"
 
 
 class CpuRunner(NothingCompiled):
@@ -232,16 +233,18 @@ class CpuRunner(NothingCompiled):
         """Run the model, and choose tokens unless their masks are still to come."""
         assert self._model is not None, "weights are loaded"
         hidden = self._forward(batch.sequences)
-        prompt_logprobs = report_prompts(batch.sequences, hidden, self._model.logits)
         last_rows, sampled = _sampled_rows(batch.sequences)
+        unsampled = SampledTokens(
+            token_ids=(),
+            faults=self._faults_of_chunks(batch.sequences, hidden),
+            prompt_logprobs=report_prompts(batch.sequences, hidden, self._model.logits),
+        )
         if not sampled:
-            return SampledTokens(token_ids=(), faults={}, prompt_logprobs=prompt_logprobs)
+            return unsampled
         logits = self._model.logits(hidden[last_rows])
         if batch.is_constrained:
-            return _PendingChoice(
-                lambda masks: self._choose(logits, sampled, masks, prompt_logprobs)
-            )
-        return self._choose(logits, sampled, None, prompt_logprobs)
+            return _PendingChoice(lambda masks: self._choose(logits, sampled, masks, unsampled))
+        return self._choose(logits, sampled, None, unsampled)
 
     @torch.inference_mode()
     def _choose(
@@ -249,7 +252,7 @@ class CpuRunner(NothingCompiled):
         logits: Tensor,
         sampled: list[tuple[int, ScheduledSequence]],
         masks: TokenMasks | None,
-        prompt_logprobs: dict[int, PromptLogprobs],
+        unsampled: SampledTokens,
     ) -> SampledTokens:
         rows = [
             SamplingRow(params=item.sampling, seed=item.seed, position=item.end)
@@ -275,9 +278,9 @@ class CpuRunner(NothingCompiled):
         faults = {sampled[row][0]: NOT_FINITE for row in unsound}
         return SampledTokens(
             token_ids=token_ids,
-            faults=faults,
+            faults=unsampled.faults | faults,
             logprobs=logprobs,
-            prompt_logprobs=prompt_logprobs,
+            prompt_logprobs=unsampled.prompt_logprobs,
         )
 
     @torch.inference_mode()
@@ -300,6 +303,21 @@ class CpuRunner(NothingCompiled):
         )
         token_ids = torch.tensor([token_id for item in items for token_id in item.token_ids])
         return self._model.forward(token_ids, self._kv_cache, plan)
+
+    def _faults_of_chunks(
+        self, items: Sequence[ScheduledSequence], hidden: Tensor
+    ) -> dict[int, str]:
+        """Return what is wrong with sequences in the midst of their prompts, by their index.
+
+        What is no number in one token is in all after it, so the last one tells of all.
+        """
+        ends = accumulate(item.num_tokens for item in items)
+        found = {}
+        for index, (item, end) in enumerate(zip(items, ends, strict=True)):
+            if not item.is_sampled and not bool(hidden[end - 1].isfinite().all()):
+                self._scrub(item.block_ids)
+                found[index] = NOT_FINITE
+        return found
 
     def _scrub(self, block_ids: Sequence[int]) -> None:
         """Make blocks finite again: masked, they would still turn their next owner's into NaN."""

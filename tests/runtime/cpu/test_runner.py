@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from transformers import LlamaForCausalLM
 
 from runtime.config import EngineConfig
 from runtime.cpu import linear
@@ -89,10 +90,8 @@ def test_seeded_tokens_are_the_same_in_any_batch() -> None:
     assert len(set(answers[0])) > 5
 
 
-def test_nan_fails_its_sequence_alone_and_its_blocks_are_clean_again() -> None:
-    model = random_llama(tie_word_embeddings=False)
-    expected, _ = generate(new_runner(model), num_tokens=8)
-    poison = next(id for id in range(50, 100) if id not in [*expected, *PROMPT])
+def poisoned_runner(model: LlamaForCausalLM, poison: int) -> CpuRunner:
+    """Return a runner whose model makes no number of one token."""
     tensors = engine_tensors(model)
     embedding = tensors["embed_tokens.weight"].clone()
     embedding[poison] = math.nan
@@ -103,6 +102,30 @@ def test_nan_fails_its_sequence_alone_and_its_blocks_are_clean_again() -> None:
     )
     runner.load_weights()
     runner.allocate_kv()
+    return runner
+
+
+def test_nan_in_the_midst_of_a_prompt_ends_it_there_and_its_blocks_are_clean() -> None:
+    model = random_llama(tie_word_embeddings=False)
+    poison = 98
+    runner = poisoned_runner(model, poison)
+    engine = Engine(EngineConfig(max_num_batched_tokens=8), runner, frozenset())
+    engine.submit(new_request(1, [poison, *range(20)], max_tokens=1))
+    (end,) = engine.step().finished
+    assert end.reason is FinishReason.ERROR
+    assert "not finite" in end.error
+    for id in range(2, 2 + runner.num_kv_blocks):
+        engine.submit(new_request(id, [id] * 3, max_tokens=1))
+    while engine.has_work():
+        for end in engine.step().finished:
+            assert end.reason is FinishReason.LENGTH
+
+
+def test_nan_fails_its_sequence_alone_and_its_blocks_are_clean_again() -> None:
+    model = random_llama(tie_word_embeddings=False)
+    expected, _ = generate(new_runner(model), num_tokens=8)
+    poison = next(id for id in range(50, 100) if id not in [*expected, *PROMPT])
+    runner = poisoned_runner(model, poison)
     engine = Engine(EngineConfig(), runner, frozenset())
     engine.submit(new_request(1, PROMPT, max_tokens=8))
     engine.submit(new_request(2, [poison, 3, 4], max_tokens=8))
