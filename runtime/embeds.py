@@ -6,9 +6,11 @@ from runtime.engine.pooling import Pooled, PoolingRequest
 from runtime.engine.sequence import SequenceKey
 from runtime.engine_api import StepEngine
 from runtime.errors import InvalidSequence, RuntimeFault, TextFailed
+from runtime.ipc import MAX_PAYLOAD_BYTES
 from runtime.rpc import inference_pb2 as pb
 
 MAX_TEXTS = 4096
+MAX_ANSWER_BYTES = MAX_PAYLOAD_BYTES - MAX_TEXTS * 8  # what is around each vector is less
 
 
 class Embeds:
@@ -68,6 +70,17 @@ class Embeds:
             if one.error:
                 self.cancel(call_id)
                 yield call_id, TextFailed(f"text {one.key.sequence_id}: {one.error}")
+                continue
+            num_texts, most = len(self._embeddings[call_id]), MAX_ANSWER_BYTES // len(one.embedding)
+            if num_texts > most:
+                self.cancel(call_id)
+                yield (
+                    call_id,
+                    InvalidSequence(
+                        f"{num_texts} texts, with vectors of {len(one.embedding)} bytes: send at most "
+                        f"{most} in a call"
+                    ),
+                )
                 continue
             self._embeddings[call_id][one.key.sequence_id] = one.embedding
             self._missing[call_id] -= 1

@@ -1,14 +1,21 @@
 """The Embed call through a real runtime server, over a scripted engine and over the real one."""
 
 import asyncio
+import re
 import struct
 from pathlib import Path
 
 import pytest
 
+from runtime.config import EngineConfig
+from runtime.embeds import Embeds
+from runtime.engine.pooling import Pooled
+from runtime.engine.sequence import SequenceKey
+from runtime.errors import InvalidSequence
+from runtime.ipc import MAX_PAYLOAD_BYTES
 from runtime.rpc import inference_pb2 as pb
 from runtime.rpc.client import RuntimeRefused, RuntimeUnavailable
-from tests.fakes.engine import CRASHING_TOKEN, FAILING_TOKEN, Script
+from tests.fakes.engine import CRASHING_TOKEN, FAILING_TOKEN, FakeEngine, FakeRunner, Script
 from tests.runtime.conftest import TIMEOUT_S, Launch, Process, submit
 
 SLOW = Script(step_s=0.05)
@@ -53,6 +60,24 @@ async def test_bad_text_refuses_its_whole_call_and_no_other(server: Process) -> 
     with pytest.raises(RuntimeRefused, match=r"ABORTED.*text 1: told to fail"):
         await embed(server, [1], [FAILING_TOKEN], [2])
     assert await embed(server, [9]) == [9]
+
+
+def test_an_answer_that_no_message_holds_is_refused_at_its_first_vector() -> None:
+    engine = FakeEngine(FakeRunner(Script(), EngineConfig(max_model_len=128)))
+    embeds = Embeds(engine)
+    embeds.start(1, request_of(*[[1]] * 4096))
+    key, vector = SequenceKey(1, 0), bytes(4 * 4096)
+    ((call_id, refusal),) = embeds.take([Pooled(key=key, embedding=vector)])
+    assert call_id == 1
+    assert isinstance(refusal, InvalidSequence)
+    most = int(re.search(r"at most (\d+)", str(refusal)).group(1))  # type: ignore[union-attr]
+    assert not embeds.has_calls
+    embeds.start(2, request_of(*[[1]] * most))
+    ((_, answer),) = embeds.take(
+        [Pooled(key=SequenceKey(2, index), embedding=vector) for index in range(most)]
+    )
+    assert isinstance(answer, pb.EmbedResponse)
+    assert answer.ByteSize() < MAX_PAYLOAD_BYTES < 4096 * len(vector) + 4096
 
 
 async def test_leaving_drops_what_is_not_computed(server: Process) -> None:
