@@ -226,12 +226,12 @@ class Contention:
         )
 
     def _owners(self, party: Party) -> _Owners:
-        """Return everybody else's replicas that hold device memory."""
+        """Return the replicas that hold device memory: others', and its own that are leaving."""
         return {
             tenant.replica_id: (other, tenant)
             for other in self._parties()
-            if other.name != party.name
             for tenant in other.tenants().values()
+            if other is not party or tenant.leaves_within_s > 0
         }
 
     def _on_device(self, device_id: str, owners: _Owners) -> list[Tenant]:

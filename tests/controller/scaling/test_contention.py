@@ -12,8 +12,9 @@ from controller.errors import ActivationFailed, ActivationTimeout, Conflict
 from controller.scaling.activation import ColdStart
 from controller.scaling.function import Function
 from controller.scaling.lifecycle import ReplicaState, Tier
+from functions.spec import FunctionSpec
 from tests.fakes.runtime import FakeRuntime
-from tests.fakes.world import World, collect, request, spec_of
+from tests.fakes.world import World, collect, deployment, request, spec_of
 
 pytestmark = pytest.mark.looptime
 
@@ -770,3 +771,52 @@ async def test_one_that_must_be_ready_is_replaced_while_it_is_removed() -> None:
         await asyncio.sleep(5.0)
         assert a.tier is Tier.READY
         assert len(world.backend.created) == 2
+
+
+def on_gpu(name: str, share: float, **sections: object) -> FunctionSpec:
+    return spec_of(
+        name=name,
+        model={"source": "./model", "served_names": [name]},
+        resources={"gpus": 1},
+        engine={"gpu_memory_utilization": share},
+        **sections,
+    )
+
+
+def is_left_alone(function: Function) -> bool:
+    (replica,) = function.set.replicas.values()
+    reasons = [move.reason for move in replica.lifecycle.history]
+    return replica.state is ReplicaState.READY and not any("device" in one for one in reasons)
+
+
+async def test_a_new_revision_waits_for_the_old_ones_memory_and_evicts_nobody() -> None:
+    world = World(num_gpus=1)
+    old = on_gpu("a", 0.5, scaling={"min_replicas": 1})
+    async with world.function(old) as a, world.function(on_gpu("b", 0.4)) as b:
+        await collect(b)
+        await collect(a)
+        await asyncio.sleep(30.0)
+        (before,) = a.set.replicas
+        world.backend.delete_s = 1.0
+        a.update(deployment(old, "new hash"), a.backend)
+        await asyncio.sleep(10.0)
+        assert before not in a.set.replicas
+        assert is_left_alone(a)
+        assert is_left_alone(b)
+
+
+async def test_a_killed_start_is_made_again_in_its_own_memory() -> None:
+    world = World(num_gpus=1, make_runtime=lambda: FakeRuntime(load_s=5.0))
+    async with functions(world, "a", "b", "c", share=0.3) as (a, b, c):
+        await collect(b)
+        await collect(c)
+        await asyncio.sleep(5.0)
+        world.backend.delete_s = 2.0
+        call = asyncio.create_task(collect(a))
+        await asyncio.sleep(2.0)
+        (replica_id,) = a.set.replicas
+        (runtime,) = (one for at, one in world.runtimes.items() if replica_id in at)
+        runtime.crash()
+        assert await call == [3, 4, 5, 6]
+        assert is_left_alone(b)
+        assert is_left_alone(c)
