@@ -163,8 +163,7 @@ class Function:
                     continue
                 await self._wait_for_change()
         finally:
-            self.node.starts.leave(self.name)
-            self.tenancy.leave_line()
+            self._leave_lines()
             self.leases.close()
             await self.profiles.close()
             await self._effects.close()
@@ -223,6 +222,7 @@ class Function:
 
     def close(self) -> None:
         """Take no more requests and remove every replica; `run` returns when they are gone."""
+        self._leave_lines()  # before another function may have the name, and its place in them
         self.set.is_closing = True
         self.leases.shut()
         now = self.clock.monotonic()
@@ -343,14 +343,20 @@ class Function:
 
     # Inside.
 
+    def _leave_lines(self) -> None:
+        if not self.set.is_closing:
+            self.node.starts.leave(self.name)
+            self.tenancy.leave_line()
+
     def _turn(self) -> None:
         self.set.floor = 0 if self.leases.is_shut else self._floor()
         self.leases.grant()
         may_act = not self.leases.is_shut or self.set.is_closing
         instructions = self.set.plan(self.clock.monotonic()) if may_act else []
-        if not any(isinstance(one, StartReplica) for one in instructions):
+        has_start = any(isinstance(one, StartReplica) for one in instructions)
+        if not has_start and not self.set.is_closing:
             self.node.starts.leave(self.name)
-        if self.execute(instructions):
+        if self.execute(instructions) and not self.set.is_closing:
             self.tenancy.leave_line()
         self.books.publish()
         self.tenancy.show()

@@ -784,3 +784,50 @@ async def test_what_runtimes_hold_of_the_host_is_shown(smollm2_snapshot: Path) -
         assert line in machine.world.node.metrics.render()
         machine.world.available_bytes = 1
         assert "COLDSPARK_PARK_FLOOR_BYTES" in (await plane.status())["host_memory"]["shortage"]
+
+
+async def test_a_name_deployed_again_keeps_its_place_in_the_lines_while_the_old_one_drains(
+    smollm2_snapshot: Path,
+) -> None:
+    machine = Machine(smollm2_snapshot, num_gpus=1)
+    machine.world.make_runtime = lambda: FakeRuntime(step_s=0.5)
+
+    def of(name: str, share: float) -> FunctionSpec:
+        return spec_of(
+            name=name,
+            model={"source": "./model", "served_names": [name]},
+            resources={"gpus": 1},
+            engine={"gpu_memory_utilization": share},
+        )
+
+    async with machine.controller() as plane, asyncio.TaskGroup() as clients:
+        await plane.deploy(of("busy", 0.5), "fake")
+        await until_built(plane, "busy")
+        await plane.deploy(of("tiny", 0.2), "fake")
+        await until_built(plane)
+        ends = asyncio.Event()
+
+        async def call_without_pause() -> None:
+            while not ends.is_set():
+                await collect(plane.resolve("busy"), max_tokens=10)
+
+        for _ in range(2):
+            clients.create_task(call_without_pause())
+            await asyncio.sleep(2.5)
+        clients.create_task(collect(plane.resolve("tiny"), max_tokens=500))
+        await asyncio.sleep(3.0)
+        deleting = clients.create_task(plane.delete("tiny"))
+        await asyncio.sleep(0.1)
+        await plane.deploy(of("tiny", 0.6), "fake")
+        await until_built(plane)
+
+        async def sweep() -> None:
+            while not ends.is_set():
+                await asyncio.sleep(0.25)
+                await plane.sweep()
+
+        clients.create_task(sweep())
+        async with asyncio.timeout(60.0):  # after 30 the busy one has to give way
+            await collect(plane.resolve("tiny"))
+        assert not deleting.done(), "the old one is still there"
+        ends.set()
