@@ -109,7 +109,6 @@ class EngineHandle:
         try:
             return await self._call(call_id, FrameKind.EMBED, request, pb.EmbedResponse)
         except asyncio.CancelledError:
-            self._calls.pop(call_id, None)
             self._connection.write(Frame(FrameKind.CANCEL_CALL, call_id))
             raise
 
@@ -122,7 +121,10 @@ class EngineHandle:
         self._calls[call_id] = answer
         self._connection.write(Frame(kind, call_id, request.SerializeToString()))
         response = response_type()
-        response.ParseFromString(await answer)
+        try:
+            response.ParseFromString(await answer)
+        finally:
+            self._calls.pop(call_id, None)  # a caller that leaves is not there for the reply
         return response
 
     def open_stream(self) -> EngineStream:

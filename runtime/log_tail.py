@@ -7,6 +7,7 @@ import sys
 from typing import Self
 
 TAIL_BYTES = 2048  # fits a gRPC status, whose metadata ends at 8 KiB
+LAST_WORDS_S = 1.0
 
 
 class LogTail(asyncio.Protocol):
@@ -24,8 +25,10 @@ class LogTail(asyncio.Protocol):
         return tail
 
     async def ended(self) -> None:
-        """Wait until all output has been read."""
-        await asyncio.shield(self._ended)
+        """Wait until all output has been read; not for long, a child of the writer's may live on."""
+        with contextlib.suppress(TimeoutError):
+            async with asyncio.timeout(LAST_WORDS_S):
+                await asyncio.shield(self._ended)
 
     @property
     def text(self) -> str:

@@ -1,3 +1,4 @@
+import asyncio
 import os
 import sys
 from collections.abc import Iterator
@@ -54,3 +55,16 @@ async def test_output_is_read_on_when_it_cannot_be_copied() -> None:
         tail = await LogTail.follow(read_end)
         await tail.ended()
     assert tail.text == "first\nsecond"
+
+
+async def test_the_end_of_output_is_not_waited_for_while_a_child_of_the_writer_lives() -> None:
+    read_end, write_end = os.pipe()
+    held_by_child = os.dup(write_end)
+    os.write(write_end, b"last words\n")
+    os.close(write_end)
+    tail = await LogTail.follow(read_end)
+    async with asyncio.timeout(20.0):
+        await tail.ended()
+    assert tail.text == "last words"
+    os.close(held_by_child)
+    await tail.ended()

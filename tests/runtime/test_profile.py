@@ -8,7 +8,7 @@ import pytest
 from runtime.config import EngineConfig
 from runtime.profile import EngineProfile
 from runtime.rpc import inference_pb2 as pb
-from runtime.rpc.client import RuntimeRefused
+from runtime.rpc.client import RuntimeRefused, RuntimeRpcError
 from snapshots.profiles import (
     KernelFile,
     MemoryPlan,
@@ -128,3 +128,17 @@ def test_kernels_come_before_the_first_one_runs_and_are_bounded(tmp_path: Path) 
     assert taken == [b"machine code", step]
     contents["../elsewhere.so"] = b""
     assert not first.record(pb.ProfileRequest(with_kernels=True)).kernels
+
+
+async def test_a_caller_that_leaves_before_the_reply_does_the_engine_no_harm(
+    server: Process,
+) -> None:
+    await server.load()
+    engine = server.engine()
+    engine.suspend()
+    with pytest.raises(RuntimeRpcError):
+        await server.client.profile(with_kernels=True, timeout_s=0.3)
+    engine.resume()
+    await recorded(server)  # which the engine answers after the one nobody waits for
+    assert server.engine() == engine
+    assert (await server.status()).state == pb.RUNTIME_STATE_READY
