@@ -1,13 +1,21 @@
 """The devices of this machine: GPUs from NVML, and the processor."""
 
 import asyncio
+import contextlib
+import threading
 from collections.abc import Callable, Sequence
+from concurrent.futures import Future
 from dataclasses import dataclass
 from pathlib import Path
 
 import pynvml
 
 from controller.scaling.placement import CPU_DEVICE_ID, Device, DeviceKind
+
+ANSWER_TIMEOUT_S = 2.0
+
+_asked: dict[str, "Future[int | None]"] = {}
+"""What each GPU was asked last."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -47,16 +55,32 @@ def cache_budget_bytes(wanted_bytes: int | None, devices: Sequence[Device]) -> i
 
 
 async def measure(device: Device) -> int | None:
-    """Return the memory in use on a device now; None when it cannot be read.
+    """Return the memory in use on a device now; None when it cannot be read in a moment.
 
-    A GPU that is slow to answer, since a process is being taken off it, keeps nobody else waiting.
+    A GPU may be slow to answer, since a process is being taken off it, or never answer, since it has
+    fallen off its bus. So each is asked in a thread of its own, and not again before it has answered.
     """
-    return await asyncio.to_thread(_used_bytes, device)
+    if device.kind is DeviceKind.CPU:
+        return device.memory_bytes - await asyncio.to_thread(_host_memory_bytes, "MemAvailable")
+    answer = _asked.get(device.id)
+    if answer is None or answer.done():
+        answer = _asked[device.id] = Future()
+        threading.Thread(target=_answer, args=(answer, device), name="nvml", daemon=True).start()
+    with contextlib.suppress(TimeoutError):
+        async with asyncio.timeout(ANSWER_TIMEOUT_S):
+            return await asyncio.wrap_future(answer)
+    return None
+
+
+def _answer(answer: "Future[int | None]", device: Device) -> None:
+    answer.set_running_or_notify_cancel()  # those who wait may leave, and it is answered still
+    try:
+        answer.set_result(_used_bytes(device))
+    except Exception as error:  # noqa: BLE001  # who waits raises it
+        answer.set_exception(error)
 
 
 def _used_bytes(device: Device) -> int | None:
-    if device.kind is DeviceKind.CPU:
-        return device.memory_bytes - _host_memory_bytes("MemAvailable")
     try:
         pynvml.nvmlInit()
         handle = pynvml.nvmlDeviceGetHandleByUUID(device.id)

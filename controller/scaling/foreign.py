@@ -34,6 +34,10 @@ class _Estimate:
     num_bytes: int = 0
     seen: deque[_Bounds] = field(default_factory=deque)
 
+    @property
+    def counted_bytes(self) -> int:
+        return self.num_bytes if self.num_bytes >= IGNORED_BYTES else 0
+
     def note(self, bounds: _Bounds) -> None:
         self.seen.append(bounds)
         settled_at = bounds.at - SETTLE_S
@@ -54,6 +58,14 @@ class ForeignMemory:
     def __init__(self, memory: MemoryLedger) -> None:
         self._memory = memory
         self._estimates = {device_id: _Estimate() for device_id in memory.devices}
+
+    def begin(self, device_id: str, used_bytes: int | None) -> None:
+        """Take what is in use before anything of ours begins; beyond all promises it is foreign."""
+        if used_bytes is not None:
+            promised_bytes = sum(self._memory.held(device_id).values())
+            estimate = self._estimates[device_id]
+            estimate.num_bytes = max(used_bytes - promised_bytes, 0)
+            self._tell(device_id, estimate.counted_bytes)
 
     def note(
         self, device_id: str, used_bytes: int | None, *, resting: Container[str], now: float
@@ -80,7 +92,7 @@ class ForeignMemory:
                 most=max(used_bytes - taken_bytes, 0),
             )
         )
-        self._tell(device_id, estimate.num_bytes if estimate.num_bytes >= IGNORED_BYTES else 0)
+        self._tell(device_id, estimate.counted_bytes)
 
     def _tell(self, device_id: str, num_bytes: int | None) -> None:
         before = self._memory.foreign_bytes(device_id)

@@ -153,6 +153,8 @@ class ControlPlane:
         found = await self._find_adoptable(is_first=True)
         await self.node.ledger.recover(adopted_claims(found))
         _adopt(found)
+        for gpu, used in await self._measure_gpus():
+            self._foreign.begin(gpu.id, used)
         self._is_started = True
         self._keep_standbys()
         for entry in self._entries.values():
@@ -200,10 +202,7 @@ class ControlPlane:
 
     async def look_at_devices(self) -> None:
         """Learn what processes that are not ours hold of each GPU."""
-        for device in self.node.memory.devices.values():
-            if device.kind is DeviceKind.CPU:
-                continue
-            used = await self._measure_used(device)
+        for gpu, used in await self._measure_gpus():
             resting = {
                 replica.id
                 for function in self._all_functions()
@@ -211,9 +210,14 @@ class ControlPlane:
                 if replica.state in RESTING
             }
             now = self.node.clock.monotonic()
-            self._foreign.note(device.id, used, resting=resting, now=now)
-            foreign = self.node.memory.foreign_bytes(device.id)
-            self.node.metrics.set_foreign_memory(device.id, foreign)
+            self._foreign.note(gpu.id, used, resting=resting, now=now)
+            self.node.metrics.set_foreign_memory(gpu.id, self.node.memory.foreign_bytes(gpu.id))
+
+    async def _measure_gpus(self) -> list[tuple[Device, int | None]]:
+        """Return what is in use of each; one that does not answer delays the others by little."""
+        devices = self.node.memory.devices.values()
+        gpus = [device for device in devices if device.kind is DeviceKind.GPU]
+        return list(zip(gpus, await asyncio.gather(*map(self._measure_used, gpus)), strict=True))
 
     async def reconcile(self) -> None:
         """Adopt what a backend that was away has kept, remove orphans, replace hung engines."""

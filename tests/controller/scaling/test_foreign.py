@@ -126,3 +126,14 @@ def test_the_books_promise_no_more_than_there_is(promises: list[tuple[int, bool]
         taken = sum(held[one] for one in machine.resting if one in held) / GIB
         machine.measure(30 + taken, for_s=3.0)
         assert sum(held.values()) <= 70 * GIB
+
+
+def test_what_is_there_at_the_start_is_foreign_at_once() -> None:
+    machine = Machine()
+    machine.hold("adopted", 20)
+    machine.foreign.begin(GPU, 90 * GIB)
+    assert machine.memory.foreign_bytes(GPU) == 70 * GIB
+    assert machine.measure(90) == 70
+    machine.foreign.begin(GPU, None)
+    machine.resting.add("adopted")
+    assert machine.measure(20, for_s=2 * SETTLE_S) == 0

@@ -57,7 +57,7 @@ class Machine:
     def __init__(self, snapshot: Path, *, num_standbys: int = 0, num_gpus: int = 0) -> None:
         self.store = MemoryStore()
         self.snapshot = snapshot
-        self.num_standbys = num_standbys
+        self.num_standbys, self.num_gpus = num_standbys, num_gpus
         self.used_bytes: int | None = None
         self.world = World(num_standbys=num_standbys, num_gpus=num_gpus)
         self.world.node = replace(self.world.node, snapshot_store=snapshot.parent)
@@ -68,7 +68,7 @@ class Machine:
 
     def restart(self) -> None:
         """Forget everything a controller keeps in memory."""
-        old, self.world = self.world, World(num_standbys=self.num_standbys)
+        old, self.world = self.world, World(num_standbys=self.num_standbys, num_gpus=self.num_gpus)
         self.world.backend, self.world.runtimes = old.backend, old.runtimes
         self.world.node = replace(self.world.node, snapshot_store=self.snapshot.parent)
 
@@ -831,3 +831,25 @@ async def test_a_name_deployed_again_keeps_its_place_in_the_lines_while_the_old_
             await collect(plane.resolve("tiny"))
         assert not deleting.done(), "the old one is still there"
         ends.set()
+
+
+async def test_what_others_hold_of_a_gpu_is_known_before_the_first_start(
+    smollm2_snapshot: Path,
+) -> None:
+    machine = Machine(smollm2_snapshot, num_gpus=1)
+    async with machine.controller() as plane:
+        spec = spec_of(
+            resources={"gpus": 1},
+            engine={"gpu_memory_utilization": 0.5},
+            scaling={"min_replicas": 1},
+        )
+        await plane.deploy(spec, "fake")
+        await until_built(plane)
+        await plane.stop(stop_runtimes=True)
+    num_before = len(machine.world.backend.created)
+    machine.restart()
+    machine.used_bytes = 80 << 30
+    async with machine.controller() as plane:
+        await asyncio.sleep(5.0)
+        assert plane.node.memory.foreign_bytes("GPU-0") == 80 << 30
+        assert len(machine.world.backend.created) == num_before
