@@ -257,20 +257,25 @@ class StandbyPool:
         )
 
     async def _follow(self, standby: Standby) -> None:
-        """Keep its status until it is taken; one that fails or goes away is replaced."""
+        """Keep its status until it is taken; one that fails, goes away or never is ready is replaced."""
         shelf = self._shelf(standby.backend)
         reason = "the runtime closed its connection"
         try:
-            async for status in standby.link.connection.watch():
-                was_ready, standby.link.status = standby.is_ready, status
-                if standby.is_ready and not was_ready:
-                    shelf.num_failures, shelf.last_error = 0, ""
-                    self._places.done(standby.runtime_id)
-                if status.state == pb.RUNTIME_STATE_FAILED:
-                    reason = status.error
-                    break
+            async with asyncio.timeout(STARTUP_TIMEOUT_S) as limit:
+                async for status in standby.link.connection.watch():
+                    was_ready, standby.link.status = standby.is_ready, status
+                    if standby.is_ready:
+                        limit.reschedule(None)
+                    if standby.is_ready and not was_ready:
+                        shelf.num_failures, shelf.last_error = 0, ""
+                        self._places.done(standby.runtime_id)
+                    if status.state == pb.RUNTIME_STATE_FAILED:
+                        reason = status.error
+                        break
         except RuntimeRpcError as error:
             reason = str(error)
+        except TimeoutError:
+            reason = f"it was not ready after {STARTUP_TIMEOUT_S:.0f} s"
         self._note_failure(standby.backend, f"{standby.runtime_id} was lost: {reason}")
         self._watches.pop(standby.runtime_id, None)
         self._discard(standby)

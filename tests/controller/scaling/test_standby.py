@@ -10,7 +10,7 @@ from controller.scaling.function import Function
 from controller.scaling.lifecycle import ReplicaState, Tier
 from controller.scaling.policy import backoff_s
 from controller.scaling.replica_log import replica_log
-from controller.scaling.standby import REFILL_DELAY_S
+from controller.scaling.standby import REFILL_DELAY_S, STARTUP_TIMEOUT_S
 from runtime.rpc import inference_pb2 as pb
 from tests.fakes.backend import FakeBackend
 from tests.fakes.runtime import FakeRuntime
@@ -297,4 +297,22 @@ async def test_a_standby_given_back_knows_nothing_of_the_function_it_served() ->
         standby = world.node.standbys.take(world.backend)
         assert standby is not None
         assert standby.link.kept_bytes is None
+    await close(world)
+
+
+async def test_a_standby_that_never_gets_ready_is_replaced() -> None:
+    world = World(
+        num_standbys=1,
+        make_runtime=lambda: FakeRuntime(state=pb.RUNTIME_STATE_STARTING, load_s=1e6),
+    )
+    world.node.standbys.use([world.backend])
+    await asyncio.sleep(STARTUP_TIMEOUT_S - 1.0)
+    (first,) = world.node.standbys.runtime_ids
+    assert counts(world) == (0, 1)
+    world.make_runtime = FakeRuntime
+    await asyncio.sleep(1.0 + backoff_s(1) + SETTLE_S)
+    assert world.backend.deleted == [first]
+    assert counts(world) == (1, 0)
+    await asyncio.sleep(2 * STARTUP_TIMEOUT_S)
+    assert world.backend.deleted == [first], "one that is ready may wait for ever"
     await close(world)
