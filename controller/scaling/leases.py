@@ -99,7 +99,7 @@ class Leases:
         """Queue again, at the head, after the leased replica was lost; a shut function refuses."""
         if ticket.replica is not None:
             self._function.lost(ticket.replica, "the connection to the runtime broke")
-        self._function.set.readmit(ticket)
+        self.notify(self._function.set.readmit(ticket))
         if self.is_shut:
             self._refuse_waiters()
         self._function.poke()

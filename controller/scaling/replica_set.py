@@ -158,11 +158,18 @@ class ReplicaSet:
         self._queue.waiters.append(waiter)
         self._queue.num_bytes += waiter.num_bytes
 
-    def readmit(self, waiter: Waiter) -> None:
-        """Put a request whose replica died before its first token at the head of the queue."""
+    def readmit(self, waiter: Waiter) -> list[Waiter]:
+        """Put a request whose replica died before its first token at the head of the queue.
+
+        Returns:
+            The requests that fail, since no replica may be brought up.
+        """
         waiter.replica = None
         self._queue.waiters.appendleft(waiter)
         self._queue.num_bytes += waiter.num_bytes
+        if self._hold_reason and not self._has_hope():
+            return self.fail_waiters(self._failure(0.0))
+        return []
 
     def abandon(self, waiter: Waiter) -> None:
         """Take a request out of the queue; harmless when it is not in it."""

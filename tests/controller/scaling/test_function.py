@@ -965,3 +965,17 @@ async def test_a_defect_in_a_removal_is_no_reason_to_keep_the_memory(
         assert not function.set.replicas
         assert not world.backend.machine.runtimes
         assert not world.node.memory.held("GPU-0")
+
+
+async def test_a_lost_request_of_a_function_that_may_not_start_is_told_at_once() -> None:
+    world = World(make_runtime=lambda: FakeRuntime(step_s=5.0))
+    async with world.function() as function:
+        await function.warm()
+        call = asyncio.create_task(collect(function))
+        await asyncio.sleep(1.0)
+        function.hold("its snapshot is being built anew")
+        began = asyncio.get_running_loop().time()
+        world.runtime.crash()
+        with pytest.raises(ActivationFailed, match="being built anew"):
+            await call
+        assert asyncio.get_running_loop().time() - began < 1.0
