@@ -150,8 +150,8 @@ async def run(settings: Settings, backends: Sequence[RuntimeBackend] | None = No
         by_name = {backend.name: backend for backend in backends}
         texts = ModelTexts(clock)
         plane = ControlPlane(node, by_name, records, reaper, on_servable=texts.warm)
-        stack.callback(reaper.stop)
         stack.push_async_callback(plane.stop, stop_runtimes=settings.stop_runtimes_on_exit)
+        stack.callback(reaper.stop)  # first: what a stopping plane leaves looks like orphans to it
         first_key = settings.home / "bootstrap.key"
         if settings.require_api_keys and await records.bootstrap_key(first_key):
             log.warning("API keys are required and there were none", first_key_in=str(first_key))
