@@ -92,7 +92,7 @@ class Holder:
         """
         while True:
             connection, _ = listener.accept()
-            with connection, contextlib.suppress(OSError, ValueError):
+            with connection, contextlib.suppress(OSError, ValueError, RecursionError):
                 if _user_id(connection) in user_ids:
                     connection.settimeout(REQUEST_TIMEOUT_S)
                     self._answer(connection)
@@ -122,13 +122,20 @@ class Holder:
             self._pinned[path] = None
         damaged.close()
         sys.stderr.write(f"{path} was found damaged in pinned memory: it is read again\n")
-        with contextlib.suppress(HostMemoryError):
+        try:
             renewed = pin(path, self._opened_memory())
-            with self._lock:
-                if path in self._pinned:
+        except (HostMemoryError, OSError) as error:  # no memory, or its snapshot is built anew
+            sys.stderr.write(f"{path} is not held any more: {error}\n")
+            renewed = None
+        with self._lock:
+            if path in self._pinned and self._pinned[path] is None:
+                if renewed is None:
+                    del self._pinned[path]
+                else:
                     self._pinned[path] = renewed
-                else:  # dropped meanwhile
-                    renewed.close()
+                return
+        if renewed is not None:  # dropped meanwhile, and perhaps held anew
+            renewed.close()
 
     def _unlock(self, path: str) -> None:
         locked = self._locked.pop(path, None)

@@ -3,6 +3,7 @@
 import mmap
 import os
 import socket
+import time
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -83,6 +84,24 @@ def test_a_file_found_damaged_is_read_again(holder: Holder, store: Path) -> None
     assert content(damaged) != CONTENT
 
 
+def test_a_damaged_file_that_is_away_is_held_no_more_and_again_when_it_is_back(
+    holder: Holder, store: Path
+) -> None:
+    path, quarantine = store / NAME, store / "quarantine"
+    holder.hold(str(path), is_pinned=True)
+    path.rename(quarantine)
+    report_damage(store, NAME)
+    deadline = time.monotonic() + 20.0
+    while str(path) in holder._pinned:
+        assert time.monotonic() < deadline, "it is said to be held"
+        time.sleep(0.01)
+    quarantine.rename(path)
+    assert holder.hold(str(path), is_pinned=True)["is_pinned"]
+    held = ask_for(store, NAME)
+    assert held is not None
+    assert content(held) == CONTENT
+
+
 def test_nobody_else_gets_anything(store: Path) -> None:
     holder = Holder(store, MemfdMemory)
     holder.hold(str(store / NAME), is_pinned=True)
@@ -100,7 +119,7 @@ def test_without_a_holder_there_is_nothing_to_wait_for(store: Path) -> None:
     listen(store).close()  # takes its place
 
 
-@pytest.mark.parametrize("packet", [b"", b"{", b"[]", b"{}", b'{"file": 3}', b"\xff"])
+@pytest.mark.parametrize("packet", [b"", b"{", b"[]", b"{}", b'{"file": 3}', b"\xff", b"[" * 4096])
 def test_nonsense_harms_nobody(holder: Holder, store: Path, packet: bytes) -> None:
     with (
         socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET) as connection,
