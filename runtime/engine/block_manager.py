@@ -94,6 +94,22 @@ class BlockManager:
             sequence.num_published_blocks += 1
             sequence.num_computed_tokens += self.block_size
 
+    def can_share_next(self, sequence: Sequence, running: Sequence) -> bool:
+        """Return whether the next block that a running sequence publishes can be shared.
+
+        Its tokens are all known, so it will be published without the sequence.
+        """
+        if not self._enable_prefix_caching or sequence.cache_salt != running.cache_salt:
+            return False
+        index = running.num_published_blocks
+        start, end = index * self.block_size, (index + 1) * self.block_size
+        return (
+            end < len(sequence.token_ids)
+            and sequence.token_ids[start:end] == running.token_ids[start:end]
+            and sequence.token_ids[:start] == running.token_ids[:start]
+            and self._content(running, index) not in self._index
+        )
+
     def can_grow(self, sequence: Sequence, num_tokens: int) -> bool:
         """Return whether `grow` would find the blocks it needs."""
         return self._num_missing(sequence, num_tokens) <= self.num_available_blocks

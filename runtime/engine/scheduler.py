@@ -3,7 +3,8 @@
 Continuous batching (Orca, section 3) with chunked prefill (Sarathi-Serve, section 4): every step
 first takes one token of each sequence that decodes, then fills the budget with pieces of
 prompts. When blocks run out, the latest arrived sequence gives up its own and is recomputed
-later, mostly from the prefix cache.
+later, mostly from the prefix cache. A prompt that begins like one that is being computed waits,
+so that choices of one request compute their prompt once.
 
 A step is `schedule` -> run the batch -> `commit`. `schedule` may be called again before the
 commit, so that a runner can prepare step N + 1 while step N runs; commits come in order.
@@ -13,6 +14,7 @@ from collections import OrderedDict
 from collections.abc import Callable
 from collections.abc import Sequence as SequenceOf
 from dataclasses import dataclass
+from itertools import islice
 
 from runtime.config import EngineConfig
 from runtime.engine.batch import ScheduledBatch, ScheduledSequence
@@ -123,9 +125,10 @@ class Scheduler:
             if budget > 0 and sequence.num_uncomputed_tokens > 1:
                 batch.append(self._advance(sequence, budget))
                 budget -= batch[-1].num_tokens
+        held_back: list[Sequence] = []
         # Whoever was preempted just now would take back the blocks it gave up.
         while budget > 0 and num_preemptions == self.counters.num_preemptions:
-            admitted = self._admit()
+            admitted = self._admit(held_back)
             if admitted is None:
                 break
             batch.append(self._advance(admitted, budget))
@@ -194,20 +197,42 @@ class Scheduler:
         self.counters.num_preemptions += 1
         _insert(self._waiting, sequence)
 
-    def _admit(self) -> Sequence | None:
-        """Move the first waiting sequence to the running ones, if it can start now.
+    def _admit(self, held_back: list[Sequence]) -> Sequence | None:
+        """Start the first waiting sequence that is not held back, if it can start now.
 
-        It gets blocks for all its tokens, and leaves one for each running sequence: else it
-        would soon be preempted.
+        Args:
+            held_back: The waiting sequences before it; whoever is found held back is appended.
         """
-        sequence = next(iter(self._waiting.values()), None)
-        if sequence is None or len(self._running) >= self._max_num_seqs:
-            return None
-        if sequence.num_pending_tokens > 0:  # preempted in flight; its tokens come with a commit
-            return None
+        for sequence in islice(self._waiting.values(), len(held_back), None):
+            if len(self._running) + len(held_back) >= self._max_num_seqs:
+                return None
+            if sequence.num_pending_tokens > 0:  # preempted in flight; they come with a commit
+                return None
+            if not self._is_held_back(sequence):
+                return self._start(sequence, held_back)
+            held_back.append(sequence)
+        return None
+
+    def _is_held_back(self, sequence: Sequence) -> bool:
+        """Return whether a sequence that goes before it is computing what it would compute too.
+
+        That one publishes it, ends or is preempted, so nobody is held back forever.
+        """
+        return sequence.sampling.num_prompt_logprobs is None and any(
+            running.rank < sequence.rank and self._blocks.can_share_next(sequence, running)
+            for running in self._running.values()
+        )
+
+    def _start(self, sequence: Sequence, held_back: SequenceOf[Sequence]) -> Sequence | None:
+        """Move a waiting sequence to the running ones, if there are blocks for all its tokens.
+
+        It leaves one for each running sequence, else it would soon be preempted, and to those held
+        back what they need.
+        """
         if sequence.sampling.num_prompt_logprobs is None:  # else all of it is computed
             self._blocks.share_prefix(sequence)
         num_reserved_tokens = len(self._running) * self._blocks.block_size
+        num_reserved_tokens += sum(other.num_tokens for other in held_back)
         if not self._blocks.can_grow(sequence, sequence.num_tokens + num_reserved_tokens):
             self._blocks.release(sequence)
             return None

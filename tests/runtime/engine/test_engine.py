@@ -233,6 +233,19 @@ def test_first_token_says_how_much_of_the_prompt_was_cached() -> None:
         assert [entry for entry in started if entry] == [{id: 8 * (id - 1)}]
 
 
+def test_equal_prompts_compute_what_they_share_once() -> None:
+    runner = TokenRunner(num_kv_blocks=200, max_model_len=128)
+    engine = new_engine(runner)
+    prompt = [index % VOCAB_SIZE for index in range(64)]
+    for id in range(8):
+        engine.submit(new_request(id, prompt, max_tokens=3))
+    tokens, finished = run(engine)
+    assert tokens == dict.fromkeys(range(8), answer(prompt, 3, VOCAB_SIZE))
+    assert [finished[id].num_cached_tokens for id in range(8)] == [0, *[60] * 7]
+    num_computed = sum(batch.num_tokens for batch in runner.batches)
+    assert num_computed == 64 + 7 * 4 + 8 * 2
+
+
 def test_figures_follow_the_load() -> None:
     engine = new_engine(TokenRunner(num_kv_blocks=4))
     engine.submit(new_request(1, [1] * 9, max_tokens=3))

@@ -59,7 +59,12 @@ class EngineMachine(RuleBasedStateMachine):
     @precondition(lambda self: len(self.in_flight) < MAX_IN_FLIGHT)
     @rule()
     def start_step(self) -> None:
+        running = set(self.scheduler._running)
         batch = self.scheduler.schedule()
+        admitted = [s.number for key, s in self.scheduler._running.items() if key not in running]
+        for sequence in self.scheduler._waiting.values():
+            if sequence.number < max(admitted, default=0):
+                assert self.scheduler._is_held_back(sequence), "else nobody is passed over"
         if batch.sequences:
             self.in_flight.append((batch, list(self.runner.launch(batch).wait().token_ids)))
 
@@ -120,13 +125,10 @@ class EngineMachine(RuleBasedStateMachine):
                 assert all(index < s.num_published_blocks for index, s in holders)
 
     @invariant()
-    def running_sequences_arrived_before_waiting_ones(self) -> None:
-        numbers = [
-            sequence.number
-            for group in (self.scheduler._running, self.scheduler._waiting)
-            for sequence in group.values()
-        ]
-        assert numbers == sorted(numbers)
+    def queues_are_by_arrival(self) -> None:
+        for group in (self.scheduler._running, self.scheduler._waiting):
+            numbers = [sequence.number for sequence in group.values()]
+            assert numbers == sorted(numbers)
 
     def teardown(self) -> None:
         num_steps_left = 100 * (1 + len(self.sequences))

@@ -4,16 +4,23 @@ from runtime.config import EngineConfig
 from runtime.engine.batch import ScheduledBatch
 from runtime.engine.block_manager import BlockManager
 from runtime.engine.scheduler import Scheduler
-from runtime.engine.sequence import FinishReason, StepResult
+from runtime.engine.sequence import FinishReason, SamplingParams, StepResult
 from tests.runtime.engine.sequences import new_sequence
 
 
 class Harness:
     """A scheduler whose batches all sample token 7."""
 
-    def __init__(self, *, budget: int = 64, max_num_seqs: int = 8, num_blocks: int = 32) -> None:
+    def __init__(
+        self,
+        *,
+        budget: int = 64,
+        max_num_seqs: int = 8,
+        num_blocks: int = 32,
+        enable_prefix_caching: bool = True,
+    ) -> None:
         config = EngineConfig(max_num_batched_tokens=budget, max_num_seqs=max_num_seqs)
-        self.blocks = BlockManager(num_blocks, 4, enable_prefix_caching=True)
+        self.blocks = BlockManager(num_blocks, 4, enable_prefix_caching=enable_prefix_caching)
         self.scheduler = Scheduler(config, self.blocks, lambda num_decodes: 1 << 20)
 
     def step(self) -> tuple[list[tuple[int, int, int]], StepResult]:
@@ -248,3 +255,98 @@ def test_a_lower_priority_that_came_later_takes_the_earlier_ones_blocks() -> Non
     assert seen[0] == {1, 2}
     assert {1} not in seen[: seen.index({2})]
     assert harness.scheduler.counters.num_preemptions == 1
+
+
+def test_equal_prompts_wait_for_the_blocks_of_the_first() -> None:
+    harness = Harness(budget=12)
+    for id in (1, 2, 3):
+        harness.scheduler.add(new_sequence(range(18), id=id, max_tokens=20))
+    assert [harness.step()[0] for _ in range(3)] == [
+        [(1, 0, 12)],
+        [(1, 12, 6)],
+        [(1, 18, 1), (2, 16, 2), (3, 16, 2)],
+    ]
+
+
+def test_what_a_step_in_flight_computes_is_waited_for() -> None:
+    harness = Harness()
+    for id in (1, 2):
+        harness.scheduler.add(new_sequence(range(10), id=id))
+    first, second = harness.scheduler.schedule(), harness.scheduler.schedule()
+    assert (shape(first), shape(second)) == ([(1, 0, 10)], [(1, 10, 1)])
+    harness.commit(first)
+    assert shape(harness.scheduler.schedule()) == [(1, 11, 1), (2, 8, 2)]
+
+
+def test_only_what_can_be_shared_is_waited_for() -> None:
+    harness = Harness()
+    harness.scheduler.add(new_sequence(range(9), id=1))
+    harness.scheduler.add(new_sequence(range(9), id=2, cache_salt="a"))
+    whole = new_sequence(range(9), id=3)
+    whole.sampling = SamplingParams(num_prompt_logprobs=0)
+    harness.scheduler.add(whole)
+    harness.scheduler.add(new_sequence(range(4), id=4))
+    harness.scheduler.add(new_sequence(range(1, 9), id=5))
+    assert [id for id, *_ in harness.step()[0]] == [1, 2, 3, 4, 5]
+
+
+def test_without_a_prefix_cache_nobody_waits_for_equal_prompts() -> None:
+    harness = Harness(enable_prefix_caching=False)
+    for id in (1, 2):
+        harness.scheduler.add(new_sequence(range(9), id=id))
+    assert harness.step()[0] == [(1, 0, 9), (2, 0, 9)]
+
+
+@pytest.mark.parametrize("is_fault", [True, False])
+def test_who_waits_for_a_sequence_that_ends_goes_on(*, is_fault: bool) -> None:
+    harness = Harness()
+    first = new_sequence(range(9), id=1)
+    harness.scheduler.add(first)
+    harness.scheduler.add(new_sequence(range(9), id=2))
+    batch = harness.scheduler.schedule()
+    if is_fault:
+        harness.scheduler.fail(first, "broken")
+    else:
+        harness.scheduler.cancel(first.key)
+    assert shape(batch) == [(1, 0, 9)]
+    assert shape(harness.scheduler.schedule()) == [(2, 0, 9)]
+
+
+def test_who_waits_for_a_preempted_sequence_waits_for_it_again() -> None:
+    harness = Harness(budget=8)
+    first = new_sequence(range(11), id=1, max_tokens=12)
+    harness.scheduler.add(first)
+    harness.scheduler.add(new_sequence(range(11), id=2, max_tokens=12))
+    batch = harness.scheduler.schedule()
+    harness.scheduler._preempt(first)
+    again = harness.scheduler.schedule()
+    assert shape(batch) == shape(again) == [(1, 0, 8)]
+    harness.commit(batch)
+    harness.commit(again)
+    assert harness.step()[0] == [(1, 8, 3), (2, 8, 3)]
+
+
+def test_others_pass_whoever_waits_for_blocks_but_leave_it_its_place() -> None:
+    harness = Harness(max_num_seqs=3)
+    prompts = [range(9), range(9), range(50, 53), range(60, 63)]
+    for id, prompt in enumerate(prompts, start=1):
+        harness.scheduler.add(new_sequence(prompt, id=id))
+    assert harness.step()[0] == [(1, 0, 9), (3, 0, 3)]
+    assert harness.step()[0] == [(1, 9, 1), (3, 3, 1), (2, 8, 1)]
+
+
+def test_others_leave_whoever_waits_for_blocks_those_it_needs() -> None:
+    harness = Harness(num_blocks=6)
+    for id, prompt in enumerate([range(9), range(9), range(50, 53)], start=1):
+        harness.scheduler.add(new_sequence(prompt, id=id))
+    assert harness.step()[0] == [(1, 0, 9)]
+    assert harness.step()[0] == [(1, 9, 1), (2, 8, 1)]
+
+
+def test_nobody_waits_for_a_sequence_that_goes_after_it() -> None:
+    harness = Harness(budget=4)
+    harness.scheduler.add(new_sequence(range(9), id=1, priority=3))
+    harness.scheduler.schedule()
+    harness.scheduler.add(new_sequence(range(9), id=2, priority=1))
+    harness.scheduler._max_num_batched_tokens = 64
+    assert shape(harness.scheduler.schedule()) == [(1, 4, 5), (2, 0, 9)]
