@@ -6,9 +6,11 @@ its own, all others in the page cache, locked, since other programs push files o
 """
 
 import asyncio
+import contextlib
 import json
 import sys
 from collections.abc import Collection, Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +22,16 @@ log = structlog.get_logger(__name__)
 
 HOLDER = (sys.executable, "-m", "runtime.host_cache.holder")
 RESTART_DELAY_S = 10.0
+RETRY_S = 60.0
+MAX_RETRY_S = 900.0
+
+
+@dataclass(slots=True, kw_only=True)
+class _Shortfall:
+    """Since when a file is not held as it should be, and when that is tried again; loop time."""
+
+    since: float
+    retry_at: float
 
 
 class HostCache:
@@ -46,6 +58,7 @@ class HostCache:
         self._told: dict[str, Holding] = {}  # what the process was told to hold
         self._held: set[str] = set()
         self._pinned: set[str] = set()
+        self._shortfalls: dict[str, _Shortfall] = {}
         self._reason = ""
         self._changed = asyncio.Event()
         self._task: asyncio.Task[None] | None = None
@@ -107,13 +120,14 @@ class HostCache:
                     self._note(path, holding, json.loads(await process.stdout.readuntil()))
                 self._changed.clear()
                 if not self._differences() and not ended.done():
-                    await self._changed.wait()
+                    await self._wait_for_change()
         except (ConnectionError, asyncio.IncompleteReadError):
             pass  # it has ended
         finally:
             self._told.clear()
             self._held.clear()
             self._pinned.clear()
+            self._shortfalls.clear()
             process.stdin.close()
             if process.returncode is None:
                 process.kill()
@@ -121,10 +135,22 @@ class HostCache:
         self._reason = f"the holder ended (status {ended.result()}); it is started again"
         log.warning("host cache not held", reason=self._reason)
 
+    async def _wait_for_change(self) -> None:
+        retry_at = min((one.retry_at for one in self._shortfalls.values()), default=None)
+        with contextlib.suppress(TimeoutError):
+            async with asyncio.timeout_at(retry_at):
+                await self._changed.wait()
+
     def _differences(self) -> list[tuple[str, Holding | None]]:
         """Return what the process has to be told, drops first."""
         drops = [(path, None) for path in self._told.keys() - self._wanted.keys()]
-        holds = [item for item in self._wanted.items() if self._told.get(item[0]) != item[1]]
+        now = asyncio.get_running_loop().time()
+        due = {path for path, one in self._shortfalls.items() if one.retry_at <= now}
+        holds = [
+            (path, holding)
+            for path, holding in self._wanted.items()
+            if self._told.get(path) != holding or path in due
+        ]
         return [*drops, *holds]
 
     def _note(self, path: str, holding: Holding | None, answer: Mapping[str, Any]) -> None:
@@ -132,6 +158,12 @@ class HostCache:
             self._told.pop(path, None)
         else:
             self._told[path] = holding
+        if answer["reason"]:
+            now = asyncio.get_running_loop().time()
+            shortfall = self._shortfalls.setdefault(path, _Shortfall(since=now, retry_at=now))
+            shortfall.retry_at = now + min(max(now - shortfall.since, RETRY_S), MAX_RETRY_S)
+        else:
+            self._shortfalls.pop(path, None)
         for paths, is_in in ((self._held, answer["is_held"]), (self._pinned, answer["is_pinned"])):
             (paths.add if is_in else paths.discard)(path)
         if answer["reason"] and answer["reason"] != self._reason:

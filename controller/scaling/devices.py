@@ -5,12 +5,14 @@ import contextlib
 import threading
 from collections.abc import Callable, Sequence
 from concurrent.futures import Future
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 
 import pynvml
 
+from controller.scaling.lifecycle import ReplicaState
 from controller.scaling.placement import CPU_DEVICE_ID, Device, DeviceKind
+from controller.scaling.replica import Replica
 
 ANSWER_TIMEOUT_S = 2.0
 
@@ -29,15 +31,29 @@ class HostMemory:
 
     floor_bytes: int
     available_bytes: Callable[[], int] = lambda: _host_memory_bytes("MemAvailable")
+    _parks: dict[Replica, int] = field(default_factory=dict, init=False)
 
     def shortage(self) -> str:
         """Return why nothing may be parked deep now; empty if it may."""
-        if (available := self.available_bytes()) >= self.floor_bytes:
+        promised = self._promised_bytes()
+        left = max(self.available_bytes() - promised, 0)
+        if left >= self.floor_bytes:
             return ""
+        beside = f" beside {promised / 2**30:.1f} GiB for parks under way" if promised else ""
         return (
-            f"{available / 2**30:.1f} GiB of host memory are available, less than "
+            f"{left / 2**30:.1f} GiB of host memory are available{beside}, less than "
             f"COLDSPARK_PARK_FLOOR_BYTES, {self.floor_bytes / 2**30:.1f} GiB"
         )
+
+    def promise(self, replica: Replica, num_bytes: int) -> None:
+        """Set aside what a deep park may take, until it is over."""
+        self._parks[replica] = num_bytes
+
+    def _promised_bytes(self) -> int:
+        for replica in list(self._parks):
+            if replica.state is not ReplicaState.PARKING:
+                del self._parks[replica]
+        return sum(self._parks.values())
 
 
 def find_devices() -> list[Device]:

@@ -427,6 +427,7 @@ class Function:
                 self.set.drain(replica, now=self.clock.monotonic(), reason=reason)
                 effect = self._effects.stop(replica)
             else:
+                self.tenancy.parks(replica)
                 effect = self._effects.park(replica)
         else:
             effect = self._effects.stop(replica)

@@ -135,9 +135,12 @@ class Tenancy:
 
     def park_obstacle(self, replica: Replica) -> str:
         """Return why a replica must be stopped rather than parked; empty if it may be parked."""
-        is_deep = self._function.spec.scaling.park is ParkMode.DEEP
-        has_gpu = bool(self._function.homes[replica.id].gpus)
-        return self._node.host_memory.shortage() if is_deep and has_gpu else ""
+        return self._node.host_memory.shortage() if self._moved_bytes(replica) else ""
+
+    def parks(self, replica: Replica) -> None:
+        """Set aside what the park that begins will take of the host's memory."""
+        if moved_bytes := self._moved_bytes(replica):
+            self._node.host_memory.promise(replica, moved_bytes)
 
     def promised_bytes(self, home: Home) -> int:
         """Return how much of each of its GPUs a replica was promised; 0 on the CPU."""
@@ -197,6 +200,12 @@ class Tenancy:
     def poke(self) -> None:
         """Have the function's owner look again."""
         self._function.poke()
+
+    def _moved_bytes(self, replica: Replica) -> int:
+        """Return how much a park is likely to move to the host: what a light one would leave."""
+        is_deep = self._function.spec.scaling.park is ParkMode.DEEP
+        num_gpus = len(self._function.homes[replica.id].gpus)
+        return num_gpus * LIKELY_KEPT_BYTES[ParkMode.LIGHT] if is_deep else 0
 
     def _has_callers(self, replica: Replica) -> bool:
         """Return whether requests are about to be given to a replica."""

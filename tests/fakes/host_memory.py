@@ -23,6 +23,20 @@ class MemfdMemory:
         return descriptor
 
 
+class LateMemory(MemfdMemory):
+    """Has none left at first."""
+
+    def __init__(self) -> None:
+        self._has_refused = False
+
+    def filled(self, num_bytes: int, fill: Fill) -> int:
+        """Refuse once."""
+        if not self._has_refused:
+            self._has_refused = True
+            raise HostMemoryError("the host has not that much memory left to pin")
+        return super().filled(num_bytes, fill)
+
+
 class NoMemory:
     """Has none left."""
 

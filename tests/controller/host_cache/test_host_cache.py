@@ -20,6 +20,7 @@ pytestmark = pytest.mark.timeout(60)
 
 SIZE = 1 << 20
 MEMFD = ("--memory", "tests.fakes.host_memory:MemfdMemory")
+LATE_MEMORY = ("--memory", "tests.fakes.host_memory:LateMemory")
 NO_MEMORY = ("--memory", "tests.fakes.host_memory:NoMemory")
 REFUSING = """
 import ctypes, sys
@@ -154,6 +155,18 @@ async def test_what_cannot_be_pinned_is_locked_and_told(tmp_path: Path) -> None:
         assert cache.view()["pinned_bytes"] == 0
         assert "left to pin" in cache.view()["reason"]
         assert locked_bytes() == SIZE
+
+
+async def test_what_could_not_be_pinned_is_pinned_when_memory_is_back(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(host_cache_module, "RETRY_S", 0.01)
+    file = make_file(tmp_path / "for-gpu", is_for_gpu=True)
+    async with holding(make_cache(tmp_path, SIZE, *HOLDER, *LATE_MEMORY)) as cache:
+        cache.want([file])
+        await until(lambda: cache.view()["pinned_bytes"] == SIZE)
+        assert cache.view()["reason"] is None
+        assert locked_bytes() == 0
 
 
 async def test_a_locked_file_that_a_gpu_wants_too_is_pinned_instead(tmp_path: Path) -> None:

@@ -154,6 +154,23 @@ async def test_a_replica_is_stopped_when_the_host_has_too_little_memory_to_park_
         assert [one.state for one in b.set.replicas.values()] == [ReplicaState.PARKED]
 
 
+async def test_parks_at_the_same_time_leave_each_other_the_hosts_memory() -> None:
+    world = World(num_gpus=1)
+    world.available_bytes = (3 << 30) + (1 << 29)
+    scaling = {"idle_timeout": 20, "park_timeout": 600}
+    async with functions(world, "a", "b", "c", share=0.3, scaling=scaling) as parties:
+        await asyncio.gather(*(collect(one) for one in parties))
+        replicas = [replica for one in parties for replica in one.set.replicas.values()]
+        await asyncio.sleep(25.0)
+        (stopped,) = [one for one in parties if one.tier is not Tier.PARKED]
+        (replica,) = [one for one in replicas if one.state is ReplicaState.STOPPED]
+        why = "not parked: 1.5 GiB of host memory are available beside 2.0 GiB for parks under way"
+        assert replica.lifecycle.history[-2].reason.startswith(why)
+        await collect(stopped)
+        await asyncio.sleep(25.0)
+        assert stopped.tier is Tier.PARKED, "the others are parked: what is free now is free"
+
+
 @pytest.mark.parametrize(
     "sections", [{"resources": {"gpus": 0}}, {"scaling": {"idle_timeout": None, "park": "light"}}]
 )
