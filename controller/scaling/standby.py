@@ -266,6 +266,8 @@ class StandbyPool:
                     was_ready, standby.link.status = standby.is_ready, status
                     if standby.is_ready:
                         limit.reschedule(None)
+                    elif was_ready:  # its zygote has died; there may come another one
+                        limit.reschedule(asyncio.get_running_loop().time() + STARTUP_TIMEOUT_S)
                     if standby.is_ready and not was_ready:
                         shelf.num_failures, shelf.last_error = 0, ""
                         self._places.done(standby.runtime_id)

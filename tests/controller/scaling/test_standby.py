@@ -316,3 +316,17 @@ async def test_a_standby_that_never_gets_ready_is_replaced() -> None:
     await asyncio.sleep(2 * STARTUP_TIMEOUT_S)
     assert world.backend.deleted == [first], "one that is ready may wait for ever"
     await close(world)
+
+
+async def test_a_standby_that_does_not_get_ready_again_is_replaced() -> None:
+    world = await world_with(1)
+    (first,) = world.node.standbys.runtime_ids
+    await asyncio.sleep(2 * STARTUP_TIMEOUT_S)
+    world.runtime.enter(pb.RUNTIME_STATE_STARTING)
+    await asyncio.sleep(STARTUP_TIMEOUT_S - 1.0)
+    assert counts(world) == (0, 1)
+    assert not world.backend.deleted, "there may come another zygote"
+    await asyncio.sleep(1.0 + backoff_s(1) + SETTLE_S)
+    assert world.backend.deleted == [first]
+    assert counts(world) == (1, 0)
+    await close(world)
