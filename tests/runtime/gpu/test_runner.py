@@ -142,7 +142,7 @@ def test_last_layer_is_finished_for_sampled_tokens_only(monkeypatch: pytest.Monk
 def test_prefix_hits_and_preemptions_change_no_answer() -> None:
     model = tiny_llama()
     block_bytes = 16 * 4 * ModelConfig.from_hf(model.config.to_dict()).kv_elements_per_token
-    engine = new_engine(model, replace(CONFIG, kv_cache_bytes=6 * block_bytes, max_model_len=64))
+    engine = new_engine(model, replace(CONFIG, kv_cache_bytes=5 * block_bytes, max_model_len=64))
     prompts = {id: [*range(45), id] for id in range(1, 4)}
     sampling = SamplingParams(temperature=0.0, max_tokens=6)
     tokens, _ = answers(engine, prompts, sampling)
