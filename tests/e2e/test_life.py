@@ -5,7 +5,7 @@ import os
 import signal
 import sqlite3
 import threading
-from contextlib import closing
+from contextlib import closing, suppress
 from typing import Any
 
 import httpx
@@ -222,7 +222,8 @@ def _cold_starts(node: Node, number: int) -> Any:
 
 def _kill_runtimes(node: Node) -> None:
     for process in node.runtimes():
-        process.kill()
+        with suppress(psutil.NoSuchProcess):  # one may have ended with another
+            process.kill()
 
 
 def _engine_pid(server: psutil.Process) -> int:

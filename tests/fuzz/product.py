@@ -12,6 +12,7 @@ import os
 import subprocess
 import sys
 import tempfile
+from contextlib import ExitStack
 from pathlib import Path
 
 from benchmarks.gateway import SERVE, scripted_spec
@@ -37,13 +38,23 @@ def main() -> None:
     sys.exit(done.returncode)
 
 
-def fuzz(*, num_examples: int, seed: int) -> "subprocess.CompletedProcess[str]":
-    """Run schemathesis against a controller of its own; return what became of it."""
+def fuzz(
+    *, num_examples: int, seed: int, snapshots: Path | None = None
+) -> "subprocess.CompletedProcess[str]":
+    """Run schemathesis against a controller of its own; return what became of it.
+
+    Args:
+        num_examples: Random cases an operation.
+        seed: The same one, the same cases.
+        snapshots: A store that may have the model's already.
+    """
     os.environ[STEP_S] = "0.001"
-    with (
-        tempfile.TemporaryDirectory(prefix="cs-fuzz-") as home,
-        running_controller(Path(home), command=("-m", "benchmarks.gateway", SERVE)) as controller,
-    ):
+    with tempfile.TemporaryDirectory(prefix="cs-fuzz-") as home, ExitStack() as stack:
+        if snapshots is not None:
+            (Path(home) / "snapshots").symlink_to(snapshots)
+        controller = stack.enter_context(
+            running_controller(Path(home), command=("-m", "benchmarks.gateway", SERVE))
+        )
         spec = scripted_spec(NUM_STREAMS)
         controller.deploy(spec)
         controller.operate(spec.name, "warm")

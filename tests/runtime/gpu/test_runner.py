@@ -34,7 +34,7 @@ from tests.runtime.engine.sequences import new_request
 from tests.runtime.kernels.device import DEVICE
 
 # The interpreter warns of what a GPU does silently: it computes on with numbers that are not finite.
-pytestmark = pytest.mark.filterwarnings("ignore::RuntimeWarning")
+pytestmark = [pytest.mark.filterwarnings("ignore::RuntimeWarning"), pytest.mark.timeout(180)]
 IS_GPU = DEVICE == "cuda"
 SCALE = 4 if IS_GPU else 1  # the interpreter takes a second for what a GPU does in a millisecond
 CONFIG = EngineConfig(
